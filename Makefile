@@ -1,0 +1,50 @@
+# Each target sets itself up: an environment of its own in .venv, torch and the extension built from csrc/.
+SHELL := bash
+.SHELLFLAGS := -o pipefail -c
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH := torch==2.13.0
+RUN ?= runs/demo
+# Everything that the compiled extension or the list of dependencies depends on; the Python code is installed in place.
+BUILD_INPUTS := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h')
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint bench clean
+
+help: ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /\1\t/' | expand -t 10
+
+demo: $(VENV)/.installed ## train one Multi-Rate VAE on real digits, draw its curve, bake one beta
+	$(BIN)/mrvae train --out $(RUN) --force
+	$(BIN)/mrvae curve --run $(RUN)
+	$(BIN)/mrvae bake --run $(RUN) --beta 0.5
+	@echo && echo "The whole rate-distortion curve of one training run:" && ls $(RUN)/curve* $(RUN)/baked* $(RUN)/checkpoints*
+
+test: $(VENV)/.developed ## the whole test-suite
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.developed ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.developed ## train-step time, gated over ungated (CPU, a few minutes)
+	$(BIN)/python -m bench.overhead --out bench/results/cpu-overhead.json
+
+clean: ## remove the environment and everything built
+	rm -rf $(VENV) build dist *.egg-info mrvae_kernels/*.so
+
+$(VENV)/.torch:
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is not there: install Python 3.10 or newer, or say make PYTHON=..."; exit 1; }
+	$(PYTHON) -c 'import sys; sys.exit("Python %d.%d is too old: 3.10 or newer is needed; say make PYTHON=..." % sys.version_info[:2] if sys.version_info < (3, 10) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check $(TORCH) setuptools wheel ninja pybind11 numpy
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.torch $(BUILD_INPUTS)
+	$(BIN)/python -m pip install --disable-pip-version-check --no-build-isolation --verbose -e '.[models]' | grep -vE '^  (creating|copying|adding|running|writing|reading|removing|byte-compiling) '
+	touch $@
+
+$(VENV)/.developed: $(VENV)/.installed
+	$(BIN)/python -m pip install --disable-pip-version-check --no-build-isolation -e '.[models,test,dev]'
+	touch $@

@@ -1,0 +1,1 @@
+"""Benchmarks: what gating costs. `python -m bench.overhead --help`."""

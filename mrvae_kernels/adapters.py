@@ -1,0 +1,323 @@
+"""What a gate means for each kind of torch.nn layer: its features, how it folds, how it runs.
+
+A layer's gate has one feature an output feature (Linear), filter (convolutions), channel (norms, in the affine) or gate
+row (LSTM, GRU: 4 H or 3 H for each layer and direction). Everything that differs between kinds of layers is here;
+`layers`, `multirate` and `bake` treat them alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import functional
+from .gates import GateSpec
+from .recurrent import gated_recurrent, recurrent_rows
+from .reference import along
+from .strategy import choose_strategy
+
+
+class FoldEntry(NamedTuple):
+    """One weight (and bias) of a layer that folding scales, by parameter name.
+
+    rows: which of the layer's gate features scale it. groups: 0 where the output channel is axis 0 of the weight, else
+    the groups of a transposed convolution. shifted: whether FiLM's shift enters this bias. flat: every element of the
+    weight has a gate feature of its own.
+    """
+
+    weight: str
+    bias: str
+    rows: slice
+    groups: int = 0
+    shifted: bool = True
+    flat: bool = False
+
+
+class Adapter:
+    """Linear; the other kinds override what differs."""
+
+    product = True
+    """Whether strategy chooses between fold and epilogue; norms and recurrent layers always fold for a shared beta."""
+
+    def features(self, layer: Any) -> int:
+        """Gate features of the layer."""
+        return layer.out_features
+
+    def refusal(self, layer: Any) -> str | None:
+        """Why this layer cannot be gated, or None."""
+        return None
+
+    def shift_refusal(self, layer: Any) -> str | None:
+        """Why this layer cannot take a FiLM shift, or None."""
+        return None
+
+    def inputs(self, layer: Any) -> int:
+        """Features of a gate on the layer's inputs; 0 where it cannot have one."""
+        return layer.in_features
+
+    def scale_inputs(self, x: Tensor, gate: Tensor) -> Tensor:
+        """g_in x, for a gate (K,) or (N, K)."""
+        return _scaled(x, gate, x.dim() - 1)
+
+    def fold_inputs(self, layer: Any, weight: Tensor, gate: Tensor) -> Tensor:
+        """The weight with its columns scaled by a gate (K,), for bake."""
+        return (weight.to(gate.dtype) * gate).to(weight.dtype)
+
+    def entries(self, layer: Any) -> list[FoldEntry]:
+        """The parameters that folding scales."""
+        return [FoldEntry("weight", "bias", slice(None))]
+
+    def choose(self, layer: Any, x: Tensor) -> str:
+        """The strategy for this input and one beta."""
+        return choose_strategy(layer.weight.numel(), functional.linear_output_numel(x, layer.weight), False)
+
+    def run(
+        self, layer: Any, gate: Tensor, shift: Tensor | None, activation: str | None, strategy: str | None, x: Tensor,
+        *args: Any, **kwargs: Any,
+    ) -> Any:
+        """The gated layer's output, for a gate (C,) or (N, C)."""
+        return functional.gated_linear(x, layer.weight, layer.bias, gate, shift, activation, strategy=strategy)
+
+    def run_folded(self, layer: Any, plain: type, folded: Mapping[str, Tensor | None], *args: Any, **kwargs: Any) -> Any:
+        """The plain layer's output with `folded` in place of its parameters."""
+        parameters = layer._parameters
+        before = {name: parameters[name] for name in folded}
+        parameters.update(folded)
+        try:
+            return plain.forward(layer, *args, **kwargs)  # type: ignore[attr-defined]
+        finally:
+            parameters.update(before)
+
+
+class ConvolutionAdapter(Adapter):
+    """Conv1d, 2d and 3d, any padding mode."""
+
+    def __init__(self, spatial: int) -> None:
+        self.spatial = spatial
+        self.function = (functional.gated_conv1d, functional.gated_conv2d, functional.gated_conv3d)[spatial - 1]
+
+    def features(self, layer: Any) -> int:
+        return layer.out_channels
+
+    def inputs(self, layer: Any) -> int:
+        return layer.in_channels
+
+    def scale_inputs(self, x: Tensor, gate: Tensor) -> Tensor:
+        return _scaled(x, gate, x.dim() - self.spatial - 1)
+
+    def fold_inputs(self, layer: Any, weight: Tensor, gate: Tensor) -> Tensor:
+        grouped = weight.to(gate.dtype).unflatten(0, (layer.groups, -1))
+        return (grouped * gate.reshape(layer.groups, 1, -1, *[1] * self.spatial)).flatten(0, 1).to(weight.dtype)
+
+    def choose(self, layer: Any, x: Tensor) -> str:
+        x = x if x.dim() == self.spatial + 2 else x.unsqueeze(0)
+        padding = layer.padding
+        if isinstance(padding, str):
+            total = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
+            padding = [t / 2 for t in total] if padding == "same" else [0] * self.spatial
+        outputs = functional.convolution_output_numel(
+            x, layer.weight, layer.stride, padding, layer.dilation, layer.transposed, layer.output_padding, layer.groups
+        )
+        return choose_strategy(layer.weight.numel(), int(outputs), False)
+
+    def run(
+        self, layer: Any, gate: Tensor, shift: Tensor | None, activation: str | None, strategy: str | None, x: Tensor,
+        *args: Any, **kwargs: Any,
+    ) -> Tensor:
+        padding = layer.padding
+        if layer.padding_mode != "zeros":
+            x = F.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
+            padding = 0
+        return self.function(
+            x, layer.weight, layer.bias, gate, shift, layer.stride, padding, layer.dilation, layer.groups, activation,
+            strategy=strategy,
+        )
+
+
+class TransposedConvolutionAdapter(ConvolutionAdapter):
+    """ConvTranspose1d, 2d and 3d; forward takes output_size as torch's does."""
+
+    def __init__(self, spatial: int) -> None:
+        super().__init__(spatial)
+        self.transposed_function = (
+            functional.gated_conv_transpose1d, functional.gated_conv_transpose2d, functional.gated_conv_transpose3d,
+        )[spatial - 1]
+
+    def entries(self, layer: Any) -> list[FoldEntry]:
+        return [FoldEntry("weight", "bias", slice(None), groups=layer.groups)]
+
+    def fold_inputs(self, layer: Any, weight: Tensor, gate: Tensor) -> Tensor:
+        return (weight.to(gate.dtype) * along(gate, 0, weight.dim())).to(weight.dtype)
+
+    def run(
+        self, layer: Any, gate: Tensor, shift: Tensor | None, activation: str | None, strategy: str | None, x: Tensor,
+        *args: Any, **kwargs: Any,
+    ) -> Tensor:
+        output_size = args[0] if args else kwargs.get("output_size")
+        output_padding = layer._output_padding(
+            x, output_size, layer.stride, layer.padding, layer.kernel_size, self.spatial, layer.dilation
+        )
+        return self.transposed_function(
+            x, layer.weight, layer.bias, gate, shift, layer.stride, layer.padding, tuple(output_padding), layer.groups,
+            layer.dilation, activation, strategy=strategy,
+        )
+
+
+class NormAdapter(Adapter):
+    """BatchNorm, GroupNorm and InstanceNorm: the gate scales the affine, so it sits after the normalisation."""
+
+    product = False
+    affine_flag = "affine"
+
+    def features(self, layer: Any) -> int:
+        return layer.weight.numel()
+
+    def inputs(self, layer: Any) -> int:
+        return 0
+
+    def refusal(self, layer: Any) -> str | None:
+        return None if layer.weight is not None else f"it has no affine ({self.affine_flag}=False)"
+
+    def run(
+        self, layer: Any, gate: Tensor, shift: Tensor | None, activation: str | None, strategy: str | None, x: Tensor,
+        *args: Any, **kwargs: Any,
+    ) -> Tensor:
+        normalized = layer.plain.forward(layer, x)
+        return functional.epilogue(normalized, None, gate, shift, 1, activation)
+
+
+class LayerNormAdapter(NormAdapter):
+    """LayerNorm: one gate feature for each normalised element."""
+
+    affine_flag = "elementwise_affine"
+
+    def entries(self, layer: Any) -> list[FoldEntry]:
+        return [FoldEntry("weight", "bias", slice(None), flat=len(layer.normalized_shape) > 1)]
+
+    def run(
+        self, layer: Any, gate: Tensor, shift: Tensor | None, activation: str | None, strategy: str | None, x: Tensor,
+        *args: Any, **kwargs: Any,
+    ) -> Tensor:
+        normalized = layer.plain.forward(layer, x)
+        axes = len(layer.normalized_shape)
+        if normalized.dim() == axes:
+            raise ValueError(f"x has shape {tuple(x.shape)}, no batch axis; expected one beta, not one a sample")
+        flat = normalized.flatten(-axes)
+        return functional.epilogue(flat, None, gate, shift, flat.dim() - 1, activation).view_as(normalized)
+
+
+class RecurrentAdapter(Adapter):
+    """LSTM and GRU: every gate row of every layer and direction, scaled before the non-linearity."""
+
+    product = False
+
+    def features(self, layer: Any) -> int:
+        return recurrent_rows(layer) * layer.num_layers * (2 if layer.bidirectional else 1)
+
+    def inputs(self, layer: Any) -> int:
+        return 0
+
+    def shift_refusal(self, layer: Any) -> str | None:
+        return None if layer.bias else "it has bias=False, and a shift enters the recurrent layer through its bias"
+
+    def entries(self, layer: Any) -> list[FoldEntry]:
+        rows = recurrent_rows(layer)
+        found = []
+        for k in range(layer.num_layers):
+            for direction, suffix in enumerate(("", "_reverse")[: 2 if layer.bidirectional else 1]):
+                start = (k * (2 if layer.bidirectional else 1) + direction) * rows
+                for source in ("ih", "hh"):
+                    name = f"{source}_l{k}{suffix}"
+                    span = slice(start, start + rows)
+                    found.append(FoldEntry(f"weight_{name}", f"bias_{name}", span, shifted=source == "ih"))
+        return found
+
+    def run(
+        self, layer: Any, gate: Tensor, shift: Tensor | None, activation: str | None, strategy: str | None, x: Tensor,
+        *args: Any, **kwargs: Any,
+    ) -> Any:
+        return gated_recurrent(layer, gate, shift, x, *args, **kwargs)
+
+    def run_folded(self, layer: Any, plain: type, folded: Mapping[str, Tensor | None], *args: Any, **kwargs: Any) -> Any:
+        flat = layer._flat_weights
+        layer._flat_weights = [folded.get(name, layer._parameters[name]) for name in layer._flat_weights_names]
+        try:
+            return plain.forward(layer, *args, **kwargs)  # type: ignore[attr-defined]
+        finally:
+            layer._flat_weights = flat
+
+
+ADAPTERS: dict[type[nn.Module], Adapter] = {
+    nn.Linear: Adapter(),
+    nn.Conv1d: ConvolutionAdapter(1),
+    nn.Conv2d: ConvolutionAdapter(2),
+    nn.Conv3d: ConvolutionAdapter(3),
+    nn.ConvTranspose1d: TransposedConvolutionAdapter(1),
+    nn.ConvTranspose2d: TransposedConvolutionAdapter(2),
+    nn.ConvTranspose3d: TransposedConvolutionAdapter(3),
+    nn.BatchNorm1d: NormAdapter(),
+    nn.BatchNorm2d: NormAdapter(),
+    nn.BatchNorm3d: NormAdapter(),
+    nn.SyncBatchNorm: NormAdapter(),
+    nn.InstanceNorm1d: NormAdapter(),
+    nn.InstanceNorm2d: NormAdapter(),
+    nn.InstanceNorm3d: NormAdapter(),
+    nn.GroupNorm: NormAdapter(),
+    nn.LayerNorm: LayerNormAdapter(),
+    nn.LSTM: RecurrentAdapter(),
+    nn.GRU: RecurrentAdapter(),
+}
+"""The kinds of layers that can be gated. A subclass is not its parent: what it changed is unknown, so it is left alone."""
+
+
+def _scaled(x: Tensor, gate: Tensor, dim: int) -> Tensor:
+    if gate.dim() == 2 and (dim == 0 or gate.shape[0] != x.shape[0]):
+        raise ValueError(f"gate has shape {tuple(gate.shape)}; expected one row a sample of x, {tuple(x.shape)}, or one beta")
+    return (x * along(gate, dim, x.dim())).to(x.dtype)
+
+
+def refusal(layer: nn.Module, spec: GateSpec) -> str | None:
+    """Why this layer cannot have this gate, or None."""
+    adapter = ADAPTERS[type(layer)] if type(layer) in ADAPTERS else ADAPTERS[layer.plain]  # type: ignore[index]
+    if reason := adapter.refusal(layer) or (adapter.shift_refusal(layer) if spec.shift else None):
+        return reason
+    if spec.inputs is not None and not adapter.inputs(layer):
+        return "it cannot have a gate on its inputs, only Linear and convolutions can"
+    return None
+
+
+class FoldJob(NamedTuple):
+    """A layer to fold: the layer, its adapter, its gate (C,) and its shift (C,) or None."""
+
+    layer: nn.Module
+    adapter: Adapter
+    gate: Tensor
+    shift: Tensor | None
+
+
+def fold_layers(jobs: list[FoldJob]) -> list[dict[str, Tensor | None]]:
+    """Fold all the layers in one operator; for each, its folded tensors by parameter name, in the parameters' shapes."""
+    weights, biases, gates, shifts, groups, names = [], [], [], [], [], []
+    for job, (layer, adapter, gate, shift) in enumerate(jobs):
+        parameters = layer._parameters
+        for entry in adapter.entries(layer):
+            weight, bias = parameters[entry.weight], parameters.get(entry.bias)
+            assert weight is not None
+            weights.append(weight.flatten() if entry.flat else weight)
+            biases.append(bias.flatten() if entry.flat and bias is not None else bias)
+            gates.append(gate if entry.rows == slice(None) else gate[entry.rows])
+            shifts.append(shift[entry.rows] if shift is not None and entry.shifted else None)
+            groups.append(entry.groups)
+            names.append((job, entry, weight.shape))
+    folded: list[dict[str, Tensor | None]] = [{} for _ in jobs]
+    results = functional.fold(weights, biases, gates, shifts, groups)
+    for (job, entry, shape), weight, bias in zip(names, *results, strict=True):
+        folded[job][entry.weight] = weight.view(shape) if entry.flat else weight
+        if entry.bias in jobs[job].layer._parameters:
+            folded[job][entry.bias] = bias.view(shape) if entry.flat and bias is not None else bias
+    return folded
+
+

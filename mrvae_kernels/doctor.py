@@ -1,0 +1,128 @@
+"""What is installed, what would run where, and why: `python -m mrvae_kernels.doctor`."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import os
+import platform
+import sys
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from . import __version__, ops
+from .adapters import ADAPTERS
+from .strategy import explain
+
+EXAMPLES = (
+    ("Linear(784, 300)", (128, 784)),
+    ("Linear(784, 300)", (16, 784)),
+    ("Linear(32, 16384)", (128, 32)),
+    ("Conv2d(128, 256, 4, 2, 1)", (128, 128, 14, 14)),
+    ("Conv2d(512, 1024, 4, 2, 1)", (16, 512, 3, 3)),
+    ("ConvTranspose2d(512, 256, 3, 2, 1, 1)", (16, 512, 7, 7)),
+    ("BatchNorm2d(256)", (128, 256, 7, 7)),
+)
+"""Layers of the bundled networks, with the batches of the paper."""
+
+
+def parse_layer(text: str) -> nn.Module:
+    """A torch.nn layer without storage from its constructor call, such as "Conv2d(64, 128, 3, padding=1)".
+
+    Only the gateable kinds, and only literal arguments: nothing in the text is executed. ValueError otherwise.
+    """
+    kinds = {kind.__name__: kind for kind in ADAPTERS}
+    try:
+        call = ast.parse(text.strip(), mode="eval").body
+        assert isinstance(call, ast.Call) and isinstance(call.func, ast.Name)
+        args = [ast.literal_eval(arg) for arg in call.args]
+        kwargs = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
+    except (SyntaxError, AssertionError, ValueError):
+        raise ValueError(f"layer is {text!r}; expected a call such as Linear(784, 300) or Conv2d(64, 128, 3, padding=1)") from None
+    if call.func.id not in kinds:
+        raise ValueError(f"layer is a {call.func.id}; expected one of {', '.join(kinds)}")
+    try:
+        return kinds[call.func.id](*args, **{**kwargs, "device": "meta"})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"layer {text!r}: {error}") from None
+
+
+def parse_shape(text: str) -> tuple[int, ...]:
+    """(128, 784) from "128x784" or "128,784"."""
+    try:
+        return tuple(int(part) for part in text.replace("x", ",").split(",") if part.strip())
+    except ValueError:
+        raise ValueError(f"input is {text!r}; expected sizes such as 128x784") from None
+
+
+def describe(layer: nn.Module, text: str, shape: Sequence[int], per_sample: bool, device: str) -> list[str]:
+    """Lines that say what runs for this layer and input, and why not the rest."""
+    try:
+        output = layer(torch.empty(tuple(shape), device="meta"))
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise ValueError(f"{text} does not take an input of shape {tuple(shape)}: {error}") from None
+    output = output[0] if isinstance(output, tuple) else output
+    adapter = ADAPTERS[type(layer)]
+    weights = sum(layer.get_parameter(entry.weight).numel() for entry in adapter.entries(layer))
+    head = f"{text}, input {'x'.join(map(str, shape))}, {'one beta a sample' if per_sample else 'one beta'}, {device}"
+    choice = explain(weights, output.numel(), per_sample, device)
+    if not adapter.product and not per_sample:
+        return [head, f"  fold on {choice.backend}: norms and recurrent layers always fold one beta into their parameters"]
+    return [head, f"  {choice.strategy} on {choice.backend}: {choice.reason}", *(f"  not {r}" for r in choice.rejected)]
+
+
+def environment() -> list[str]:
+    """Lines on versions, the extension and the devices."""
+    lines = [
+        f"mrvae_kernels  {__version__}",
+        f"python         {platform.python_version()} on {platform.system()} {platform.machine()}",
+        f"torch          {torch.__version__}, {torch.get_num_threads()} threads, CPU capability {torch.backends.cpu.get_cpu_capability()}",
+    ]
+    if ops.EXTENSION:
+        facts = ", ".join(f"{key} {value}" for key, value in ops.build_facts().items())
+        lines.append(f"C++ core       built ({facts})")
+    else:
+        lines.append(f"C++ core       missing: {ops.EXTENSION_ERROR}; plain PyTorch runs instead, slower")
+    if torch.cuda.is_available():
+        names = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+        lines.append(f"GPU            {names}: gates run in plain PyTorch there, the C++ core takes CPU tensors")
+    else:
+        lines.append("GPU            none that torch can use")
+    for name in ("MRVAE_STRATEGY", "MRVAE_BACKEND"):
+        lines.append(f"{name} {os.environ.get(name, 'not set')}")
+    return lines
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; 0, or 2 for arguments that make no sense."""
+    parser = argparse.ArgumentParser(
+        prog="python -m mrvae_kernels.doctor",
+        description="Print versions, what was built, and what would run for a layer and why.",
+        epilog='example: python -m mrvae_kernels.doctor --layer "Conv2d(64, 128, 3, padding=1)" --input 16x64x14x14',
+    )
+    parser.add_argument("--layer", help="a layer as its torch.nn constructor call; default: layers of the bundled networks")
+    parser.add_argument("--input", help="its input's shape, such as 128x784 (with --layer)")
+    parser.add_argument("--per-sample", action="store_true", help="one beta a sample instead of one a batch")
+    parser.add_argument("--device", default="cpu", help="where the layer would run (default: cpu)")
+    options = parser.parse_args(argv)
+    if (options.layer is None) != (options.input is None):
+        parser.error("--layer and --input go together")
+    examples = EXAMPLES
+    try:
+        torch.device(options.device)
+        if options.layer is not None:
+            examples = ((options.layer, parse_shape(options.input)),)
+        lines = environment()
+        for text, shape in examples:
+            lines += ["", *describe(parse_layer(text), text, shape, options.per_sample, options.device)]
+    except (ValueError, RuntimeError) as error:
+        print(f"doctor: {error}", file=sys.stderr)
+        return 2
+    print("\n".join(lines))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,271 @@
+"""Gated operators as functions: check the arguments, choose a strategy and a backend, run.
+
+    y = activation(gate * (product(x, weight) + bias) + shift)
+
+gate and shift are (C,) for one beta, or (N, C) for one beta a sample, in float32 (float64 for float64 networks; other
+dtypes are converted). Each function is differentiable once in x, weight, bias, gate and shift.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import ops, reference
+from .gates import DEFAULT_BETA_RANGE, GATE_KINDS, KINDS, Beta, standardize
+from .strategy import choose_backend, choose_strategy
+
+IntOrInts = int | Sequence[int]
+
+
+def gate_values(
+    weight: Tensor, bias: Tensor, beta: Beta, kind: str = "sigmoid", beta_range: Sequence[float] = DEFAULT_BETA_RANGE
+) -> Tensor:
+    """g = act(weight * eta + bias), eta = (log beta - mean) / std over `beta_range` (MR-VAE, Eqn. 6 and 7).
+
+    weight, bias: (C,). beta: a number or 0-d tensor, giving (C,), or shape (N,), giving (N, C). Result in float32, or
+    float64 for float64 parameters. ValueError for a beta that is not positive and finite, and for an unknown kind.
+    """
+    if kind not in GATE_KINDS:
+        raise ValueError(f"gate kind is {kind!r}; expected one of {', '.join(GATE_KINDS)}")
+    if weight.dim() != 1 or weight.shape != bias.shape:
+        raise ValueError(
+            f"gate weight and bias have shapes {tuple(weight.shape)} and {tuple(bias.shape)}; expected (C,) each"
+        )
+    eta = standardize(beta, beta_range, device=weight.device, dtype=reference.gate_dtype(weight.dtype))
+    return gate_bank(weight, bias, eta, [weight.shape[0]], [kind])[0]
+
+
+def gate_bank(weight: Tensor, bias: Tensor, eta: Tensor, sizes: Sequence[int], kinds: Sequence[str]) -> list[Tensor]:
+    """All gates (and shifts, kind "identity") of a model in one operator, from one flat weight and bias.
+
+    sizes: features of each, their sum being the length of weight; eta from `gates.standardize`: 0-d or (N,).
+    Returns (C_i,) or (N, C_i) each.
+    """
+    if choose_backend(weight.device, weight.dtype) == "cpp":
+        return ops.gates(weight, bias, eta, sizes, [KINDS.index(kind) for kind in kinds])
+    return reference.gate_bank(weight, bias, eta, sizes, kinds)
+
+
+def fold(
+    weights: Sequence[Tensor], biases: Sequence[Tensor | None], gates: Sequence[Tensor],
+    shifts: Sequence[Tensor | None], groups: Sequence[int],
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    """W' = g W, b' = g b + t for all layers in one operator. One beta a batch: gates (C_i,).
+
+    groups: 0 where the output channel is axis 0 of the weight, the number of groups for a transposed convolution.
+    A layer with neither bias nor shift gets None.
+    """
+    if weights and choose_backend(weights[0].device, weights[0].dtype) == "cpp":
+        folded, folded_biases = ops.fold(weights, biases, gates, shifts, groups)
+        return folded, [
+            None if bias is None and shift is None else out
+            for bias, shift, out in zip(biases, shifts, folded_biases, strict=True)
+        ]
+    pairs = [reference.fold(*entry) for entry in zip(weights, biases, gates, shifts, groups, strict=True)]
+    return [weight for weight, _ in pairs], [bias for _, bias in pairs]
+
+
+def epilogue(
+    u: Tensor, bias: Tensor | None, gate: Tensor, shift: Tensor | None = None, dim: int = 1,
+    activation: str | None = None,
+) -> Tensor:
+    """y = act(g (u + b) + t) along channel axis `dim` of a library product's result u."""
+    dim = dim % u.dim()
+    gate, shift = _check_gate(gate, shift, u.shape[dim], u, u.shape[0] if dim > 0 else None)
+    if choose_backend(u.device, u.dtype) == "cpp":
+        return ops.epilogue(u, bias, gate, shift, dim, activation or "none")
+    return reference.epilogue(u, bias, gate, shift, dim, activation or "none")
+
+
+def linear_output_numel(x: Tensor, weight: Tensor) -> int:
+    """Elements of x W^T."""
+    return math.prod(x.shape[:-1]) * weight.shape[0]
+
+
+def gated_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor, shift: Tensor | None = None,
+    activation: str | None = None, *, strategy: str | None = None,
+) -> Tensor:
+    """y = act(g (x W^T + b) + t).
+
+    x (..., K), weight (C, K), bias (C,) or None, gate and shift (C,), or (N, C) with x (N, ..., K); y (..., C).
+    activation: None, relu, silu, gelu, tanh, leaky_relu or elu. strategy: None (cost model), "fold" or "epilogue".
+    ValueError for shapes that do not fit and for fold with one beta a sample.
+    """
+    if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"x has shape {tuple(x.shape)}; expected (..., {weight.shape[1]}), the weight's input features")
+    gate, shift = _check_gate(gate, shift, weight.shape[0], x, x.shape[0] if x.dim() > 1 else None)
+    outputs = 0 if strategy else linear_output_numel(x, weight)
+    how = choose_strategy(weight.numel(), outputs, gate.dim() == 2, strategy)
+    run = ops.gated_linear if choose_backend(x.device, x.dtype) == "cpp" else reference.gated_linear
+    return run(x, weight, bias, gate, shift, activation or "none", how)
+
+
+def gated_conv1d(
+    x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor, shift: Tensor | None = None, stride: IntOrInts = 1,
+    padding: IntOrInts | str = 0, dilation: IntOrInts = 1, groups: int = 1, activation: str | None = None,
+    *, strategy: str | None = None,
+) -> Tensor:
+    """y = act(g (conv1d(x, W) + b) + t): x (N, C_in, L) or (C_in, L); see gated_conv2d."""
+    return _gated_convolution(
+        1, False, x, weight, bias, gate, shift, stride, padding, 0, groups, dilation, activation, strategy
+    )
+
+
+def gated_conv2d(
+    x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor, shift: Tensor | None = None, stride: IntOrInts = 1,
+    padding: IntOrInts | str = 0, dilation: IntOrInts = 1, groups: int = 1, activation: str | None = None,
+    *, strategy: str | None = None,
+) -> Tensor:
+    """y = act(g (conv2d(x, W) + b) + t) (MR-VAE, Eqn. 40 and 41).
+
+    Arguments as torch's conv2d: x (N, C_in, H, W) or (C_in, H, W), weight (C_out, C_in / groups, kH, kW), bias (C_out,)
+    or None, padding a number, a pair, "same" or "valid". gate and shift (C_out,), or (N, C_out) for one beta a sample.
+    activation: None, relu, silu, gelu, tanh, leaky_relu or elu. strategy: None (cost model), "fold" or "epilogue".
+    """
+    return _gated_convolution(
+        2, False, x, weight, bias, gate, shift, stride, padding, 0, groups, dilation, activation, strategy
+    )
+
+
+def gated_conv3d(
+    x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor, shift: Tensor | None = None, stride: IntOrInts = 1,
+    padding: IntOrInts | str = 0, dilation: IntOrInts = 1, groups: int = 1, activation: str | None = None,
+    *, strategy: str | None = None,
+) -> Tensor:
+    """y = act(g (conv3d(x, W) + b) + t): x (N, C_in, D, H, W) or (C_in, D, H, W); see gated_conv2d."""
+    return _gated_convolution(
+        3, False, x, weight, bias, gate, shift, stride, padding, 0, groups, dilation, activation, strategy
+    )
+
+
+def gated_conv_transpose1d(
+    x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor, shift: Tensor | None = None, stride: IntOrInts = 1,
+    padding: IntOrInts = 0, output_padding: IntOrInts = 0, groups: int = 1, dilation: IntOrInts = 1,
+    activation: str | None = None, *, strategy: str | None = None,
+) -> Tensor:
+    """y = act(g (conv_transpose1d(x, W) + b) + t): x (N, C_in, L) or (C_in, L); see gated_conv_transpose2d."""
+    return _gated_convolution(
+        1, True, x, weight, bias, gate, shift, stride, padding, output_padding, groups, dilation, activation, strategy
+    )
+
+
+def gated_conv_transpose2d(
+    x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor, shift: Tensor | None = None, stride: IntOrInts = 1,
+    padding: IntOrInts = 0, output_padding: IntOrInts = 0, groups: int = 1, dilation: IntOrInts = 1,
+    activation: str | None = None, *, strategy: str | None = None,
+) -> Tensor:
+    """y = act(g (conv_transpose2d(x, W) + b) + t).
+
+    Arguments as torch's conv_transpose2d: x (N, C_in, H, W) or (C_in, H, W), weight (C_in, C_out / groups, kH, kW),
+    bias (C_out,) or None. gate, shift, activation and strategy as in gated_conv2d.
+    """
+    return _gated_convolution(
+        2, True, x, weight, bias, gate, shift, stride, padding, output_padding, groups, dilation, activation, strategy
+    )
+
+
+def gated_conv_transpose3d(
+    x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor, shift: Tensor | None = None, stride: IntOrInts = 1,
+    padding: IntOrInts = 0, output_padding: IntOrInts = 0, groups: int = 1, dilation: IntOrInts = 1,
+    activation: str | None = None, *, strategy: str | None = None,
+) -> Tensor:
+    """y = act(g (conv_transpose3d(x, W) + b) + t): x (N, C_in, D, H, W) or (C_in, D, H, W); see gated_conv_transpose2d."""
+    return _gated_convolution(
+        3, True, x, weight, bias, gate, shift, stride, padding, output_padding, groups, dilation, activation, strategy
+    )
+
+
+def convolution_output_numel(
+    x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
+    transposed: bool, output_padding: Sequence[int], groups: int,
+) -> int:
+    """Elements of the convolution's result, by torch's documented output sizes; x batched."""
+    kernel = weight.shape[2:]
+    channels = weight.shape[1] * groups if transposed else weight.shape[0]
+    numel = x.shape[0] * channels
+    for size, k, s, p, d, extra in zip(x.shape[2:], kernel, stride, padding, dilation, output_padding, strict=True):
+        reach = d * (k - 1) + 1
+        numel *= (size - 1) * s - 2 * p + reach + extra if transposed else (size + 2 * p - reach) // s + 1
+    return numel
+
+
+def _gated_convolution(
+    spatial: int, transposed: bool, x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor, shift: Tensor | None,
+    stride: IntOrInts, padding: IntOrInts | str, output_padding: IntOrInts, groups: int, dilation: IntOrInts,
+    activation: str | None, strategy: str | None,
+) -> Tensor:
+    if x.dim() == spatial + 1 and weight.dim() == spatial + 2:
+        if gate.dim() == 2 and gate.shape[0] == 1:
+            gate, shift = gate[0], None if shift is None else shift[0]
+        elif gate.dim() == 2:
+            raise ValueError(f"x has shape {tuple(x.shape)}, no batch axis; expected one beta, not {gate.shape[0]}")
+        return _gated_convolution(
+            spatial, transposed, x.unsqueeze(0), weight, bias, gate, shift, stride, padding, output_padding, groups,
+            dilation, activation, strategy,
+        ).squeeze(0)
+    channels_in = weight.shape[0] if transposed else weight.shape[1] * groups
+    if x.dim() != spatial + 2 or weight.dim() != spatial + 2 or x.shape[1] != channels_in:
+        raise ValueError(
+            f"x has shape {tuple(x.shape)} and weight {tuple(weight.shape)} with groups={groups}; "
+            f"expected x (N, {channels_in}, ...) with {spatial} spatial axes"
+        )
+    stride, dilation, output_padding = (_ints(value, spatial) for value in (stride, dilation, output_padding))
+    if isinstance(padding, str):
+        x, padding = _pad(x, weight, stride, dilation, padding)
+    else:
+        padding = _ints(padding, spatial)
+    channels = weight.shape[1] * groups if transposed else weight.shape[0]
+    gate, shift = _check_gate(gate, shift, channels, x, x.shape[0])
+    geometry = (stride, padding, dilation, transposed, output_padding, groups)
+    outputs = 0 if strategy else convolution_output_numel(x, weight, *geometry)
+    how = choose_strategy(weight.numel(), outputs, gate.dim() == 2, strategy)
+    run = ops.gated_convolution if choose_backend(x.device, x.dtype) == "cpp" else reference.gated_convolution
+    return run(x, weight, bias, gate, shift, *geometry, activation or "none", how)
+
+
+def _ints(value: IntOrInts, count: int) -> tuple[int, ...]:
+    if isinstance(value, int):
+        return (value,) * count
+    values = tuple(value)
+    if len(values) == 1:
+        return values * count
+    if len(values) != count:
+        raise ValueError(f"got {values}; expected one number or {count}")
+    return values
+
+
+def _pad(x: Tensor, weight: Tensor, stride: Sequence[int], dilation: Sequence[int], padding: str) -> tuple[Tensor, tuple]:
+    """Padding "valid" and "same" as numbers; pads x itself where "same" needs one more element on the right."""
+    if padding == "valid":
+        return x, (0,) * len(stride)
+    if padding != "same" or any(s != 1 for s in stride):
+        raise ValueError(f"padding is {padding!r} with stride {tuple(stride)}; expected numbers, 'valid', or 'same' with stride 1")
+    total = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
+    if any(t % 2 for t in total):
+        x = F.pad(x, [side for t in reversed(total) for side in (0, t % 2)])
+    return x, tuple(t // 2 for t in total)
+
+
+def _check_gate(
+    gate: Tensor, shift: Tensor | None, features: int, like: Tensor, batch: int | None
+) -> tuple[Tensor, Tensor | None]:
+    """Shapes against silent broadcasting; the gates' own dtype."""
+    dtype = reference.gate_dtype(like.dtype)
+    if gate.dtype != dtype and torch.float64 not in (gate.dtype, dtype):
+        gate = gate.to(dtype)
+    for name, value in (("gate", gate), ("shift", shift)):
+        if value is None:
+            continue
+        shape = value.shape
+        if shape[-1:] != (features,) or len(shape) > 2 or (len(shape) == 2 and (batch is None or shape[0] != batch)):
+            rows = "" if batch is None else f", or ({batch}, {features}) for one beta a sample"
+            raise ValueError(f"{name} has shape {tuple(shape)}; expected ({features},){rows}")
+    if shift is not None and shift.dim() != gate.dim():
+        raise ValueError(f"gate has shape {tuple(gate.shape)} and shift {tuple(shift.shape)}; expected the same")
+    return gate, shift

@@ -1,0 +1,348 @@
+"""A whole network: gate it, run it at any beta, bake one beta into a plain network again.
+
+    model = multirate(vae, gates={"encoder": "sigmoid", "decoder": "sqrt"}, beta_range=(0.01, 10.0))
+    out = model(x, beta=0.5)
+    plain = bake(model, beta=0.5)
+
+One flat gate_weight and gate_bias hold the gates of all layers. A forward evaluates them in one operator, folds every
+layer for which that is cheaper in one more, and hands each layer its share for the duration of the call.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from . import functional, reference, strategy
+from .adapters import ADAPTERS, Adapter, FoldJob, fold_layers
+from .gates import DEFAULT_BETA_RANGE, Beta, BetaRange, GateNetwork, GateSpec, init_gates_, standardize
+from .hosting import HOSTED, Hosted, Share, lend
+from .layers import _one, check_state, encode_state, write_folded
+from .selection import Gates, select
+
+
+class GatedEntry(NamedTuple):
+    """A gated layer of a network: its name, adapter, gate and features."""
+
+    name: str
+    adapter: Adapter
+    spec: GateSpec
+    features: int
+
+
+class BankRows(NamedTuple):
+    """Consecutive rows of the flat gates: whose they are, in which role (gated, shifts or inputs), how many, which kind."""
+
+    name: str
+    role: str
+    size: int
+    kind: str
+    init: str
+
+
+class LayerGates(NamedTuple):
+    """A layer's gate, (C,) or (N, C), its shift or None, and the gate on its inputs or None."""
+
+    gate: Tensor
+    shift: Tensor | None
+    inputs: Tensor | None
+
+
+class MultiRate(nn.Module):
+    """A network whose gated layers compute y = g (W x + b) + t with g a function of beta (MR-VAE, Eqn. 6 to 8).
+
+    Made by `multirate`. Calls take the network's own arguments plus `beta=`. Attributes:
+        network      the user's network, its names untouched; call it through this module, or within `at(beta)`
+        gate_weight  w of all gates (then of all shifts), flat; gate_bias c likewise. None with hidden gate layers,
+                     which live in `gate_networks`
+        gated        layer name -> slice of the flat gates; `shifts` likewise for FiLM, `inputs` for gates on inputs
+        left         layer name -> why it has no gate
+        beta_range   (a, b); saved in the state_dict, checked on loading
+    """
+
+    gate_weight: nn.Parameter | None
+    gate_bias: nn.Parameter | None
+
+    def __init__(
+        self, network: nn.Module, gates: Gates | None = None, beta_range: Sequence[float] = DEFAULT_BETA_RANGE,
+        include: Sequence[str] | None = None, exclude: Sequence[str] = (),
+    ) -> None:
+        super().__init__()
+        for option, value in (("include", include), ("exclude", exclude)):
+            if isinstance(value, str):
+                raise TypeError(f"{option} is the string {value!r}; expected a list of names: [{value!r}]")
+        self.beta_range = BetaRange.of(beta_range)
+        selection = select(network, gates, include, exclude)
+        self.left = selection.left
+        modules = dict(network.named_modules())
+        self._entries = [
+            GatedEntry(name, ADAPTERS[type(modules[name])], spec, ADAPTERS[type(modules[name])].features(modules[name]))
+            for name, spec in selection.gated.items()
+        ]
+        rows = [BankRows(e.name, "gated", e.features, e.spec.kind, e.spec.init) for e in self._entries]
+        rows += [BankRows(e.name, "shifts", e.features, "identity", e.spec.init) for e in self._entries if e.spec.shift]
+        for entry in self._entries:
+            if isinstance(entry.spec.inputs, GateSpec):
+                size = entry.adapter.inputs(modules[entry.name])
+                rows.append(BankRows(entry.name, "inputs", size, entry.spec.inputs.kind, entry.spec.inputs.init))
+        self._rows = rows
+        self._sizes, self._kinds = [row.size for row in rows], [row.kind for row in rows]
+        self.gated: dict[str, slice] = {}
+        self.shifts: dict[str, slice] = {}
+        self.inputs: dict[str, slice] = {}
+        end = 0
+        for row in rows:
+            getattr(self, row.role)[row.name] = slice(end, end + row.size)
+            end += row.size
+        self._add_gates(next(modules[self._entries[0].name].parameters()))
+        for entry in self._entries:
+            layer = modules[entry.name]
+            layer.__class__ = HOSTED[type(layer)]
+        self.network = network
+        self._layers: tuple[Hosted, ...] = ()
+        self._plans: dict[Any, tuple[int, ...]] = {}
+
+    def _add_gates(self, like: Tensor) -> None:
+        specs = [e.spec for e in self._entries]
+        if len({(s.hidden, s.shared) for s in specs}) > 1:
+            raise ValueError("gates differ in hidden or shared; all gates of a network have the same hidden layers, or none")
+        self.gate_networks: nn.ModuleList | None = None
+        self.register_parameter("gate_weight", None)
+        self.register_parameter("gate_bias", None)
+        if specs[0].hidden:
+            if specs[0].shared:
+                parts = [(self._sizes, self._kinds)]
+            else:
+                parts = [([size], [kind]) for size, kind in zip(self._sizes, self._kinds, strict=True)]
+            built = [GateNetwork(specs[0].hidden, sizes, kinds, specs[0].init) for sizes, kinds in parts]
+            self.gate_networks = nn.ModuleList(built).to(device=like.device, dtype=like.dtype)
+            return
+        weight, bias = (torch.empty(sum(self._sizes), device=like.device, dtype=like.dtype) for _ in range(2))
+        for piece_weight, piece_bias, row in zip(weight.split(self._sizes), bias.split(self._sizes), self._rows, strict=True):
+            init_gates_(piece_weight, piece_bias, row.kind, row.init)
+        self.gate_weight, self.gate_bias = nn.Parameter(weight), nn.Parameter(bias)
+
+    def forward(self, *args: Any, beta: Beta, **kwargs: Any) -> Any:
+        """The network's forward at this beta: a positive number, a 0-d tensor, or one a sample, shape (N,)."""
+        key = None
+        if not torch.compiler.is_compiling():
+            key = (strategy.current(), *(value.shape if isinstance(value, Tensor) else None for value in args))
+        shares = self._shares(beta, key)
+        with lend(self._hosts(), shares):
+            result = self.network(*args, **kwargs)
+        if key is not None and key not in self._plans and shares[0].gate.dim() == 1:
+            self._remember(key)
+        return result
+
+    @contextmanager
+    def at(self, beta: Beta) -> Iterator[MultiRate]:
+        """Within the block the network's layers are gated for beta: `with model.at(0.5): z = model.network.encode(x)`.
+
+        For one beta, give a number or a 0-d tensor; for one a sample, every call in the block takes that batch size.
+        """
+        with lend(self._hosts(), self._shares(beta, None)):
+            yield self
+
+    def gate_values(self, beta: Beta) -> dict[str, Tensor]:
+        """Layer name -> g at beta, (C,) or (N, C); shifts under "<name>.shift", gates on inputs under "<name>.inputs"."""
+        suffix = {"gated": "", "shifts": ".shift", "inputs": ".inputs"}
+        return {row.name + suffix[row.role]: g for row, g in zip(self._rows, self._bank(beta), strict=True)}
+
+    def gate_parameters(self) -> list[nn.Parameter]:
+        """The parameters that depend on beta's response: for an optimiser group of their own."""
+        return [p for name, p in self.named_parameters() if not name.startswith("network.")]
+
+    def network_parameters(self) -> list[nn.Parameter]:
+        """The parameters of the user's network."""
+        return list(self.network.parameters())
+
+    def recalibrate(self, batches: Iterable[Any], beta: Beta) -> int:
+        """Set the running statistics of all batch norms to those of this data at this beta; returns the batches used.
+
+        In training they mix the betas that were sampled, so that without this a network with batch norm is wrong at
+        every single beta. `batches` gives the network's input: a tensor, or a tuple of positional arguments.
+        Each batch counts alike. Nothing happens for a network without running statistics. ValueError for no batch.
+        """
+        norms = running_norms(self.network)
+        if not norms:
+            return 0
+        training = {module: module.training for module in self.modules()}
+        momenta = {norm: norm.momentum for norm in norms}
+        self.eval()
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # a cumulative average
+            norm.train()
+        count = 0
+        try:
+            with torch.no_grad():
+                for batch in batches:
+                    self(*(batch if isinstance(batch, (tuple, list)) else (batch,)), beta=beta)
+                    count += 1
+        finally:
+            for module, mode in training.items():
+                module.training = mode
+            for norm, momentum in momenta.items():
+                norm.momentum = momentum
+        if count == 0:
+            raise ValueError("recalibrate got no batch; running statistics need at least one")
+        return count
+
+    def get_extra_state(self) -> Tensor:
+        return encode_state(self._gate_state())
+
+    def set_extra_state(self, state: object) -> None:
+        check_state(self._gate_state(), state, "multi-rate network")
+
+    def _gate_state(self) -> dict[str, Any]:
+        return {
+            "beta_range": list(self.beta_range),
+            "gates": [f"{row.name} {row.role} {row.kind}" for row in self._rows],
+        }
+
+    def extra_repr(self) -> str:
+        features = sum(entry.features for entry in self._entries)
+        return f"gated={len(self._entries)} layers ({features} features), beta_range={tuple(self.beta_range)}"
+
+    def _bank(self, beta: Beta) -> list[Tensor]:
+        """All gates, shifts and input gates at beta, in the order of `_rows`."""
+        if self.gate_networks is None:
+            weight, bias = self.gate_weight, self.gate_bias
+            assert weight is not None and bias is not None
+            eta = standardize(beta, self.beta_range, device=weight.device, dtype=reference.gate_dtype(weight.dtype))
+            return functional.gate_bank(weight, bias, eta, self._sizes, self._kinds)
+        like = self.gate_networks[0].output.bias
+        eta = standardize(beta, self.beta_range, device=like.device, dtype=reference.gate_dtype(like.dtype))
+        p = torch.cat([net(eta.to(like.dtype)).to(eta.dtype) for net in self.gate_networks], -1)
+        return [
+            reference.gate_activation(piece, kind)
+            for piece, kind in zip(p.split(self._sizes, -1), self._kinds, strict=True)
+        ]
+
+    def _gates(self, beta: Beta) -> list[LayerGates]:
+        """The same by layer."""
+        values = self._bank(beta)
+        gates = values[: len(self._entries)]
+        rest = iter(values[len(self._entries):])
+        shifts = [next(rest) if e.spec.shift else None for e in self._entries]
+        inputs = [next(rest) if e.spec.inputs is not None else None for e in self._entries]
+        return [LayerGates(*parts) for parts in zip(gates, shifts, inputs, strict=True)]
+
+    def _hosts(self) -> tuple[Hosted, ...]:
+        layers = self._layers
+        if not layers:
+            layers = tuple(self.network.get_submodule(entry.name) for entry in self._entries)  # type: ignore[misc]
+            self._layers = layers
+        return layers
+
+    def _shares(self, beta: Beta, key: Any) -> list[Share]:
+        """Each layer's gate, and its folded parameters where the plan for these input shapes folds it."""
+        gates = self._gates(beta)
+        if gates[0].gate.dim() == 2:
+            return [Share(g.gate, g.shift, None, "epilogue", g.inputs) for g in gates]
+        planned = self._plans.get(key)
+        folding = [i for i, e in enumerate(self._entries) if not e.adapter.product] if planned is None else planned
+        undecided = None if planned is None else "epilogue"
+        shares = [Share(g.gate, g.shift, None, undecided, g.inputs) for g in gates]
+        if folding:
+            layers = self._hosts()
+            jobs = [FoldJob(layers[i], self._entries[i].adapter, gates[i].gate, gates[i].shift) for i in folding]
+            for i, folded in zip(folding, fold_layers(jobs), strict=True):
+                shares[i] = shares[i]._replace(folded=folded)
+        return shares
+
+    def _remember(self, key: Any) -> None:
+        """Plan for inputs of these shapes: the layers that the cost model folded, to be folded together next time."""
+        if len(self._plans) > 32:
+            self._plans.clear()
+        self._plans[key] = tuple(
+            i for i, (layer, entry) in enumerate(zip(self._hosts(), self._entries, strict=True))
+            if not entry.adapter.product or layer._last_strategy == "fold"
+        )
+
+
+def checkpoint_context(model: MultiRate) -> Callable[[], tuple[AbstractContextManager, AbstractContextManager]]:
+    """context_fn for torch.utils.checkpoint inside a multi-rate network: the recomputation gets the forward's gates.
+
+        torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False, context_fn=checkpoint_context(model))
+
+    A checkpoint around the whole model needs none of this. RuntimeError outside a forward of the model.
+    """
+
+    def contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
+        layers = model._hosts()
+        shares = [layer._share for layer in layers]
+        if shares[0] is None:
+            raise RuntimeError("checkpoint_context(model) was used outside a forward of that model; there is no beta to keep")
+        return nullcontext(), lend(layers, shares)
+
+    return contexts
+
+
+def multirate(
+    network: nn.Module, gates: Gates | None = None, beta_range: Sequence[float] = DEFAULT_BETA_RANGE,
+    *, include: Sequence[str] | None = None, exclude: Sequence[str] = (),
+) -> MultiRate:
+    """Gate a network that the user already has; its own parameters stay the same objects.
+
+    gates       a kind or GateSpec for every layer, or a mapping from module names to them, the most specific name
+                winning; by default {"encoder": "sigmoid", "decoder": "sqrt"} (MR-VAE, Eqn. 7)
+    beta_range  (a, b), the range that training samples beta from
+    include     gate only these layers (names or patterns with *); one that cannot be gated is an error
+    exclude     leave these alone
+
+    Linear, Conv, ConvTranspose, LSTM, GRU and norms with an affine are gated; `model.left` says of every other layer why
+    not. A layer right before a batch norm is left to the norm's gate. The network itself is changed: its gated layers
+    now wait for a beta, so call the MultiRate. ValueError for names that are not there and for shared layers.
+    """
+    return MultiRate(network, gates, beta_range, include, exclude)
+
+
+def running_norms(network: nn.Module) -> list[_BatchNorm]:
+    """The batch norms that keep running statistics."""
+    return [m for m in network.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+
+
+def _present(value: Tensor | None) -> Tensor:
+    assert value is not None
+    return value
+
+
+def bake(model: MultiRate, beta: Beta, batches: Iterable[Any] | None = None) -> nn.Module:
+    """The plain network at one beta: a copy, original classes, g W and g b + t as its weights, no gate left.
+
+    beta: one number. batches: inputs (as for `recalibrate`) that set the running statistics of batch norms for this beta;
+    without them a network that has some gets a warning, since theirs mix all betas. ValueError for a beta a sample.
+    """
+    if not isinstance(model, MultiRate):
+        raise TypeError(f"bake takes the MultiRate that multirate() returned, not a {type(model).__name__}")
+    beta = _one(beta)
+    model = copy.deepcopy(model)
+    if batches is not None:
+        model.recalibrate(batches, beta)
+    elif norms := running_norms(model.network):
+        warnings.warn(
+            f"the running statistics of {len(norms)} batch norms mix the betas of training; give bake(model, beta, batches) "
+            "some training inputs to set them for this beta",
+            stacklevel=2,
+        )
+    with torch.no_grad():
+        gates = model._gates(beta)
+        layers = model._hosts()
+        jobs = [
+            FoldJob(layer, entry.adapter, g.gate, g.shift)
+            for layer, entry, g in zip(layers, model._entries, gates, strict=True)
+        ]
+        for job, g, folded in zip(jobs, gates, fold_layers(jobs), strict=True):
+            if g.inputs is not None:
+                folded["weight"] = job.adapter.fold_inputs(job.layer, _present(folded["weight"]), g.inputs)
+            job.layer.release()
+            write_folded(job.layer, folded)
+    return model.network

@@ -1,0 +1,2 @@
+EXTENSION = False
+EXTENSION_ERROR: str | None = "the extension is not built"

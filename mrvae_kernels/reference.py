@@ -1,0 +1,144 @@
+"""Every operator in plain PyTorch, in any dtype and on any device: the oracle, the documentation and the fallback.
+
+Arithmetic on gates happens in float32 (float64 for float64 inputs), whatever the inputs' dtype; results are rounded
+once, to the dtype of the product that they scale.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+SQRT_GATE_MAX_SLOPE = 8.0
+"""The sqrt gate's slope -exp(p) / (2 g) grows without bound as p -> 0-; backward uses max(g, 1/16) for g, which bounds it."""
+
+ACTIVATIONS = ("none", "relu", "silu", "gelu", "tanh", "leaky_relu", "elu")
+
+
+CONVOLUTIONS = {
+    False: (F.conv1d, F.conv2d, F.conv3d),
+    True: (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d),
+}
+"""torch's convolutions by transposed, then by spatial dimensions - 1."""
+
+
+def gate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 stays float64; everything else computes its gates in float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def gate_activation(preactivation: Tensor, kind: str) -> Tensor:
+    """g = act(p), elementwise (MR-VAE, Eqn. 7, and softplus).
+
+    sigmoid   1 / (1 + exp(-p))
+    sqrt      sqrt(-expm1(p)) for p < 0; exactly 0, with gradient 0, for p >= 0. The gradient near 0 is clipped to 8.
+    softplus  max(p, 0) + log1p(exp(-|p|))
+    identity  p (FiLM's shift)
+    """
+    limit = torch.finfo(preactivation.dtype).max
+    p = preactivation.clamp(-limit, limit)
+    if kind == "identity":
+        return p
+    if kind == "sigmoid":
+        return torch.sigmoid(p)
+    if kind == "softplus":
+        return p.clamp(min=0) + torch.log1p(torch.exp(-p.abs()))
+    if kind == "sqrt":
+        negative = p < 0
+        square = torch.where(negative, -torch.expm1(torch.where(negative, p, -torch.ones_like(p))), 0.0)
+        exact = square.detach().sqrt()
+        bounded = square / (2 * exact.clamp(min=0.5 / SQRT_GATE_MAX_SLOPE))
+        return exact + (bounded - bounded.detach())
+    raise ValueError(f"gate kind is {kind!r}; expected sigmoid, sqrt, softplus or identity")
+
+
+def gates(weight: Tensor, bias: Tensor, eta: Tensor, kind: str) -> Tensor:
+    """g = act(w eta + c): (C,) for a 0-d eta, (N, C) for eta of shape (N,)."""
+    dtype = gate_dtype(weight.dtype)
+    return gate_activation(eta.to(dtype).unsqueeze(-1) * weight.to(dtype) + bias.to(dtype), kind)
+
+
+def gate_bank(weight: Tensor, bias: Tensor, eta: Tensor, sizes: Sequence[int], kinds: Sequence[str]) -> list[Tensor]:
+    """All gates of a model from one flat w and c: a list with (C_i,) or (N, C_i) each."""
+    pairs = zip(weight.split(list(sizes)), bias.split(list(sizes)), kinds, strict=True)
+    return [gates(w, c, eta, kind) for w, c, kind in pairs]
+
+
+def fold(
+    weight: Tensor, bias: Tensor | None, gate: Tensor, shift: Tensor | None = None, groups: int = 0
+) -> tuple[Tensor, Tensor | None]:
+    """W' = g W, b' = g b + t for one beta a batch (gate (C,)).
+
+    groups = 0: the output channel is axis 0 of W. groups >= 1: W is a transposed convolution's, (C_in, C_out / groups,
+    k...), and input row i belongs to group i // (C_in / groups). W' has the dtype of W; b' likewise. None for no b and t.
+    """
+    if groups == 0:
+        scaled = weight.to(gate.dtype) * gate.reshape(-1, *[1] * (weight.dim() - 1))
+    else:
+        grouped = weight.to(gate.dtype).unflatten(0, (groups, weight.shape[0] // groups))
+        scaled = (grouped * gate.reshape(groups, 1, -1, *[1] * (weight.dim() - 2))).flatten(0, 1)
+    if bias is None:
+        folded_bias = shift
+    else:
+        folded_bias = bias.to(gate.dtype) * gate if shift is None else bias.to(gate.dtype) * gate + shift
+    return scaled.to(weight.dtype), None if folded_bias is None else folded_bias.to(weight.dtype)
+
+
+def activate(y: Tensor, activation: str) -> Tensor:
+    """The pointwise non-linearity by its name; GELU is the exact one, leaky ReLU has slope 0.01, ELU alpha 1."""
+    if activation == "none":
+        return y
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation is {activation!r}; expected one of {', '.join(ACTIVATIONS)}")
+    return getattr(torch, activation)(y) if activation in ("relu", "tanh") else getattr(F, activation)(y)
+
+
+def along(values: Tensor, dim: int, ndim: int) -> Tensor:
+    """View values (C,) or (N, C) so that they broadcast along axis `dim` (and axis 0) of a tensor with ndim axes."""
+    shape = [1] * ndim
+    shape[dim] = values.shape[-1]
+    if values.dim() == 2:
+        shape[0] = values.shape[0]
+    return values.reshape(shape)
+
+
+def epilogue(
+    u: Tensor, bias: Tensor | None, gate: Tensor, shift: Tensor | None = None, dim: int = 1, activation: str = "none"
+) -> Tensor:
+    """y = act(g (u + b) + t) along channel axis `dim` of u; g and t are (C,) or one a sample, (N, C)."""
+    y = u.to(gate.dtype)
+    if bias is not None:
+        y = y + along(bias.to(gate.dtype), dim, u.dim())
+    y = y * along(gate, dim, u.dim())
+    if shift is not None:
+        y = y + along(shift, dim, u.dim())
+    return activate(y, activation).to(u.dtype)
+
+
+def gated_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor, shift: Tensor | None = None, activation: str = "none",
+    strategy: str = "epilogue",
+) -> Tensor:
+    """y = act(g (x W^T + b) + t): x (..., K), W (C, K), g and t (C,), or (N, C) with x (N, ..., K)."""
+    if strategy == "fold":
+        return activate(F.linear(x, *fold(weight, bias, gate, shift)), activation)
+    return epilogue(F.linear(x, weight), bias, gate, shift, x.dim() - 1, activation)
+
+
+def gated_convolution(
+    x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor, shift: Tensor | None, stride: Sequence[int],
+    padding: Sequence[int], dilation: Sequence[int], transposed: bool, output_padding: Sequence[int], groups: int,
+    activation: str = "none", strategy: str = "epilogue",
+) -> Tensor:
+    """y = act(g (conv(x, W) + b) + t), 1-d to 3-d, transposed or not; x (N, C_in, ...), g and t (C_out,) or (N, C_out)."""
+    convolve = functools.partial(
+        CONVOLUTIONS[transposed][x.dim() - 3], stride=stride, padding=padding, dilation=dilation, groups=groups,
+        **({"output_padding": output_padding} if transposed else {}),
+    )
+    if strategy == "fold":
+        return activate(convolve(x, *fold(weight, bias, gate, shift, groups if transposed else 0)), activation)
+    return epilogue(convolve(x, weight), bias, gate, shift, 1, activation)

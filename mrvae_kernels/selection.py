@@ -1,0 +1,159 @@
+"""Which layers of a network get which gate, and why the others do not."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import NamedTuple
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .adapters import ADAPTERS, refusal
+from .gates import GateSpec
+
+Gates = str | GateSpec | Mapping[str, str | GateSpec]
+
+
+class Selection(NamedTuple):
+    """gated: layer name -> its GateSpec, in module order. left: layer name -> why it was left alone."""
+
+    gated: dict[str, GateSpec]
+    left: dict[str, str]
+
+
+def select(network: nn.Module, gates: Gates | None, include: Sequence[str] | None, exclude: Sequence[str]) -> Selection:
+    """Decide for each layer of the network.
+
+    gates maps module names to gates; the longest name that is the layer's own or a parent's counts, "" is the whole
+    network. include and exclude are names (of layers or parents) or patterns with *; a layer named in include that
+    cannot be gated, a name that matches nothing, and a layer or parameter used twice are ValueErrors.
+    """
+    specs = _resolve(network, gates)
+    names = dict(network.named_modules())
+    for option, patterns in (("exclude", exclude), ("include", include or ())):
+        for pattern in patterns:
+            if not any(_matches(name, pattern) for name in names):
+                raise ValueError(f"{option} names {pattern!r}, which is not in the network{_did_you_mean(pattern, names)}")
+    gated: dict[str, GateSpec] = {}
+    left: dict[str, str] = {}
+    before_norm = _before_batch_norm(network)
+    inside = _inside_opaque(network)
+    for name, module in names.items():
+        if next(module.parameters(recurse=False), None) is None:
+            continue
+        spec = specs.get(max((key for key in specs if _matches(name, key)), key=len, default=None))  # type: ignore[arg-type]
+        asked = include is not None and any(_matches(name, pattern) for pattern in include)
+        exact = include is not None and name in include
+        if any(_matches(name, pattern) for pattern in exclude):
+            left[name] = "excluded"
+        elif include is not None and not asked:
+            left[name] = "not in include"
+        elif spec is None:
+            left[name] = f"no entry of gates ({', '.join(map(repr, specs))}) covers it"
+        elif reason := inside.get(name) or _refusal(module, spec):
+            if exact:
+                raise ValueError(f"{name!r} was asked for in include, but cannot be gated: {reason}")
+            left[name] = reason
+        elif name in before_norm and not asked:
+            left[name] = f"batch normalisation ({before_norm[name]}) follows and would cancel its gate; the norm is gated"
+        else:
+            gated[name] = spec
+    if not gated:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in left.items()) or "it has no layer with parameters"
+        raise ValueError(f"nothing to gate in this {type(network).__name__}: {reasons}")
+    _refuse_sharing(network, gated)
+    return Selection(gated, left)
+
+
+def _resolve(network: nn.Module, gates: Gates | None) -> dict[str, GateSpec]:
+    if gates is None:
+        names = dict(network.named_children())
+        if "encoder" not in names or "decoder" not in names:
+            raise ValueError(
+                f"{type(network).__name__} has no children named encoder and decoder, so the gates must be said: "
+                'gates={"module name": "sigmoid", ...}, or gates="softplus" for every layer'
+            )
+        gates = {"encoder": "sigmoid", "decoder": "sqrt"}
+    if not isinstance(gates, Mapping):
+        return {"": GateSpec.of(gates)}
+    modules = dict(network.named_modules())
+    for name in gates:
+        if name not in modules:
+            raise ValueError(f"gates names {name!r}, which is not in the network{_did_you_mean(name, modules)}")
+        kinds = tuple(ADAPTERS)
+        if not any(type(module) in kinds for module in modules[name].modules()):
+            raise ValueError(f"gates names {name!r}, a {type(modules[name]).__name__} without any layer that can be gated")
+    if not gates:
+        raise ValueError("gates is empty; give a gate for at least one module")
+    return {name: GateSpec.of(spec) for name, spec in gates.items()}
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return pattern == "" or name == pattern or name.startswith(pattern + ".") or fnmatchcase(name, pattern)
+
+
+def _did_you_mean(name: str, known: Mapping[str, object]) -> str:
+    close = difflib.get_close_matches(name, [k for k in known if k], n=3, cutoff=0.5)
+    if close:
+        return f"; did you mean {' or '.join(map(repr, close))}?"
+    return f"; it has {', '.join(repr(k) for k in list(known)[1:8])}{', ...' if len(known) > 8 else ''}"
+
+
+def _refusal(module: nn.Module, spec: GateSpec) -> str | None:
+    adapter = ADAPTERS.get(type(module))
+    if adapter is None:
+        base = next((kind.__name__ for kind in ADAPTERS if isinstance(module, kind)), None)
+        if base is not None:
+            return f"a {type(module).__name__}, a subclass of nn.{base} whose forward may differ"
+        return f"a {type(module).__name__}, not a kind of layer that can be gated"
+    if isinstance(module, nn.modules.lazy.LazyModuleMixin):
+        return "a lazy layer without its sizes yet: run the network once first"
+    return refusal(module, spec)
+
+
+def _inside_opaque(network: nn.Module) -> dict[str, str]:
+    """Layers whose parent computes with their weights without calling them."""
+    return {
+        f"{name}.{child}" if name else child: "part of nn.MultiheadAttention, which uses its weight without calling it"
+        for name, module in network.named_modules() if isinstance(module, nn.MultiheadAttention)
+        for child, _ in module.named_modules() if child
+    }
+
+
+def _before_batch_norm(network: nn.Module) -> dict[str, str]:
+    """Products registered right before a batch norm of their width: in train mode it divides their gate out again.
+
+    Registration order stands for data flow (nn.Sequential, and by custom elsewhere); `include` overrules it.
+    """
+    found = {}
+    for parent, module in network.named_modules():
+        children = list(module.named_children())
+        for (name, layer), (norm_name, norm) in zip(children[:-1], children[1:], strict=True):
+            adapter = ADAPTERS.get(type(layer))
+            if adapter and adapter.product and isinstance(norm, _BatchNorm) and norm.affine:
+                if adapter.features(layer) == norm.num_features:
+                    prefix = f"{parent}." if parent else ""
+                    found[prefix + name] = prefix + norm_name
+    return found
+
+
+def _refuse_sharing(network: nn.Module, gated: Mapping[str, GateSpec]) -> None:
+    modules: dict[int, str] = {}
+    for name, module in network.named_modules(remove_duplicate=False):
+        if id(module) in modules and modules[id(module)] in gated:
+            raise ValueError(
+                f"{modules[id(module)]!r} and {name!r} are one and the same layer; a shared layer cannot have a gate for "
+                f"each use: exclude {modules[id(module)]!r}, or copy it"
+            )
+        modules.setdefault(id(module), name)
+    parameters: dict[int, str] = {}
+    for name, parameter in network.named_parameters(remove_duplicate=False):
+        other = parameters.setdefault(id(parameter), name)
+        owners = {other.rpartition(".")[0], name.rpartition(".")[0]}
+        if other != name and owners & gated.keys():
+            raise ValueError(
+                f"{other!r} and {name!r} are one and the same parameter; exclude {' and '.join(sorted(map(repr, owners)))}, "
+                "or untie them"
+            )
