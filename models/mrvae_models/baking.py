@@ -1,0 +1,139 @@
+"""bake_run(): one beta of a trained run as a plain model on disk, in three forms, checked after writing.
+
+    OUT/model.safetensors, OUT/config.json   for load_model(): the network's own classes, no gate left
+    OUT/model.pt2      torch.export program, x -> (reconstruction, mean, log_variance) at the posterior mean, any batch size
+    OUT/decoder.pt2    torch.export program, z -> image, to sample with
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import mrvae_kernels as mk
+
+from .config import TrainConfig
+from .curve import at, calibrated
+from .run import CONFIG, MODEL, load_model, replace_file, save_model, write_config
+from .vae import VAE
+
+PROGRAM = "model.pt2"
+DECODER = "decoder.pt2"
+
+TOLERANCE = 1e-5
+"""Largest difference allowed between gated and baked outputs, relative to the largest output, in float32."""
+
+
+class Baked(NamedTuple):
+    """What bake_run() wrote, and how far it is from the gated model."""
+
+    directory: Path
+    model: nn.Module
+    difference: float  # relative to the largest output
+
+
+class Reconstruction(nn.Module):
+    """x, (N, *input_shape) -> (E[x | z = mean], mean, log_variance): deterministic, in data space."""
+
+    def __init__(self, network: VAE) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        mean, log_variance = self.network.encode(x)
+        return self.network.likelihood.mean(self.network.decode(mean)), mean, log_variance
+
+
+class Generation(nn.Module):
+    """z, (N, latent) -> E[x | z], (N, *input_shape), in data space."""
+
+    def __init__(self, network: VAE) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.network.likelihood.mean(self.network.decode(z))
+
+
+def bake_run(
+    run: str | Path, beta: float, out: str | Path | None = None, calibration: Tensor | None = None, force: bool = False
+) -> Baked:
+    """Bake the model of a run at `beta` into the directory `out` (default: RUN/baked-<beta>).
+
+    calibration: training images, needed by networks with BatchNorm. ValueError for a beta that is not positive, and for a
+    run without gates; FileExistsError when `out` holds a model already (force=True replaces it); RuntimeError when what was
+    read back differs from the gated model by more than TOLERANCE. A beta outside the run's range is a warning.
+    """
+    run = Path(run)
+    out = run / f"baked-{beta:g}" if out is None else Path(out)
+    found = [name for name in (CONFIG, MODEL, PROGRAM, DECODER) if (out / name).exists()]
+    if found and not force:
+        raise FileExistsError(f"{out} holds a model already ({', '.join(found)}): replace it with --force, or choose another --out")
+    model, document = load_model(run)
+    if not isinstance(model, mk.MultiRate):
+        raise ValueError(f"{run} holds a plain model, without gates; there is nothing to bake")
+    batches = None if calibration is None else calibration.split(500)
+    network: Any = mk.bake(model, beta, batches).eval()
+    description = {key: value for key, value in document["model"].items() if key not in ("gates", "exclude", "beta_range")}
+    description["beta"] = beta
+    description = json.loads(json.dumps(description))
+    out.mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator().manual_seed(0)
+    parameter = next(network.parameters())
+    x = torch.rand((4, *network.input_shape), generator=generator).to(parameter)
+    z = torch.randn((4, network.latent), generator=generator).to(parameter)
+    _export(Reconstruction(network), x, out / PROGRAM)
+    _export(Generation(network), z, out / DECODER)
+    save_model(out, network, description)
+    write_config(out, description, config=document["config"], baked={"beta": beta, "run": str(run)})
+    difference = _verify(model, beta, calibration, out, x, z)
+    return Baked(out, network, difference)
+
+
+def _export(module: nn.Module, example: Tensor, path: Path) -> None:
+    """Write module(x) as a torch.export program whose first dimension may be any."""
+    batch = torch.export.Dim("batch", min=1)
+    with torch.no_grad():
+        program = torch.export.export(module.eval(), (example,), dynamic_shapes=({0: batch},))
+    replace_file(path, lambda temporary: _save_program(program, temporary))
+
+
+def _save_program(program: Any, path: Path) -> None:
+    with open(path, "wb") as file:  # by its name alone torch would warn that it does not end in .pt2
+        torch.export.save(program, file)
+
+
+def _verify(model: mk.MultiRate, beta: float, calibration: Tensor | None, out: Path, x: Tensor, z: Tensor) -> float:
+    """Read every file back and compare it with the gated model, with other batch sizes than it was exported with."""
+    x, z = torch.cat([x, x.flip(0), x[:1]]), torch.cat([z, -z, z[:1]])
+    gated: Any = model.network
+    with torch.no_grad():
+        with calibrated(model, calibration, beta), at(model, beta):
+            expected = [*Reconstruction(gated)(x), Generation(gated)(z)]
+        plain: Any = load_model(out)[0]
+        found = {
+            MODEL: [*Reconstruction(plain)(x), Generation(plain)(z)],
+            PROGRAM: list(torch.export.load(out / PROGRAM).module()(x)),
+            DECODER: [torch.export.load(out / DECODER).module()(z)],
+        }
+    worst = 0.0
+    for name, outputs in found.items():
+        against = expected[-1:] if name == DECODER else expected
+        for output, reference in zip(outputs, against, strict=False):
+            difference = ((output - reference).abs().max() / reference.abs().max()).item()
+            if not difference <= TOLERANCE:
+                raise RuntimeError(
+                    f"{out / name} differs from the gated model at beta = {beta:g} by {difference:.2g} of the largest output; "
+                    f"expected at most {TOLERANCE:g}"
+                )
+            worst = max(worst, difference)
+    return worst
+
+
+def source_config(document: dict[str, Any]) -> TrainConfig:
+    """The options of the run that a model comes from."""
+    return TrainConfig.from_dict(document["config"], CONFIG)

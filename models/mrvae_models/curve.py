@@ -1,0 +1,300 @@
+"""The rate-distortion curve of a trained model: rate, distortion, ELBO and active units at any betas.
+
+    curve = evaluate(model, load("digits", split="test"), betas=[0.01, 0.1, 1, 10])
+    curve.write_csv("curve.csv")
+
+Every beta sees the same noise (common random numbers), so that differences along the curve are the model's own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+import mrvae_kernels as mk
+
+from .config import read_json
+from .objectives import rate as rate_of
+from .run import plain_network, replace_file, versions, write_json
+
+ACTIVE_VARIANCE = 0.01
+"""A unit is active when the variance of its posterior mean over the data exceeds this (Burda et al., 2016)."""
+
+BOOTSTRAP = 200
+"""Resamples behind the standard error of the number of active units: its own relative error is about 5 %."""
+
+
+class Images(Protocol):
+    """What evaluate() needs of a dataset."""
+
+    images: Tensor  # (N, *input_shape)
+
+
+class Measurement(NamedTuple):
+    """One beta, one batch; N examples, k latent dimensions."""
+
+    distortion: Tensor  # (N,), nats, mean over the draws of z
+    rate: Tensor  # (N,), nats
+    mean: Tensor  # (N, k), of q(z | x)
+
+
+@dataclass(frozen=True)
+class Point:
+    """The curve at one beta. Means over the examples, in nats an example, each followed by its standard error.
+
+    objective = distortion + beta * rate; elbo = -(distortion + rate); active_units by ACTIVE_VARIANCE.
+    """
+
+    beta: float
+    rate: float
+    rate_se: float
+    distortion: float
+    distortion_se: float
+    elbo: float
+    elbo_se: float
+    objective: float
+    objective_se: float
+    active_units: int
+    active_units_se: float
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Points in order of beta, and what they were made from (`about`: config, seed, versions, examples)."""
+
+    points: tuple[Point, ...]
+    about: dict[str, Any] = field(default_factory=dict)
+
+    def column(self, name: str) -> list[float]:
+        """One quantity at all betas."""
+        return [getattr(point, name) for point in self.points]
+
+    def write_csv(self, path: str | Path) -> None:
+        """One row a beta, columns as in Point, numbers with all their digits."""
+
+        def write(temporary: Path) -> None:
+            with open(temporary, "w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, [entry.name for entry in fields(Point)])
+                writer.writeheader()
+                writer.writerows(asdict(point) for point in self.points)
+
+        replace_file(Path(path), write)
+
+    def write_json(self, path: str | Path) -> None:
+        """Points, what they were made from, and the versions of the packages; read_json() gives them back."""
+        points = [asdict(point) for point in self.points]
+        write_json(Path(path), {"about": {"versions": versions(), **self.about}, "points": points})
+
+    @classmethod
+    def read_json(cls, path: str | Path) -> Curve:
+        """A curve that write_json() wrote; ValueError for another file."""
+        document = read_json(path)
+        try:
+            return cls(tuple(Point(**point) for point in document["points"]), document["about"])
+        except (KeyError, TypeError):
+            raise ValueError(f"{path} holds no curve; expected a file that mrvae curve wrote") from None
+
+
+def log_spaced(low: float, high: float, count: int) -> list[float]:
+    """`count` betas from low to high, equally spaced in log beta; the middle of the range for one."""
+    if count == 1:
+        return [math.sqrt(low * high)]
+    # six digits: 0.1 rather than 0.09999999999999998
+    inner = [float(f"{low * (high / low) ** (i / (count - 1)):.6g}") for i in range(1, count - 1)]
+    return [low, *inner, high]
+
+
+def round_betas(low: float, high: float) -> list[float]:
+    """1, 2 and 5 times powers of ten within [low, high], and its ends; log-spaced where those are fewer than five."""
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    steps = [float(f"{digit}e{power}") for power in range(first, last + 1) for digit in (1, 2, 5)]
+    # an inner one too near to an end would crowd it
+    betas = [low, *(beta for beta in steps if low * 1.2 < beta < high / 1.2), high]
+    return betas if 5 <= len(betas) <= 30 else log_spaced(low, high, 10)
+
+
+def evaluate(
+    model: nn.Module,
+    dataset: Images,
+    betas: Sequence[float],
+    batch_size: int = 500,
+    samples: int = 1,
+    seed: int = 0,
+    calibration: Tensor | None = None,
+    about: dict[str, Any] | None = None,
+) -> Curve:
+    """Rate, distortion, ELBO, D + beta R and active units of `model` at `betas`, on all of `dataset`.
+
+    model        a MultiRate around a VAE, or a plain (baked, or separately trained) VAE with the one beta it is for
+    samples      draws of z an example that the distortion averages over; the rate is analytic
+    seed         of the noise, which is the same at every beta
+    calibration  training images, (n, *input_shape); needed by networks with BatchNorm, whose running statistics are
+                 recalibrated at each beta and put back afterwards
+    Standard errors are over examples: std / sqrt(N), and for active units the bootstrap's.
+    ValueError for an empty dataset, for betas that are not positive, and for more than one with a plain model.
+    """
+    images = dataset.images
+    _check(model, images, betas, batch_size, samples)
+    generator = torch.Generator()
+    points = []
+    with torch.no_grad(), _evaluating(model):
+        for beta in sorted(betas):
+            with calibrated(model, calibration, beta, batch_size):
+                parts = []
+                for start in range(0, len(images), batch_size):
+                    # one seed a batch: the same noise at every beta, whatever order they come in
+                    generator.manual_seed(seed * 1_000_003 + start)
+                    parts.append(measure(model, images[start : start + batch_size], beta, generator, samples))
+            points.append(_point(beta, Measurement(*(torch.cat(part).double().cpu() for part in zip(*parts, strict=True)))))
+    calibrated_on = 0 if calibration is None else len(calibration)
+    details = {"examples": len(images), "samples": samples, "seed": seed, "calibration_examples": calibrated_on}
+    return Curve(tuple(points), {**(about or {}), "evaluation": details})
+
+
+def measure(model: nn.Module, x: Tensor, beta: float, generator: torch.Generator, samples: int = 1) -> Measurement:
+    """Distortion, rate and posterior mean of a batch at one beta, with noise drawn on the CPU from `generator`."""
+    network = plain_network(model)
+    parameter = next(network.parameters())
+    x = x.to(device=parameter.device, dtype=parameter.dtype)
+    with at(model, beta):
+        mean, log_variance = network.encode(x)
+        noise = torch.randn((samples, *mean.shape), generator=generator).to(mean)
+        distortion = torch.stack([
+            network.likelihood.distortion(network.decode(mean + torch.exp(0.5 * log_variance) * draw), x) for draw in noise
+        ]).mean(0)
+    return Measurement(distortion, rate_of(mean, log_variance), mean)
+
+
+def at(model: nn.Module, beta: float) -> contextlib.AbstractContextManager[Any]:
+    """A block in which the network's encode() and decode() run at this beta; a plain model is at its own already."""
+    return model.at(beta) if isinstance(model, mk.MultiRate) else contextlib.nullcontext()
+
+
+def has_running_statistics(model: nn.Module) -> bool:
+    """Whether the model has BatchNorm layers whose running statistics mix the betas of training."""
+    return any(
+        isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats for module in model.modules()
+    )
+
+
+@contextlib.contextmanager
+def calibrated(model: nn.Module, images: Tensor | None, beta: float, batch_size: int = 500) -> Iterator[None]:
+    """A block in which a MultiRate's BatchNorm layers have the running statistics of this beta, on `images`.
+
+    They are put back at the end. Nothing to do for a plain model, or without BatchNorm; ValueError when images are missing.
+    """
+    if not isinstance(model, mk.MultiRate) or not has_running_statistics(model):
+        yield
+        return
+    if images is None:
+        raise ValueError(
+            "the network has BatchNorm, whose running statistics mix the betas of training: "
+            "pass calibration=, training images to recalibrate them on at each beta"
+        )
+    buffers = dict(model.named_buffers())
+    saved = {name: buffer.clone() for name, buffer in buffers.items()}
+    parameter = next(model.parameters())
+    try:
+        model.recalibrate((batch.to(parameter) for batch in images.split(batch_size)), beta)
+        yield
+    finally:
+        for name, buffer in buffers.items():
+            buffer.copy_(saved[name])
+
+
+class Pictures(NamedTuple):
+    """Images along beta, in [0, 1] for likelihoods of such data; b betas, n examples, m draws from the prior."""
+
+    betas: list[float]
+    originals: Tensor  # (n, C, H, W)
+    reconstructions: Tensor  # (b, n, C, H, W), from z ~ q(z | x) with the same noise at every beta
+    samples: Tensor  # (b, m, C, H, W), the same z ~ N(0, I) at every beta
+
+
+def pictures(
+    model: nn.Module,
+    dataset: Images,
+    betas: Sequence[float],
+    count: int = 8,
+    seed: int = 0,
+    calibration: Tensor | None = None,
+) -> Pictures:
+    """Reconstructions of `count` examples, drawn by `seed`, and as many samples from the prior, at each of `betas`."""
+    network = plain_network(model)
+    generator = torch.Generator().manual_seed(seed)
+    chosen = dataset.images[torch.randperm(len(dataset.images), generator=generator)[:count]]
+    parameter = next(network.parameters())
+    x = chosen.to(parameter)
+    reconstructions, drawn = [], []
+    noise = torch.randn(2, count, network.latent, generator=generator).to(parameter)
+    with torch.no_grad(), _evaluating(model):
+        for beta in betas:
+            with calibrated(model, calibration, beta), at(model, beta):
+                mean, log_variance = network.encode(x)
+                z = mean + torch.exp(0.5 * log_variance) * noise[0, : len(x)]
+                reconstructions.append(network.likelihood.mean(network.decode(z)).float().cpu())
+                drawn.append(network.likelihood.mean(network.decode(noise[1])).float().cpu())
+    return Pictures(list(betas), chosen.cpu(), torch.stack(reconstructions), torch.stack(drawn))
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _check(model: nn.Module, images: Tensor, betas: Sequence[float], batch_size: int, samples: int) -> None:
+    if len(images) == 0:
+        raise ValueError("the dataset is empty; expected at least one example")
+    if not betas:
+        raise ValueError("no betas given; expected at least one")
+    for beta in betas:
+        if not 0 < beta < math.inf:
+            raise ValueError(f"beta is {beta}; expected a positive, finite KL weight")
+    if len(betas) > 1 and not isinstance(model, mk.MultiRate):
+        raise ValueError(f"{len(betas)} betas for a plain model, which is one point of a curve; give the beta it was trained at")
+    if batch_size < 1 or samples < 1:
+        raise ValueError(f"batch_size is {batch_size} and samples {samples}; expected positive integers")
+
+
+def _point(beta: float, measured: Measurement) -> Point:
+    distortion, rate, mean = measured
+
+    def average(values: Tensor) -> tuple[float, float]:
+        error = values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
+        return values.mean().item(), error
+
+    return Point(
+        beta, *average(rate), *average(distortion), *average(-(distortion + rate)), *average(distortion + beta * rate),
+        *active_units(mean),
+    )
+
+
+def active_units(mean: Tensor, seed: int = 0) -> tuple[int, float]:
+    """Number of latent dimensions whose posterior mean, (N, k), varies over the data by more than ACTIVE_VARIANCE.
+
+    The second number is its standard error, by resampling the N examples BOOTSTRAP times.
+    """
+    mean = mean.double() - mean.double().mean(0)  # centred: no cancellation in E[m^2] - E[m]^2
+    n = len(mean)
+    count = int((mean.square().mean(0) > ACTIVE_VARIANCE).sum())
+    generator = torch.Generator().manual_seed(seed)
+    counts = []
+    for _ in range(BOOTSTRAP):
+        weights = torch.bincount(torch.randint(n, (n,), generator=generator), minlength=n).double() / n
+        variance = weights @ mean.square() - (weights @ mean).square()
+        counts.append((variance > ACTIVE_VARIANCE).sum())
+    return count, torch.stack(counts).double().std().item()

@@ -1,0 +1,89 @@
+"""Images as one tensor in memory, from the embedded digits, files of the user's own, or a public set by name.
+
+    train = load("digits", split="train", binarize="dynamic", seed=0)
+    for x in batches(train, 128, shuffle=True, seed=0): ...        # x: (128, 1, 28, 28), float32 in [0, 1]
+
+Everything is checked while loading, before any training: values, shapes, NaN, empty sets, damaged files. What is wrong
+raises `DataError`, which names the file, what was found, what was expected and what to do. Nothing read can run code.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from . import arrays, folder, hub, idx
+from .checks import DataError, Raw, checked
+from .dataset import Batches, ImageDataset, batches
+from .splits import SPLITS, Sets, check_seed, choose
+
+__all__ = ["SPLITS", "Batches", "DataError", "ImageDataset", "batches", "load"]
+
+DIGITS = Path(__file__).parent.parent / "data_files" / "mnist6k.npz"
+
+
+def load(
+    source: str | os.PathLike[str] | np.ndarray | Tensor = "digits",
+    split: str = "train",
+    binarize: str = "none",
+    seed: int = 0,
+    layout: str | None = None,
+    resize: int | tuple[int, int] | None = None,
+) -> ImageDataset:
+    """One split of a set of images, as float32 in [0, 1], shape (N, C, H, W).
+
+    source:
+      "digits"     6,000 MNIST digits that come with the package: 4,500 train, 500 validation, 1,000 test
+      "hf:NAME"    a public set through Hugging Face `datasets`; "hf:NAME:CONFIG" chooses a configuration
+      a folder     of IDX files (MNIST's names, .gz or not), or of images; sub-folders train, validation, test are the
+                   splits, and any others the labels
+      a file       .npz, .npy or IDX
+      an array     numpy or torch
+    split: "train", "validation" or "test". A source with all three is used as it is; one with train and test holds out
+      a tenth of train for validation; one undivided set is split 8 : 1 : 1. `seed` decides: give every split the same.
+    binarize: "none"; "fixed", one Bernoulli draw from `seed`, kept; "dynamic", drawn anew at every access.
+    layout: of 4-d arrays, "NCHW" or "NHWC", where the shape leaves it open.
+    resize: side, or (height, width), for images in files (folders and "hf:").
+
+    Values: uint8 0 to 255 (divided by 255; a uint8 set of 0 and 1 only is taken as binary), bool, or floats in [0, 1].
+    Raises DataError, a ValueError, for anything else.
+    """
+    if split not in SPLITS:
+        raise DataError(f"split {split!r} is not known; expected one of {', '.join(SPLITS)}")
+    check_seed(seed)
+    named = str(source) if isinstance(source, (str, os.PathLike)) else "the array"
+    raw, kept = choose(_sets(source, resize), split, seed, named)
+    images, labels = checked(raw, kept, layout)
+    return ImageDataset(images, labels, binarize, seed)
+
+
+def _sets(source: Any, resize: int | tuple[int, int] | None) -> Sets:
+    if isinstance(source, str) and source.startswith("hf:"):
+        return hub.sets(source.removeprefix("hf:"), resize)
+    path = Path(source).expanduser() if isinstance(source, (str, os.PathLike)) else None
+    if path is not None and str(source) != "digits" and path.is_dir() and not idx.files(path):
+        return folder.sets(path, resize)
+    if resize is not None:
+        raise DataError(f"resize={resize} is for image files (a folder of them, or hf:NAME); this source holds arrays")
+    if path is None:
+        array = source.detach().cpu().numpy() if isinstance(source, Tensor) else np.asarray(source)
+        return {"all": lambda: Raw(array, None, "the array")}
+    if str(source) == "digits":
+        return arrays.sets(DIGITS)
+    if path.is_dir() or (path.is_file() and idx.is_idx(path)):
+        return idx.sets(path)
+    if not path.exists():
+        raise DataError(
+            f"{path}: no such file or folder; expected 'digits', 'hf:NAME', a .npz, .npy or IDX file, "
+            "or a folder of IDX files or images"
+        )
+    if path.suffix.lower() in (".npz", ".npy"):
+        return arrays.sets(path)
+    raise DataError(
+        f"{path}: this kind of file is not known; expected .npz, .npy or an IDX file (named ...-ubyte, ...-ubyte.gz or "
+        ".idx); for images give their folder"
+    )

@@ -1,0 +1,183 @@
+"""The data set in memory, its binarisation, and batches of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from .checks import DataError
+from .splits import check_seed
+
+BINARIZE = ("none", "fixed", "dynamic")
+
+
+def bernoulli(probabilities: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """0 or 1 with these probabilities; on a CPU 3.7 times as fast as torch.bernoulli (0.28, 1.03 ms for 128x784)."""
+    uniform = torch.rand(probabilities.shape, generator=generator, device=probabilities.device)
+    return (uniform < probabilities).to(probabilities.dtype)
+
+
+class ImageDataset(Dataset[Tensor]):
+    """Images in memory, and what is drawn from them.
+
+    images: (N, C, H, W) float32 in [0, 1]; labels: (N,) int64, or None; input_shape: (C, H, W).
+    An item is one image (C, H, W), without its label. binarize: "none", the images as they are; "fixed", one Bernoulli
+    draw from `seed`, which then are `images`; "dynamic", a draw at every access, `images` being the probabilities. A
+    dynamic item takes torch's global generator; `batches` takes its own, so that its draws can be repeated.
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor | None = None, binarize: str = "none", seed: int = 0):
+        if images.dim() != 4 or images.dtype != torch.float32 or len(images) == 0:
+            raise DataError(
+                f"images are {images.dtype}, shape {tuple(images.shape)}; expected float32, (N, C, H, W), N at least "
+                "1: load(array) converts other arrays"
+            )
+        if labels is not None and labels.shape != images.shape[:1]:
+            raise DataError(f"labels have shape {tuple(labels.shape)}; expected ({len(images)},), one an image")
+        if binarize not in BINARIZE:
+            raise DataError(f"binarize is {binarize!r}; expected one of {', '.join(BINARIZE)}")
+        if binarize == "fixed":
+            images = bernoulli(images, torch.Generator(images.device).manual_seed(seed))
+        self.images = images
+        self.labels = labels
+        self.binarize = binarize
+        self.input_shape = tuple(images.shape[1:])
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def take(self, indices: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """The images at `indices` (n,), as one tensor (n, C, H, W)."""
+        images = self.images.index_select(0, indices)
+        return bernoulli(images, generator) if self.binarize == "dynamic" else images
+
+    def __getitem__(self, index: int) -> Tensor:
+        return bernoulli(self.images[index]) if self.binarize == "dynamic" else self.images[index]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Tensor]:
+        # torch's DataLoader asks for a whole batch here; a list, because its default collation stacks one.
+        return list(self.take(torch.as_tensor(indices)).unbind())
+
+
+class Batches:
+    """Batches of an ImageDataset; iterate once for each epoch. `batches` makes it.
+
+    The order of an epoch and the draws of dynamic binarisation depend on (seed, epoch, position) alone. `state_dict`
+    and `load_state_dict` hold the place in the epoch, so a run that was stopped goes on with exactly the batches it
+    would have had; Lightning saves and restores them, and calls `set_epoch`.
+
+    With several processes, process `rank` of `world` gets every world-th row of a batch of batch_size * world, so that
+    together they see what one process with that batch size would; rows that do not divide at the end are left out.
+    """
+
+    def __init__(
+        self,
+        dataset: ImageDataset,
+        batch_size: int,
+        shuffle: bool,
+        seed: int,
+        drop_last: bool,
+        rank: int | None,
+        world: int | None,
+    ):
+        self.dataset = dataset
+        self.batch_size = batch_size
+        self.shuffle = shuffle
+        self.seed = seed
+        self.drop_last = drop_last
+        self._processes = (rank, world)
+        self._next_epoch = 0
+        self._start_at = 0
+        self._place = {"epoch": 0, "position": 0}
+
+    @property
+    def world(self) -> int:
+        given = self._processes[1]
+        return given if given is not None else dist.get_world_size() if _distributed() else 1
+
+    @property
+    def rank(self) -> int:
+        given = self._processes[0]
+        return given if given is not None else dist.get_rank() if _distributed() else 0
+
+    def __len__(self) -> int:
+        whole, rest = divmod(len(self.dataset), self.batch_size * self.world)
+        return whole + (rest >= self.world and not self.drop_last)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        # A generator, so this runs at the first batch: Lightning makes iterators, and only then calls set_epoch.
+        epoch, start = self._next_epoch, self._start_at
+        self._next_epoch, self._start_at = epoch + 1, 0
+        rank, world = self.rank, self.world
+        n, size, device = len(self.dataset), self.batch_size * world, self.dataset.images.device
+        order = torch.randperm(n, generator=_generator("cpu", 0, self.seed, epoch)) if self.shuffle else torch.arange(n)
+        order = order.to(device)
+        for position in range(start, len(self)):
+            rows = order[position * size : (position + 1) * size]
+            rows = rows[: len(rows) // world * world]
+            if self.dataset.binarize == "dynamic":  # draws for the whole batch, so that they do not depend on `world`
+                x = self.dataset.take(rows, _generator(device, 1, self.seed, epoch, position))[rank::world]
+            else:
+                x = self.dataset.take(rows[rank::world])
+            # Before the yield: a state saved while this batch is in use must name the one after it.
+            self._place = {"epoch": epoch, "position": position + 1}
+            yield x
+
+    def set_epoch(self, epoch: int) -> None:
+        """The epoch that the next iteration is; without it, one after the last."""
+        if epoch != self._next_epoch:
+            self._next_epoch, self._start_at = epoch, 0
+
+    @property
+    def sampler(self) -> Batches:
+        """Itself: Lightning calls `set_epoch` on a loader's `sampler`."""
+        return self
+
+    def state_dict(self) -> dict[str, int]:
+        return dict(self._place)
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Makes the next iteration go on where `state` was saved; after an epoch's last batch, with the next epoch."""
+        self._place = {"epoch": int(state["epoch"]), "position": int(state["position"])}
+        done = self._place["position"] >= len(self)
+        self._next_epoch = self._place["epoch"] + int(done)
+        self._start_at = 0 if done else self._place["position"]
+
+
+def batches(
+    dataset: ImageDataset,
+    batch_size: int,
+    shuffle: bool = False,
+    seed: int = 0,
+    drop_last: bool = False,
+    rank: int | None = None,
+    world: int | None = None,
+) -> Batches:
+    """An iterable over batches (n, C, H, W) of a data set in memory, which Lightning takes as a dataloader.
+
+    A batch is one indexing of one tensor. batch_size: examples a step, of each process. shuffle: a new order each
+    epoch, from `seed` and the epoch's number. rank, world: this process and how many there are; None asks
+    torch.distributed. Raises DataError for a batch size below 1, and for one that leaves no batch.
+    """
+    check_seed(seed)
+    if batch_size < 1:
+        raise DataError(f"batch_size is {batch_size}; expected at least 1")
+    made = Batches(dataset, batch_size, shuffle, seed, drop_last, rank, world)
+    if len(made) == 0:
+        raise DataError(f"{len(dataset)} images give no whole batch of {batch_size}; use a smaller batch_size")
+    return made
+
+
+def _distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _generator(device: torch.device | str, *entropy: int) -> torch.Generator:
+    """A generator from several numbers, so that (seed 0, epoch 1) and (seed 1, epoch 0) have nothing in common."""
+    seed = int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])
+    return torch.Generator(device).manual_seed(seed)

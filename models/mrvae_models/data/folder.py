@@ -1,0 +1,105 @@
+"""Folders of image files, and the decoding of images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .checks import DataError, Raw
+from .splits import NAMES, Sets
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".pgm", ".ppm"}
+GREY = {"1", "L", "LA"}
+
+
+def sets(root: Path, resize: int | tuple[int, int] | None) -> Sets:
+    """Sub-folders named train, validation (valid, val) and test are the sets; without them all images are one set."""
+    found: Sets = {}
+    for child in sorted(root.iterdir()):
+        split = NAMES.get(child.name.lower())
+        if child.is_dir() and split:
+            found[split] = lambda child=child: _raw(child, resize)  # type: ignore[misc]
+    return found or {"all": lambda: _raw(root, resize)}
+
+
+def _raw(root: Path, resize: int | tuple[int, int] | None) -> Raw:
+    files = sorted(
+        path
+        for path in root.rglob("*")
+        if path.suffix.lower() in SUFFIXES and path.is_file() and not path.name.startswith(".")
+    )
+    if not files:
+        raise DataError(
+            f"{root}: no images; expected files ending in {', '.join(sorted(SUFFIXES))}, or IDX files "
+            "(train-images-idx3-ubyte.gz); for .npz and .npy give the file itself"
+        )
+    images = decode([str(file) for file in files], lambda i: _open(files[i]), resize)
+    classes = [file.relative_to(root).parts[0] if file.parent != root else "" for file in files]
+    names = sorted(set(classes))
+    labels = None if "" in names else np.array([names.index(name) for name in classes])
+    return Raw(images, labels, str(root))
+
+
+def _open(path: Path) -> Any:
+    from PIL import Image
+
+    return Image.open(path)
+
+
+def decode(names: Sequence[str], opened: Callable[[int], Any], resize: int | tuple[int, int] | None) -> np.ndarray:
+    """uint8 images (N, H, W), all grey, or (N, H, W, 3); `opened(i)` gives the i-th as a PIL image, `names` names it.
+
+    Where any image has colour, all become RGB; transparency is dropped. Sizes are compared from the headers, before
+    anything is decoded. Raises DataError for sizes that differ without `resize`, and for a file that cannot be decoded.
+    """
+    from PIL import Image
+
+    size = _target(resize)
+    colour = False
+    for i, name in enumerate(names):
+        with _naming(name), opened(i) as image:
+            if image.mode.startswith(("I", "F")):
+                raise DataError(f"{name}: pixels of mode {image.mode}; expected 8 bits a channel: convert the image")
+            colour = colour or image.mode not in GREY
+            if size is None:
+                size = image.size
+            if resize is None and image.size != size:
+                raise DataError(
+                    f"{name}: {image.size[0]}x{image.size[1]} pixels, and {names[0]} has {size[0]}x{size[1]}; expected "
+                    "one size for all: pass resize=SIDE or resize=(HEIGHT, WIDTH)"
+                )
+    assert size is not None
+    images = np.empty((len(names), size[1], size[0]) + ((3,) if colour else ()), np.uint8)
+    for i, name in enumerate(names):
+        with _naming(name), opened(i) as image:
+            pixels = image.convert("RGB" if colour else "L")
+            images[i] = pixels if pixels.size == size else pixels.resize(size, Image.Resampling.BICUBIC)
+    return images
+
+
+def _target(resize: int | tuple[int, int] | None) -> tuple[int, int] | None:
+    """(width, height), as PIL has it."""
+    if resize is None:
+        return None
+    height, width = (resize, resize) if isinstance(resize, int) else resize
+    if height < 1 or width < 1:
+        raise DataError(f"resize is {resize}; expected a side, or (height, width), of at least 1 pixel")
+    return width, height
+
+
+class _naming:
+    """Turns whatever a decoder raises into a DataError that names the file; decoders have no common error class."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        if isinstance(error, Exception) and not isinstance(error, DataError):
+            raise DataError(
+                f"{self.name}: cannot be decoded ({error}); expected a whole image file: repair or remove it"
+            ) from error

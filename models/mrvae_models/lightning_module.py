@@ -1,0 +1,170 @@
+"""Algorithm 1 of the MR-VAE paper as a Lightning module; with one fixed beta and no gates, the beta-VAE baseline."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+
+import mrvae_kernels as mk
+
+from .config import TrainConfig
+from .curve import calibrated, log_spaced, measure
+from .loader import EpochLoader
+from .objectives import beta_vae, sample_beta
+from .run import plain_network
+
+OBJECTIVE = "validation/objective"
+"""What validation minimises: D + beta R on the validation set, averaged over betas of the range."""
+
+
+class Averages(NamedTuple):
+    """Means over steps, in nats an example."""
+
+    loss: float
+    distortion: float
+    rate: float
+
+
+class RunningAverages:
+    """Means of the training steps since somebody last took them; summed on the device, so that no step waits for it."""
+
+    def __init__(self) -> None:
+        self._sums: Tensor | None = None
+        self._count = 0
+
+    def add(self, step: Tensor) -> None:
+        """Count one step: a tensor of the fields of Averages."""
+        self._sums = step if self._sums is None else self._sums + step
+        self._count += 1
+
+    def take(self) -> Averages | None:
+        """Means since the last call, or None without a step; waits for the device."""
+        sums, count = self._sums, self._count
+        self._sums, self._count = None, 0
+        return None if sums is None else Averages(*(sums / count).tolist())
+
+
+class TrainingModule(pl.LightningModule):
+    """Trains `model` by the options of a TrainConfig.
+
+    A step: draw beta, log-uniform over the range (one an example, or one), and minimise mean(D_i + beta_i R_i).
+    A batch is a tensor of images, (N, *input_shape).
+    Validation: D + beta R at `config.validation_betas` betas over the range, averaged, with the same noise each time.
+    """
+
+    def __init__(
+        self, model: nn.Module, config: TrainConfig, loader: EpochLoader, calibration: Tensor | None = None
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.loader = loader
+        self.config = config
+        self.steps = 0  # optimiser steps of the whole run
+        self._calibration = [calibration]  # in a list: a tensor attribute is no state, and is not moved to the device
+        self.recent_averages = RunningAverages()  # for the progress line
+        self.epoch_averages = RunningAverages()
+        self.validated_epoch: int | None = None
+        self._validation: list[Tensor] = []
+
+    def setup(self, stage: str) -> None:
+        self.steps = len(self.loader) * self.config.epochs  # here the processes know of each other, and their shares
+
+    def on_fit_start(self) -> None:
+        """Data that fits into a quarter of a GPU's free memory moves there once, instead of batch by batch."""
+        images = self.loader.batches.dataset.images
+        if self.device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(self.device)[0] // 4:
+            self.loader.batches.dataset.images = images.to(self.device)
+
+    def training_step(self, x: Tensor) -> Tensor:
+        config = self.config
+        beta: float | Tensor
+        if config.beta is None:
+            beta = sample_beta(
+                len(x), config.sampled_range, config.sample, stratified=config.stratified, device=self.device
+            )
+            output = self.model(x, beta=beta)
+        else:
+            beta = config.beta
+            output = self.model(x)
+        objective = beta_vae(output, x, beta, plain_network(self.model).likelihood)
+        with torch.no_grad():
+            step = torch.stack([objective.loss, objective.distortion.mean(), objective.rate.mean()])
+            self.recent_averages.add(step)
+            self.epoch_averages.add(step)
+        return objective.loss
+
+    @property
+    def betas_of_validation(self) -> list[float]:
+        if self.config.beta is not None:
+            return [self.config.beta]
+        return log_spaced(*self.config.beta_range, self.config.validation_betas)
+
+    @property
+    def validation_metrics(self) -> list[str]:
+        """Names of what a validation logs."""
+        names = [f"validation/{{}}/beta={beta:.3g}" for beta in self.betas_of_validation]
+        return [OBJECTIVE, *(name.format(quantity) for quantity in ("distortion", "rate") for name in names)]
+
+    def on_validation_epoch_start(self) -> None:
+        self._validation = [torch.zeros(len(self.betas_of_validation), 3, dtype=torch.float64, device=self.device)]
+
+    def validation_step(self, x: Tensor, batch_idx: int) -> None:
+        if batch_idx % self.trainer.world_size != self.global_rank:
+            return  # another process's share
+        generator = torch.Generator()
+        sums = []
+        for beta in self.betas_of_validation:
+            # one seed a batch: the same noise at every beta and in every epoch
+            generator.manual_seed(self.config.seed * 1_000_003 + batch_idx)
+            with calibrated(self.model, self._calibration[0], beta):
+                measured = measure(self.model, x, beta, generator)
+            sums.append(torch.stack([measured.distortion.sum(), measured.rate.sum(), measured.rate.new_tensor(len(x))]))
+        self._validation.append(torch.stack(sums).double())  # (betas, 3)
+
+    def on_validation_epoch_end(self) -> None:
+        sums = torch.stack(self._validation).sum(0)
+        sums = self.trainer.strategy.reduce(sums, reduce_op="sum")
+        means = sums[:, :2] / sums[:, 2:]
+        betas = torch.tensor(self.betas_of_validation).to(means)
+        values = [(means[:, 0] + betas * means[:, 1]).mean(), *means[:, 0], *means[:, 1]]
+        self.log_dict(dict(zip(self.validation_metrics, (value.float() for value in values), strict=True)))
+        self.validated_epoch = self.current_epoch
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        config = self.config
+        if isinstance(self.model, mk.MultiRate):
+            groups = [
+                {"params": self.model.network_parameters(), "lr": config.lr},
+                {"params": self.model.gate_parameters(), "lr": config.lr * config.gate_lr_factor},
+            ]
+        else:
+            groups = [{"params": list(self.model.parameters()), "lr": config.lr}]
+        optimizer = torch.optim.Adam(groups, lr=config.lr, fused=self._can_fuse())
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor(config, self.steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _can_fuse(self) -> bool:
+        """One launch for all parameters instead of several a parameter, where torch has that kernel."""
+        unscaling = self.config.precision == "16-mixed"  # Lightning cannot clip inside a fused step that unscales
+        return self.device.type in ("cpu", "cuda") and not (unscaling and self.config.clip is not None)
+
+
+def learning_rate_factor(config: TrainConfig, steps: int) -> Callable[[int], float]:
+    """Step -> factor of the learning rate: a linear rise over warmup_epochs, then a cosine down to final_lr at `steps`."""
+    warmup = round(steps * config.warmup_epochs / config.epochs)
+    floor = config.final_lr / config.lr
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        if config.schedule == "constant":
+            return 1.0
+        progress = min(1.0, (step - warmup) / max(1, steps - warmup))
+        return floor + (1 - floor) * (1 + math.cos(math.pi * progress)) / 2
+
+    return factor

@@ -1,0 +1,65 @@
+"""Encoder and decoder pairs, by name.
+
+    vae = build("cnn", (3, 32, 32), latent=256)
+
+A network is a function of the data's shape that returns a `VAE`; `NETWORKS` is the list of them. To add one, write the
+function in a file of its own and name it there.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ..likelihoods import Likelihood
+from ..likelihoods import likelihood as likelihood_called
+from ..vae import VAE
+from .cnn import cnn
+from .linear import Centre, linear
+from .mlp import mlp
+
+NETWORKS: dict[str, Callable[..., VAE]] = {"linear": linear, "mlp": mlp, "cnn": cnn}
+
+__all__ = ["NETWORKS", "build", "cnn", "linear", "mlp", "start_from"]
+
+
+def build(
+    name: str,
+    input_shape: Sequence[int],
+    latent: int | None = None,
+    *,
+    likelihood: str | Likelihood | None = None,
+    sigma: float | None = None,
+    **options: Any,
+) -> VAE:
+    """The network called `name` for data of shape (N, *input_shape).
+
+    latent: its dimensions; None takes the network's default. likelihood: "bernoulli", "gaussian" (with `sigma`), an
+    instance, or None for the network's default. options: the network's own, e.g. hidden=(300,) for "mlp".
+    Raises ValueError for a name or option that is not known and for sizes that cannot work.
+    """
+    if name not in NETWORKS:
+        raise ValueError(f"network {name!r} is not known; expected one of {', '.join(NETWORKS)}")
+    network = NETWORKS[name]
+    own = set(inspect.signature(network).parameters) - {"input_shape", "latent", "likelihood"}
+    if unknown := sorted(set(options) - own):
+        raise ValueError(f"network {name!r} has no option {unknown[0]!r}; it has {', '.join(sorted(own))}")
+    if isinstance(likelihood, str):
+        likelihood = likelihood_called(likelihood, sigma)
+    elif sigma is not None:
+        raise ValueError(f"sigma={sigma} needs likelihood='gaussian'; likelihood is {likelihood!r}")
+    given = {"latent": latent, "likelihood": likelihood}
+    return network(tuple(input_shape), **{key: value for key, value in given.items() if value is not None}, **options)
+
+
+def start_from(vae: VAE, images: Tensor) -> None:
+    """Sets what a network takes from its training data, (N, *input_shape), before training: mu of "linear".
+
+    Networks without such parts are left as they are.
+    """
+    for module in vae.modules():
+        if isinstance(module, Centre):
+            module.start_from(images)

@@ -1,0 +1,56 @@
+"""What every network needs: checks of its sizes, and layers by name."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Sequence
+
+from torch import nn
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "relu": nn.ReLU,
+    "silu": nn.SiLU,
+    "gelu": nn.GELU,
+    "tanh": nn.Tanh,
+    "leaky_relu": nn.LeakyReLU,
+    "elu": nn.ELU,
+}
+
+
+def activation_called(name: str) -> type[nn.Module]:
+    if name not in ACTIVATIONS:
+        raise ValueError(f"activation {name!r} is not known; expected one of {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[name]
+
+
+def norm_layers(name: str, channels: int) -> list[nn.Module]:
+    """The norm after a convolution, as a list of none or one. "group": 8 groups, fewer where 8 does not divide."""
+    if name == "batch":
+        return [nn.BatchNorm2d(channels)]
+    if name == "group":
+        return [nn.GroupNorm(math.gcd(8, channels), channels)]
+    if name == "none":
+        return []
+    raise ValueError(f"norm {name!r} is not known; expected 'batch', 'group' or 'none'")
+
+
+def check_sizes(what: str, sizes: Sequence[int]) -> tuple[int, ...]:
+    """`sizes` as a tuple, after making sure that each is a whole number above 0."""
+    for size in sizes:
+        if isinstance(size, bool) or not isinstance(size, numbers.Integral) or size < 1:
+            raise ValueError(f"{what} holds {size!r}; expected whole numbers of at least 1")
+    return tuple(int(size) for size in sizes)
+
+
+def check_shape(input_shape: Sequence[int], dimensions: int | None = None) -> tuple[int, ...]:
+    """`input_shape` as a tuple: not empty, sizes above 0, and (C, H, W) where `dimensions` is 3."""
+    shape = check_sizes("input_shape", input_shape)
+    if not shape:
+        raise ValueError("input_shape is empty; expected the shape of one example, e.g. (1, 28, 28)")
+    if dimensions is not None and len(shape) != dimensions:
+        raise ValueError(
+            f"input_shape is {shape}; this network takes images, (channels, height, width), e.g. (1, 28, 28). "
+            "For other shapes use the network 'mlp'"
+        )
+    return shape

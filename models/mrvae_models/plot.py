@@ -1,0 +1,167 @@
+"""The figure of a curve: rate against distortion, D + beta R and active units against beta, and images along beta."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure, SubFigure
+from matplotlib.ticker import MaxNLocator, NullFormatter
+from torch import Tensor
+
+from .curve import Curve, Pictures
+from .run import replace_file
+
+STYLE = {
+    "font.size": 9, "axes.titlesize": 10, "axes.labelsize": 9, "axes.spines.top": False, "axes.spines.right": False,
+    "legend.frameon": False, "lines.linewidth": 1.4, "lines.markersize": 4.5, "savefig.dpi": 200,
+}
+COLOURS = "viridis"
+LINE = "#35506b"
+BASELINES = ("#c8553d", "#6a8d3c", "#8c5e99", "#b8860b")
+
+
+def draw(
+    curve: Curve, path: str | Path, images: Pictures | None = None, others: Mapping[str, Curve] | None = None
+) -> None:
+    """Write the figure of `curve` to a PNG (or PDF, SVG: by the name's ending), with `images` along beta below.
+
+    others: label -> curve, such as separately trained beta-VAEs of one point each, drawn beside it.
+    Error bars are one standard error. Nothing is written when drawing fails.
+    """
+    path = Path(path)
+    curves = 3.1  # inches
+    grid = 0.0
+    if images is not None:
+        count, _, height, width = images.originals.shape
+        grid = 0.35 + (len(images.betas) + 1) * 4.15 / count * height / width  # 4.15 inches for a row of images
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(10.0, curves + grid), layout="constrained")
+        FigureCanvasAgg(figure)
+        if images is None:
+            _curves(figure.subplots(1, 3), curve, others or {})
+        else:
+            top, bottom = figure.subfigures(2, 1, height_ratios=[curves, grid])
+            _curves(top.subplots(1, 3), curve, others or {})
+            _images(bottom.subplots(1, 2), images)
+        kind = path.suffix.removeprefix(".") or "png"
+        replace_file(path, lambda temporary: figure.savefig(temporary, format=kind))
+
+
+def _curves(axes: Sequence[Axes], curve: Curve, others: Mapping[str, Curve]) -> None:
+    plane, objective, active = axes
+    betas = curve.column("beta")
+    norm = LogNorm(min(betas), max(betas)) if len(betas) > 1 else LogNorm(betas[0] / 10, betas[0] * 10)
+    name = "multi-rate, one run" if len(betas) > 1 else f"$\\beta$ = {betas[0]:.3g}"
+
+    plane.set(title="Rate-distortion curve", xlabel="rate R (nats)", ylabel="distortion D (nats)")
+    objective.set(title=r"Objective at each $\beta$", xlabel=r"KL weight $\beta$", ylabel=r"D + $\beta$R (nats)", xscale="log")
+    active.set(title="Active units", xlabel=r"KL weight $\beta$", ylabel="latent dimensions in use", xscale="log")
+    panels = [
+        (plane, "rate", "distortion", "rate_se", "distortion_se"),
+        (objective, "beta", "objective", None, "objective_se"),
+        (active, "beta", "active_units", None, "active_units_se"),
+    ]
+    for axis, x, y, x_error, y_error in panels:
+        axis.plot(curve.column(x), curve.column(y), color=LINE, zorder=2, label=name, marker="o", markersize=0)
+        axis.errorbar(
+            curve.column(x), curve.column(y), curve.column(y_error), curve.column(x_error) if x_error else None,
+            fmt="none", ecolor=LINE, elinewidth=0.8, zorder=2,
+        )
+        axis.scatter(curve.column(x), curve.column(y), c=betas, cmap=COLOURS, norm=norm, s=26, zorder=3, edgecolors="white",
+                     linewidths=0.6)
+        for index, (label, other) in enumerate(others.items()):
+            axis.errorbar(
+                other.column(x), other.column(y), other.column(y_error), other.column(x_error) if x_error else None,
+                fmt="D", markersize=4.5, markerfacecolor="none", color=BASELINES[index % len(BASELINES)], elinewidth=0.8,
+                zorder=4, label=label,
+            )
+        axis.margins(0.08)
+    active.yaxis.set_major_locator(MaxNLocator(integer=True))
+    active.set_ylim(0, 1.1 * max(1, *(max(c.column("active_units")) for c in (curve, *others.values()))))
+    for axis in (objective, active):
+        _log_axis(axis, [*betas, *(beta for other in others.values() for beta in other.column("beta"))])
+    if others:
+        objective.legend(loc="best")
+    _mark_betas(plane, curve)
+
+
+def _log_axis(axis: Axes, betas: Sequence[float]) -> None:
+    """A log axis with plain numbers at powers of ten, and at 2 and 5 times those where there would be fewer than three."""
+    low, high = min(betas) / 1.5, max(betas) * 1.5
+    axis.set_xlim(low, high)
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for digits in ((1,), (1, 2, 5), (1, 2, 3, 4, 5, 6, 7, 8, 9)):
+        ticks = [float(f"{digit}e{power}") for power in powers for digit in digits]
+        ticks = [tick for tick in ticks if low <= tick <= high]
+        if len(ticks) >= 3:
+            break
+    axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axis.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _mark_betas(axis: Axes, curve: Curve) -> None:
+    """Write beta beside the points of a plane, as many as fit without touching each other or a point."""
+    figure: Any = axis.figure
+    while isinstance(figure, SubFigure):
+        figure = figure.figure
+    low, high = axis.get_xlim()
+    axis.set_xlim(low, high + 0.12 * (high - low))  # room for the last label
+    renderer: Any = figure.canvas.get_renderer()
+    figure.draw_without_rendering()
+    points = axis.transData.transform(np.column_stack([curve.column("rate"), curve.column("distortion")]))
+    taken: list[Any] = []
+    count = len(curve.points)
+    # the ends first, then the middle outwards: what is left out lies between two that are there
+    order = sorted(range(count), key=lambda i: (i not in (0, count - 1), abs(i - count // 2)))
+    for index in order:
+        point = curve.points[index]
+        text = axis.annotate(
+            f"$\\beta$ = {point.beta:.3g}" if index in (0, count - 1) else f"{point.beta:.3g}",
+            (point.rate, point.distortion), xytext=(5, 4), textcoords="offset points", fontsize=8, color="#333333",
+        )
+        box = text.get_window_extent(renderer).padded(2)
+        if any(box.overlaps(other) for other in taken) or any(
+            box.contains(*where) for i, where in enumerate(points) if i != index
+        ):
+            text.remove()
+        else:
+            taken.append(box)
+
+
+def _images(axes: Sequence[Axes], images: Pictures) -> None:
+    labels = [rf"$\beta$ = {beta:.3g}" for beta in images.betas]
+    _, _, height, width = images.originals.shape
+    total = len(labels) + 1
+    blocks = [
+        ("Reconstructions of held-out images", [images.originals, *images.reconstructions], ["data", *labels]),
+        (r"Samples, the same z at every $\beta$", [*images.samples], labels),
+    ]
+    for axis, (title, rows, names) in zip(axes, blocks, strict=True):
+        mosaic = np.concatenate([np.concatenate(list(_array(row)), axis=1) for row in rows], axis=0)
+        first = (total - len(rows)) * height  # equal betas of the two blocks stand side by side
+        columns = len(images.originals) * width
+        axis.imshow(
+            np.clip(mosaic, 0, 1).squeeze(-1) if mosaic.shape[-1] == 1 else np.clip(mosaic, 0, 1), cmap="gray",
+            vmin=0, vmax=1, interpolation="nearest", extent=(0, columns, total * height, first),
+        )
+        axis.set_ylim(total * height, 0)
+        axis.set_title(title, y=1 - first / (total * height))
+        axis.set_yticks([first + height * (i + 0.5) for i in range(len(rows))], names)
+        axis.set_xticks([])
+        axis.tick_params(length=0)
+        for spine in axis.spines.values():
+            spine.set_visible(False)
+
+
+def _array(images: Tensor) -> np.ndarray:
+    """(n, C, H, W) as (n, H, W, C), with one channel or three."""
+    array = images.movedim(1, -1).numpy()
+    return array if array.shape[-1] in (1, 3) else array[..., :1]

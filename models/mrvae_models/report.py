@@ -1,0 +1,97 @@
+"""What `mrvae curve` does: from directories of runs to curve.csv, curve.json and curve.png."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import mrvae_kernels as mk
+
+from .baking import source_config
+from .config import TrainConfig
+from .curve import Curve, evaluate, has_running_statistics, pictures, round_betas
+from .loader import calibration_images, load_split
+from .run import load_model
+
+PICTURED_BETAS = 6
+PICTURED_IMAGES = 10
+
+
+def report(
+    run: Path, betas: Sequence[float] | None = None, compare: Sequence[Path] = (), split: str = "test", samples: int = 1,
+    batch_size: int = 500, seed: int = 0, device: str = "cpu", images: bool = True, out: Path | None = None,
+) -> tuple[Curve, list[Path]]:
+    """Evaluate a run (and those to compare with, on the same images), write its curve, and return both with the files.
+
+    betas: default round_betas over the run's range; a plain model's own beta. The data are the run's. ValueError when
+    the runs to compare with have gates, or images of another shape.
+    """
+    out = run if out is None else out
+    model, document = load_model(run)
+    config = source_config(document)
+    dataset = load_split(config, split)
+    model = _to(model, device)
+    about = {"run": str(run), "split": split, "config": document["config"], "model": document["model"]}
+    settings: dict[str, Any] = {"batch_size": batch_size, "samples": samples, "seed": seed}
+    calibration = _calibration(model, config)
+    betas = list(betas) if betas else betas_of(document["model"], config)
+    curve = evaluate(model, dataset, betas, **settings, calibration=calibration, about=about)
+    others = {}
+    for path in compare:
+        other, its_document = load_model(path)
+        if isinstance(other, mk.MultiRate):
+            raise ValueError(f"{path} has gates; --compare takes runs at one beta, trained with --beta or baked")
+        if its_document["model"]["input_shape"] != document["model"]["input_shape"]:
+            raise ValueError(
+                f"{path} is for images of shape {tuple(its_document['model']['input_shape'])}, "
+                f"and {run} for {tuple(document['model']['input_shape'])}; they have no curve in common"
+            )
+        point = evaluate(_to(other, device), dataset, [its_document["model"]["beta"]], **settings)
+        name = "baked" if "baked" in its_document else r"$\beta$-VAEs, one run each"
+        others[name] = Curve((*others.get(name, Curve(())).points, *point.points))
+    if others:
+        about["compared"] = [str(path) for path in compare]
+    curve = Curve(curve.points, {**curve.about, **about})
+    files = [out / "curve.csv", out / "curve.json", out / "curve.png"]
+    out.mkdir(parents=True, exist_ok=True)
+    curve.write_csv(files[0])
+    curve.write_json(files[1])
+    from .plot import draw
+
+    grid = pictures(model, dataset, _spread(sorted(betas)), PICTURED_IMAGES, seed, calibration) if images else None
+    draw(curve, files[2], grid, others)
+    return curve, files
+
+
+def betas_of(description: dict[str, Any], config: TrainConfig) -> list[float]:
+    """The betas to show a model at: round ones over the range it was trained for, or a plain model's one."""
+    return [description["beta"]] if "beta" in description else round_betas(*config.beta_range)
+
+
+def calibration_of(run: Path) -> Tensor | None:
+    """Training images for the running statistics of a run's network, or None when it has none."""
+    model, document = load_model(run)
+    return _calibration(model, source_config(document))
+
+
+def _calibration(model: nn.Module, config: TrainConfig) -> Tensor | None:
+    if not isinstance(model, mk.MultiRate) or not has_running_statistics(model):
+        return None
+    return calibration_images(load_split(config, "train"))
+
+
+def _spread(betas: Sequence[float]) -> list[float]:
+    """At most PICTURED_BETAS of them, the ends included."""
+    count = min(PICTURED_BETAS, len(betas))
+    return [betas[round(i * (len(betas) - 1) / max(1, count - 1))] for i in range(count)]
+
+
+def _to(model: nn.Module, device: str) -> nn.Module:
+    try:
+        return model.to(torch.device(device))
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from None

@@ -1,0 +1,223 @@
+"""What a run leaves on disk: config.json beside model.safetensors, written so that they can be read back safely.
+
+    RUN/config.json         options (TrainConfig), how to build the model, versions
+    RUN/model.safetensors   the weights; its header repeats how the model is built, so that the two cannot be mixed up
+    RUN/last.ckpt           the state to resume from, RUN/best.ckpt the best by validation (see checkpoint.py)
+
+A baked model's directory holds the same two files. Nothing here unpickles: safetensors and JSON cannot run code.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import inspect
+import json
+import os
+import platform
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import mrvae_kernels as mk
+
+from .config import FORMAT, TrainConfig, check_format, read_json
+from .networks import NETWORKS, build
+
+CONFIG = "config.json"
+MODEL = "model.safetensors"
+LAST = "last.ckpt"
+BEST = "best.ckpt"
+
+PACKAGES = ("torch", "lightning", "numpy", "safetensors", "mrvae_kernels")
+
+
+def describe(config: TrainConfig, input_shape: tuple[int, ...]) -> dict[str, Any]:
+    """How to build the model of a run, as plain JSON types: the "model" entry of config.json."""
+    description: dict[str, Any] = {
+        "network": config.network,
+        "input_shape": list(input_shape),
+        "latent": config.latent,
+        "likelihood": config.likelihood,
+        "sigma": config.sigma,
+        "options": config.network_options,
+    }
+    if config.beta is None:
+        description["beta_range"] = list(config.sampled_range)
+        description["gates"] = {
+            part: {"kind": kind, "shift": config.shift, "init": config.gate_init}
+            for part, kind in (("encoder", config.encoder_gate), ("decoder", config.decoder_gate))
+        }
+        description["exclude"] = list(config.exclude)
+    else:
+        description["beta"] = config.beta
+    return json.loads(json.dumps(description))
+
+
+def build_model(description: Mapping[str, Any]) -> nn.Module:
+    """The model that describe() describes, freshly initialised: a MultiRate, or the plain VAE where it has no gates."""
+    network = build(
+        description["network"],
+        tuple(description["input_shape"]),
+        description["latent"],
+        likelihood=description["likelihood"],
+        sigma=description["sigma"],
+        **_fit_options(description["network"], description["options"]),
+    )
+    if "gates" not in description:
+        return network
+    return mk.multirate(
+        network,
+        gates={part: mk.GateSpec(**spec) for part, spec in description["gates"].items()},
+        beta_range=tuple(description["beta_range"]),
+        exclude=tuple(description["exclude"]),
+    )
+
+
+def _fit_options(network: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON and the command line know no tuples: lists, and a number where the network takes several, become tuples."""
+    if network not in NETWORKS:
+        return dict(options)  # build() names the networks there are
+    parameters = inspect.signature(NETWORKS[network]).parameters
+
+    def fit(name: str, value: Any) -> Any:
+        if isinstance(value, list):
+            return tuple(value)
+        takes_several = name in parameters and isinstance(parameters[name].default, tuple)
+        return (value,) if takes_several and not isinstance(value, str) else value
+
+    return {name: fit(name, value) for name, value in options.items()}
+
+
+def plain_network(model: nn.Module) -> Any:
+    """The VAE itself: the network inside a MultiRate, or the model."""
+    return model.network if isinstance(model, mk.MultiRate) else model
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that a result depends on."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed as a package"
+    found["torch"] = torch.__version__  # with its build tag: +cpu or +cu130
+    return found
+
+
+def replace_file(path: Path, write: Callable[[Path], None]) -> None:
+    """Write a file so that `path` is at all times either the old one or the new one, whole, kill -9 included.
+
+    write(temporary) fills a file in the same directory, which is flushed to the disk and renamed.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)  # mkstemp makes it private
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, document: Mapping[str, Any]) -> None:
+    """Write a JSON object, whole or not at all."""
+    text = json.dumps(document, indent=2) + "\n"
+    replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_config(directory: Path, description: Mapping[str, Any], **entries: Any) -> dict[str, Any]:
+    """Write DIR/config.json and return it: format, model, versions and the further entries."""
+    document = {"format": FORMAT, **entries, "model": dict(description), "versions": versions()}
+    write_json(directory / CONFIG, document)
+    return document
+
+
+def save_model(directory: Path, model: nn.Module, description: Mapping[str, Any]) -> Path:
+    """Write the weights to DIR/model.safetensors, in the CPU's memory layout, with the description in its header."""
+    from safetensors.torch import save_file
+
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    path = directory / MODEL
+    # one entry: safetensors writes several in random order, and the same weights shall be the same bytes
+    header = {"model": json.dumps(description, sort_keys=True)}
+    replace_file(path, lambda temporary: save_file(tensors, temporary, metadata=header))
+    return path
+
+
+def load_model(directory: str | Path) -> tuple[nn.Module, dict[str, Any]]:
+    """The model of a run or of a baked directory, in eval mode, and its config.json.
+
+    FileNotFoundError for a missing file; ValueError for one that is truncated, belongs to another configuration (another
+    beta range, say), or has other layers than the configuration.
+    """
+    directory = Path(directory)
+    document = read_description(directory)
+    path = directory / MODEL
+    tensors, header = _read_weights(path)
+    description = document["model"]
+    if header != description:
+        different = sorted(key for key in {*header, *description} if header.get(key) != description.get(key))
+        raise ValueError(
+            f"{path} belongs to another configuration than {directory / CONFIG}: "
+            + "; ".join(f"{key} is {header.get(key)!r} there and {description.get(key)!r} here" for key in different)
+        )
+    model = build_model(description)
+    _add_biases(model, tensors)
+    try:
+        model.load_state_dict(tensors)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"{path} does not fit the network of {directory / CONFIG}: {first_lines(error)}") from None
+    return model.eval(), document
+
+
+def read_description(directory: str | Path) -> dict[str, Any]:
+    """The config.json of a directory; FileNotFoundError or ValueError when this is no directory of a run."""
+    path = Path(directory) / CONFIG
+    if not path.exists():
+        raise FileNotFoundError(f"{directory} holds no {CONFIG}; expected the directory of a run, as mrvae train writes it")
+    document = read_json(path)
+    check_format(document, FORMAT, path)
+    if not isinstance(document.get("model"), dict):
+        raise ValueError(f"{path} has no entry 'model', which says how the network is built")
+    return document
+
+
+def _read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    from safetensors import SafetensorError, safe_open
+
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path} does not exist: the run has not finished; continue it with mrvae train --resume {path.parent}"
+        )
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get("model", "{}"))
+            return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118  # not a dict
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is truncated or no safetensors file: {error}") from None
+
+
+def _add_biases(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Baking a shift gives a bias to layers that had none: make room for those that the file holds."""
+    for name, module in model.named_modules():
+        key = f"{name}.bias"
+        if key in tensors and "bias" in module._parameters and module._parameters["bias"] is None:
+            module.bias = nn.Parameter(torch.empty_like(tensors[key]))
+
+
+def first_lines(error: BaseException, limit: int = 3) -> str:
+    """The first lines of a long message, on one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    more = f" (and {len(lines) - limit} more lines)" if len(lines) > limit else ""
+    return " ".join(lines[:limit]) + more

@@ -1,0 +1,244 @@
+"""train(): one run, from a TrainConfig to a directory with the model in it.
+
+    result = train(TrainConfig(epochs=50, out="runs/mine"))
+    result.model(x, beta=0.5)
+
+Training is Lightning's; `lightning_module.py` has the step, `checkpoint.py` what makes it survive kill -9.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor, nn
+
+from .checkpoint import KEY, CheckpointError, RunCheckpoint, SafeCheckpointIO, StopTraining, check_checkpoint, read_checkpoint
+from .config import TrainConfig
+from .data import ImageDataset, batches
+from .lightning_module import OBJECTIVE, TrainingModule
+from .loader import EpochLoader, calibration_images, load_split
+from .progress import METRICS, MetricsFile, ProgressLine
+from .run import BEST, CONFIG, LAST, MODEL, build_model, describe, first_lines, save_model, write_config
+
+__all__ = ["TrainConfig", "TrainResult", "TrainingInterrupted", "train"]
+
+VALIDATION_BATCH = 500
+
+TENSORBOARD = "tensorboard"
+
+OWNED = (CONFIG, MODEL, LAST, BEST, METRICS)
+"""Files of a run; --force removes these, and the logs, and nothing else."""
+
+
+class TrainingInterrupted(RuntimeError):
+    """Training stopped before its end, with a checkpoint to resume from; the message says how."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What train() returns; the model is on the CPU and in eval mode, with the weights of model.safetensors."""
+
+    directory: Path
+    model: nn.Module
+    steps: int
+    objective: float | None  # of the best validation, nats an example; None without one
+    seconds_per_step: float | None  # of this session; None when there was nothing left to do
+
+
+def train(config: TrainConfig, resume: bool = False, force: bool = False, progress: bool = True) -> TrainResult:
+    """Train by `config`, or continue the run in config.directory (resume=True), and leave the model there.
+
+    Everything is checked before training starts. ValueError for options and data that make no sense; FileExistsError when
+    the directory holds a run already (force=True removes it); CheckpointError for a checkpoint that cannot be resumed;
+    TrainingInterrupted after Ctrl-C, SIGTERM or max_time, with a checkpoint on the disk.
+    A resumed run ends with the same bits as one that was never stopped, on the CPU and, with `deterministic`, on a GPU.
+    """
+    config.check()
+    directory = config.directory
+    first = is_first_process()
+    if first and not resume:
+        _check_free(directory, force)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    train_set, validation_set = load_split(config, "train"), load_split(config, "validation")
+    description = describe(config, train_set.input_shape)
+    pl.seed_everything(config.seed, verbose=False)
+    model = build_model(description)
+    share = config.batch_size // (config.devices * config.num_nodes)
+    loader = EpochLoader(batches(train_set, share, shuffle=True, seed=config.seed))
+    last = directory / LAST
+    if resume:
+        checkpoint = read_checkpoint(last)
+        check_checkpoint(checkpoint, description, config, last)
+        _load_weights(model, checkpoint, last)
+        if checkpoint[KEY]["stopped_early"] or _epochs_done(checkpoint) >= config.epochs:
+            return _finish(config, description, model, checkpoint, None)
+        del checkpoint
+    elif first and force:
+        _remove_run(directory)
+    if first:
+        write_config(directory, description, config=config.to_dict())
+    with _quiet():
+        seconds = _fit(config, description, model, loader, train_set, validation_set, last if resume else None, progress)
+    return _finish(config, description, model, read_checkpoint(last), seconds)
+
+
+def _fit(
+    config: TrainConfig, description: dict[str, Any], model: nn.Module, loader: EpochLoader, train_set: ImageDataset,
+    validation_set: ImageDataset, last: Path | None, progress: bool,
+) -> float:
+    """Run Lightning's loop; returns seconds a step."""
+    directory = config.directory
+    timer = _StepTimer()
+    callbacks: list[pl.Callback] = [
+        timer,
+        MetricsFile(directory / METRICS if "csv" in config.log_to else None),
+        RunCheckpoint(config, description, directory, loader),
+    ]
+    if progress:
+        callbacks.append(ProgressLine())
+    if config.patience is not None:
+        callbacks.append(EarlyStopping(OBJECTIVE, patience=config.patience, mode="min"))
+    try:
+        trainer = pl.Trainer(
+            accelerator=config.accelerator, devices=config.devices, num_nodes=config.num_nodes, strategy=config.strategy,
+            precision=config.precision, max_epochs=config.epochs,  # type: ignore[arg-type]
+            gradient_clip_val=config.clip, deterministic=config.deterministic,
+            check_val_every_n_epoch=config.validate_every, num_sanity_val_steps=0,
+            callbacks=callbacks, plugins=[SafeCheckpointIO()], default_root_dir=directory,
+            logger=TensorBoardLogger(directory, name="", version=TENSORBOARD) if "tensorboard" in config.log_to else False,
+            enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
+        )
+    except pl.utilities.exceptions.MisconfigurationException as error:
+        raise ValueError(f"the hardware options do not fit this machine: {first_lines(error)}") from None
+    module = TrainingModule(model, config, loader, calibration_images(train_set))
+    validation_batches = _Views(validation_set.images.split(VALIDATION_BATCH))
+    try:
+        trainer.fit(module, loader, validation_batches, ckpt_path=last, weights_only=True)
+    except StopTraining as stop:
+        raise TrainingInterrupted(
+            f"{stop.reason} in epoch {trainer.current_epoch + 1} of {config.epochs}, after step {trainer.global_step}; "
+            f"continue with: mrvae train --resume {directory}"
+        ) from None
+    except SystemExit:  # what Lightning makes of a KeyboardInterrupt
+        raise KeyboardInterrupt from None
+    return timer.seconds_per_step()
+
+
+def _finish(
+    config: TrainConfig, description: dict[str, Any], model: nn.Module, checkpoint: dict[str, Any], seconds: float | None
+) -> TrainResult:
+    """Write model.safetensors from the last or the best checkpoint."""
+    directory = config.directory
+    saved = checkpoint[KEY]
+    steps = checkpoint["global_step"]
+    if config.keep == "best":
+        if saved["best"] is None:
+            warnings.warn(
+                f"no validation in {config.epochs} epochs (validate_every is {config.validate_every}): keeping the last weights",
+                stacklevel=3,
+            )
+        else:
+            checkpoint = read_checkpoint(directory / BEST)
+    model = model.cpu()
+    _load_weights(model, checkpoint, directory)
+    if is_first_process():
+        save_model(directory, model, description)
+    return TrainResult(directory, model.eval(), steps, saved["best"], seconds)
+
+
+def _load_weights(model: nn.Module, checkpoint: dict[str, Any], path: Path) -> None:
+    prefix = "model."
+    state = {name.removeprefix(prefix): value for name, value in checkpoint["state_dict"].items()}
+    try:
+        model.load_state_dict(state)
+    except (RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{path} does not fit the network of {CONFIG}: {first_lines(error)}") from None
+
+
+def _epochs_done(checkpoint: dict[str, Any]) -> int:
+    return checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+
+
+def is_first_process() -> bool:
+    """Whether this process writes the run's files: known before torch.distributed is, from what launchers set."""
+    for name in ("RANK", "SLURM_PROCID"):
+        if name in os.environ:
+            return int(os.environ[name]) == 0
+    return int(os.environ.get("LOCAL_RANK", 0)) == 0 and int(os.environ.get("NODE_RANK", 0)) == 0
+
+
+def _check_free(directory: Path, force: bool) -> None:
+    if directory.exists() and not directory.is_dir():
+        raise FileExistsError(f"{directory} is a file; give --out the directory to write the run to")
+    found = [name for name in OWNED if (directory / name).exists()]
+    if found and not force:
+        raise FileExistsError(
+            f"{directory} holds a run already ({', '.join(found)}): continue it with --resume {directory}, "
+            "replace it with --force, or choose another --out"
+        )
+
+
+def _remove_run(directory: Path) -> None:
+    for name in OWNED:
+        (directory / name).unlink(missing_ok=True)
+    shutil.rmtree(directory / TENSORBOARD, ignore_errors=True)
+
+
+class _Views:
+    """Batches as they lie in memory; Lightning would take a list of them for several loaders."""
+
+    def __init__(self, views: Sequence[Tensor]) -> None:
+        self.views = views
+
+    def __len__(self) -> int:
+        return len(self.views)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.views)
+
+
+class _StepTimer(pl.Callback):
+    """Seconds a step of this session, validation and saving included."""
+
+    def __init__(self) -> None:
+        self._begun = self._ended = 0.0
+        self._first = self._last = 0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._begun, self._first = time.perf_counter(), trainer.global_step
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._ended, self._last = time.perf_counter(), trainer.global_step
+
+    def seconds_per_step(self) -> float:
+        return (self._ended - self._begun) / max(1, self._last - self._first)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Lightning's notes on its own set-up are about things that this module has decided."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"lightning\..*")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,40 @@
+"""What all tests share: the backends, hypothesis settings, seeds."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import hypothesis
+import pytest
+import torch
+
+import mrvae_kernels as mk
+from mrvae_kernels import ops
+
+sys.path.insert(0, str(Path(__file__).parent))  # helpers.py, under every import mode of pytest
+
+hypothesis.settings.register_profile(
+    "mrvae", deadline=None, derandomize=True, max_examples=40,
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture, hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("mrvae")
+
+BACKENDS = ["reference", "cpp"] if ops.EXTENSION else ["reference"]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow: takes more than 20 seconds")
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The test runs once on each backend that is installed."""
+    with mk.override(backend=request.param):
+        yield request.param
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)

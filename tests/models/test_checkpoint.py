@@ -1,0 +1,312 @@
+"""Checkpoints survive kill -9, resume to the bit, and refuse what they must not load."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import random
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mrvae_models import checkpoint as checkpoint_module
+from mrvae_models.checkpoint import (
+    KEY,
+    CheckpointError,
+    SafeCheckpointIO,
+    random_state,
+    read_checkpoint,
+    set_random_state,
+)
+from mrvae_models.config import TrainConfig
+from mrvae_models.lightning_module import TrainingModule
+from mrvae_models.run import LAST, MODEL, load_model, replace_file
+from mrvae_models.training import TrainingInterrupted, train
+
+STEPS_PER_EPOCH = 6
+"""of 44 training examples in batches of 8: the last one has 4"""
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "images.npz"
+    generator = np.random.default_rng(0)
+    np.savez(path, train_images=generator.integers(0, 256, (49, 6, 6), dtype=np.uint8), test_images=np.eye(6, dtype=np.uint8)[None] * 255)
+    return path
+
+
+@pytest.fixture
+def config(images, tmp_path):
+    return TrainConfig(
+        data=str(images), out=str(tmp_path / "run"), epochs=4, batch_size=8, network_options={"hidden": [12]}, latent=3,
+        validate_every=2, validation_betas=2, log_to=(), binarize="dynamic", warmup_epochs=1, seed=3,
+    )
+
+
+def run(config, **options):
+    return train(config, progress=False, **options)
+
+
+def tensors(directory):
+    """Everything that resuming must reproduce: weights, both moments of Adam, and the generators."""
+    saved = read_checkpoint(Path(directory) / LAST)
+    optimizer = saved["optimizer_states"][0]["state"]
+    found = {f"weights/{name}": value for name, value in saved["state_dict"].items()}
+    for number, state in optimizer.items():
+        found |= {f"adam/{number}/{name}": value for name, value in state.items()}
+    return found | {"torch": saved[KEY]["random"][0]["torch"]}
+
+
+def assert_same_bits(first, second):
+    one, other = tensors(first), tensors(second)
+    assert one.keys() == other.keys()
+    different = [name for name in one if not torch.equal(one[name], other[name])]
+    assert not different
+    assert (Path(first) / MODEL).read_bytes() == (Path(second) / MODEL).read_bytes()
+
+
+def train_until(config, step, when):
+    """In a process of its own: train, and die by SIGKILL at `step`, in the training step or half-way through a save."""
+
+    def die():
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def step_or_die(self, x):
+        if self.trainer.global_step == step:
+            die()
+        return original(self, x)
+
+    def half_a_save(checkpoint, path):
+        if checkpoint["global_step"] < step:
+            return save(checkpoint, path)
+        save(checkpoint, path)
+        os.truncate(path, os.path.getsize(path) // 2)
+        die()
+
+    original, save = TrainingModule.training_step, torch.save
+    if when == "step":
+        TrainingModule.training_step = step_or_die
+    else:
+        checkpoint_module.torch.save = half_a_save
+    run(config)
+
+
+@pytest.fixture(scope="module")
+def processes():
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["mrvae_models.training"])  # imports once, before any thread
+    return context
+
+
+def kill(processes, config, step, when="step"):
+    process = processes.Process(target=train_until, args=(config, step, when))
+    process.start()
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("sample", ["example", "step"])
+def test_resume_after_kill_within_an_epoch_ends_with_the_same_bits(processes, config, tmp_path, sample):
+    config = replace(config, checkpoint_every_steps=2, sample=sample)
+    whole = replace(config, out=str(tmp_path / "whole"))
+    run(whole)
+    kill(processes, config, 2 * STEPS_PER_EPOCH + 5)
+    assert read_checkpoint(config.directory / LAST)["global_step"] == 2 * STEPS_PER_EPOCH + 4
+    assert not (config.directory / MODEL).exists()
+    run(config, resume=True)
+    assert_same_bits(config.out, whole.out)
+
+
+@pytest.mark.parametrize("epoch", [1, 2])  # after the first there was no validation, after the second there was one
+def test_resume_after_kill_between_epochs_ends_with_the_same_bits(processes, config, tmp_path, epoch):
+    whole = replace(config, out=str(tmp_path / "whole"))
+    run(whole)
+    kill(processes, config, epoch * STEPS_PER_EPOCH + 3)
+    assert read_checkpoint(config.directory / LAST)["global_step"] == epoch * STEPS_PER_EPOCH
+    run(config, resume=True)
+    assert_same_bits(config.out, whole.out)
+
+
+def test_kill_while_saving_leaves_the_checkpoint_before(processes, config, tmp_path):
+    whole = replace(config, out=str(tmp_path / "whole"))
+    run(whole)
+    kill(processes, config, 3 * STEPS_PER_EPOCH, when="save")
+    assert read_checkpoint(config.directory / LAST)["global_step"] == 2 * STEPS_PER_EPOCH
+    run(config, resume=True)
+    assert_same_bits(config.out, whole.out)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_says_how_to_resume(config, tmp_path, monkeypatch, number):
+    whole = replace(config, out=str(tmp_path / "whole"))
+    run(whole)
+    original, handler = TrainingModule.training_step, signal.getsignal(number)
+
+    def interrupted(self, x):
+        if self.trainer.global_step == STEPS_PER_EPOCH + 1:
+            os.kill(os.getpid(), number)
+        return original(self, x)
+
+    monkeypatch.setattr(TrainingModule, "training_step", interrupted)
+    with pytest.raises(TrainingInterrupted, match=f"epoch 2 of 4, after step 8.*mrvae train --resume {config.out}"):
+        run(config)
+    assert signal.getsignal(number) == handler
+    monkeypatch.undo()
+    run(config, resume=True)
+    assert_same_bits(config.out, whole.out)
+
+
+def test_max_time_stops_and_resumes(config, tmp_path):
+    whole = replace(config, out=str(tmp_path / "whole"))
+    run(whole)
+    with pytest.raises(TrainingInterrupted, match="max_time of 1e-06 s reached in epoch 1"):
+        run(replace(config, max_time=1e-6))
+    run(config, resume=True)
+    assert_same_bits(config.out, whole.out)
+
+
+def test_resuming_a_finished_run_changes_nothing(config):
+    run(config)
+    before = (config.directory / LAST).read_bytes()
+    weights = (config.directory / MODEL).read_bytes()
+    result = run(config, resume=True)
+    assert (config.directory / LAST).read_bytes() == before
+    assert (config.directory / MODEL).read_bytes() == weights
+    assert result.steps == 4 * STEPS_PER_EPOCH
+
+
+def test_more_epochs_continue_a_finished_run(config):
+    run(config)
+    result = run(replace(config, epochs=5), resume=True)
+    assert result.steps == 5 * STEPS_PER_EPOCH
+
+
+class Malicious:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+@pytest.mark.parametrize("form", ["torch", "pickle"])
+def test_a_malicious_checkpoint_is_refused_and_nothing_runs(config, tmp_path, form):
+    run(replace(config, epochs=1, warmup_epochs=0))
+    proof = tmp_path / "ran"
+    saved = torch.load(config.directory / LAST, weights_only=True)
+    saved["extra"] = Malicious(proof)
+    if form == "torch":
+        torch.save(saved, config.directory / LAST)
+    else:
+        (config.directory / LAST).write_bytes(pickle.dumps(saved["extra"]))
+    with pytest.raises(CheckpointError, match="refused, nothing was run|truncated or no checkpoint"):
+        run(replace(config, epochs=1, warmup_epochs=0), resume=True)
+    assert not proof.exists()
+    with pytest.raises(CheckpointError):
+        SafeCheckpointIO().load_checkpoint(config.directory / LAST, weights_only=False)  # whatever Lightning asks for
+    assert not proof.exists()
+    torch.load(config.directory / LAST, weights_only=False) if form == "torch" else pickle.loads(pickle.dumps(Malicious(proof)))
+    assert proof.exists()  # it would have run
+
+
+@pytest.mark.parametrize("kept", [0, 0.3, 0.7, 0.999])
+def test_a_truncated_checkpoint_is_refused(config, kept):
+    config = replace(config, epochs=1, warmup_epochs=0)
+    run(config)
+    path = config.directory / LAST
+    os.truncate(path, int(kept * path.stat().st_size))
+    with pytest.raises(CheckpointError, match="truncated"):
+        run(config, resume=True)
+
+
+def test_a_damaged_checkpoint_is_refused(config):
+    config = replace(config, epochs=1, warmup_epochs=0)
+    run(config)
+    path = config.directory / LAST
+    content = bytearray(path.read_bytes())
+    start = content.index(b"data.pkl") + 20
+    content[start : start + 200] = bytes(200)
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="damaged|refused"):
+        run(config, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"beta_range": (0.1, 1.0)}, r"beta_range is \[0.01, 10.0\] there and \[0.1, 1.0\] here"),
+        ({"latent": 4}, "latent is 3 there and 4 here"),
+        ({"beta": 1.0}, "beta is None there and 1.0 here"),
+        ({"decoder_gate": "softplus"}, "decoder_gate is 'sqrt' there and 'softplus' here"),
+        ({"lr": 0.01}, "lr is 0.001 there and 0.01 here"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused(config, change, message):
+    config = replace(config, epochs=1, warmup_epochs=0)
+    run(config)
+    before = (config.directory / LAST).read_bytes()
+    with pytest.raises(CheckpointError, match=message):
+        run(replace(config, **change), resume=True)
+    assert (config.directory / LAST).read_bytes() == before
+
+
+def test_weights_of_another_network_are_refused(config):
+    config = replace(config, epochs=1, warmup_epochs=0)
+    run(config)
+    saved = read_checkpoint(config.directory / LAST)
+    name = next(name for name in saved["state_dict"] if name.endswith("mean.weight"))
+    saved["state_dict"][name] = torch.zeros(5, 5)
+    torch.save(saved, config.directory / LAST)
+    with pytest.raises(CheckpointError, match="does not fit the network"):
+        run(config, resume=True)
+
+
+def test_resuming_what_is_not_there(config):
+    with pytest.raises(FileNotFoundError, match="does not exist; expected a run"):
+        run(config, resume=True)
+
+
+def test_model_file_truncated_or_of_another_configuration(config):
+    config = replace(config, epochs=1, warmup_epochs=0)
+    run(config)
+    text = (config.directory / "config.json").read_text()
+    (config.directory / "config.json").write_text(text.replace("0.01,", "0.1,"))
+    with pytest.raises(ValueError, match=r"beta_range is \[0.01, 10.0\] there and \[0.1, 10.0\] here"):
+        load_model(config.directory)
+    (config.directory / "config.json").write_text(text)
+    path = config.directory / MODEL
+    os.truncate(path, path.stat().st_size // 2)
+    with pytest.raises(ValueError, match="truncated or no safetensors file"):
+        load_model(config.directory)
+    path.write_bytes(pickle.dumps({"a": 1}))
+    with pytest.raises(ValueError, match="truncated or no safetensors file"):
+        load_model(config.directory)
+
+
+def test_random_states_round_trip():
+    state = random_state(torch.device("cpu"))
+    first = torch.rand(3), np.random.rand(3), random.random(), random.gauss(0, 1)
+    set_random_state(state, torch.device("cpu"))
+    second = torch.rand(3), np.random.rand(3), random.random(), random.gauss(0, 1)
+    assert torch.equal(first[0], second[0])
+    assert (first[1] == second[1]).all()
+    assert first[2:] == second[2:]
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def fail(temporary):
+        temporary.write_text("half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        replace_file(path, fail)
+    assert path.read_text() == "old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
