@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.instancenorm import _InstanceNorm
 
-from . import functional
+from . import functional, ops
 from .gates import GateSpec
 from .recurrent import gated_recurrent, recurrent_rows
 from .reference import along
@@ -81,6 +82,11 @@ class Adapter:
         """The gated layer's output, for a gate (C,) or (N, C)."""
         return functional.gated_linear(x, layer.weight, layer.bias, gate, shift, activation, strategy=strategy)
 
+    def run_direct(self, layer: Any, gate: Tensor, shift: Tensor | None, strategy: str | None, x: Tensor) -> Tensor:
+        """`run` without the checks that the compiled operator makes itself; strategy is "epilogue", as planned."""
+        parameters = layer._parameters
+        return ops.gated_linear(x, parameters["weight"], parameters["bias"], gate, shift, "none", "epilogue")
+
     def run_folded(self, layer: Any, plain: type, folded: Mapping[str, Tensor | None], *args: Any, **kwargs: Any) -> Any:
         """The plain layer's output with `folded` in place of its parameters."""
         parameters = layer._parameters
@@ -122,6 +128,9 @@ class ConvolutionAdapter(Adapter):
             x, layer.weight, layer.stride, padding, layer.dilation, layer.transposed, layer.output_padding, layer.groups
         )
         return choose_strategy(layer.weight.numel(), int(outputs), False)
+
+    def run_direct(self, layer: Any, gate: Tensor, shift: Tensor | None, strategy: str | None, x: Tensor) -> Tensor:
+        return self.run(layer, gate, shift, None, strategy, x)
 
     def run(
         self, layer: Any, gate: Tensor, shift: Tensor | None, activation: str | None, strategy: str | None, x: Tensor,
@@ -185,6 +194,8 @@ class NormAdapter(Adapter):
         self, layer: Any, gate: Tensor, shift: Tensor | None, activation: str | None, strategy: str | None, x: Tensor,
         *args: Any, **kwargs: Any,
     ) -> Tensor:
+        if isinstance(layer, _InstanceNorm) and x.dim() == layer._get_no_batch_dim():
+            raise ValueError(f"x has shape {tuple(x.shape)}, no batch axis; expected one beta, not one a sample")
         normalized = layer.plain.forward(layer, x)
         return functional.epilogue(normalized, None, gate, shift, 1, activation)
 

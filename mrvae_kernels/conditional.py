@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from . import functional, reference
 from .gates import DEFAULT_BETA_RANGE, Beta, BetaRange, GateNetwork, standardize
-from .layers import check_state, encode_state
+from .layers import Recorded, _one
 
 
-class ConditionalBatchNorm(nn.Module):
+class ConditionalBatchNorm(Recorded):
     """What the 1-d, 2-d and 3-d classes share; s and t start at 0, so that the layer starts as the plain one."""
 
     plain: type[nn.Module]
@@ -30,14 +30,14 @@ class ConditionalBatchNorm(nn.Module):
         beta_range: Sequence[float] = DEFAULT_BETA_RANGE, **kwargs: Any,
     ) -> None:
         super().__init__(num_features, *args, **kwargs)
-        if self._parameters["weight"] is None:
-            raise ValueError(f"{type(self).__name__} needs affine=True: the affine is what depends on beta")
+        if self._parameters["weight"] is None or self._parameters["bias"] is None:
+            raise ValueError(f"{type(self).__name__} needs affine=True and its bias: the affine is what depends on beta")
         self.beta_range = BetaRange.of(beta_range)
         like = self.weight
         self.scale = GateNetwork(hidden, [num_features], ["identity"]).to(device=like.device, dtype=like.dtype)
         self.shift = GateNetwork(hidden, [num_features], ["identity"]).to(device=like.device, dtype=like.dtype)
 
-    def affine(self, beta: Beta) -> tuple[Tensor, Tensor]:
+    def scale_and_shift(self, beta: Beta) -> tuple[Tensor, Tensor]:
         """w + s(eta) and b + t(eta): (C,), or (N, C) for one beta a sample."""
         like = self.weight
         eta = standardize(beta, self.beta_range, device=like.device, dtype=reference.gate_dtype(like.dtype)).to(like.dtype)
@@ -45,7 +45,7 @@ class ConditionalBatchNorm(nn.Module):
 
     def forward(self, x: Tensor, beta: Beta) -> Tensor:
         """x (N, C, ...); beta a number, 0-d, or one a sample."""
-        weight, bias = self.affine(beta)
+        weight, bias = self.scale_and_shift(beta)
         parameters = self._parameters
         before = {"weight": parameters["weight"], "bias": parameters["bias"]}
         shared = weight.dim() == 1
@@ -59,23 +59,18 @@ class ConditionalBatchNorm(nn.Module):
         dtype = reference.gate_dtype(y.dtype)
         return functional.epilogue(y, None, weight.to(dtype), bias.to(dtype), 1)
 
-    def get_extra_state(self) -> Tensor:
-        return encode_state({"beta_range": list(self.beta_range)})
+    def _gate_state(self) -> dict[str, Any]:
+        return {"beta_range": list(self.beta_range)}
 
-    def set_extra_state(self, state: object) -> None:
-        check_state({"beta_range": list(self.beta_range)}, state, type(self).__name__)
-
-    def to_plain(self, beta: float | Tensor) -> nn.Module:
+    def to_plain(self, beta: Beta) -> nn.Module:
         """The plain norm at one beta, running statistics included."""
-        if isinstance(beta, Tensor) and beta.dim() > 0:
-            raise ValueError(f"beta has shape {tuple(beta.shape)}; a plain layer holds one beta: give a number")
         assert isinstance(self, nn.modules.batchnorm._BatchNorm)
         layer = self.plain(  # type: ignore[call-arg]
             self.num_features, self.eps, self.momentum, True, self.track_running_stats,
             device=self.weight.device, dtype=self.weight.dtype,
         )
         with torch.no_grad():
-            values = zip(("weight", "bias"), self.affine(beta), strict=True)
+            values = zip(("weight", "bias"), self.scale_and_shift(_one(beta)), strict=True)
             layer.load_state_dict({**{n: b for n, b in self._buffers.items() if b is not None}, **dict(values)})
         return layer.train(self.training)
 

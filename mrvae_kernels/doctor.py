@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from . import __version__, ops
-from .adapters import ADAPTERS
+from .adapters import ADAPTERS, RecurrentAdapter
 from .strategy import explain
 
 EXAMPLES = (
@@ -36,10 +36,11 @@ def parse_layer(text: str) -> nn.Module:
     kinds = {kind.__name__: kind for kind in ADAPTERS}
     try:
         call = ast.parse(text.strip(), mode="eval").body
-        assert isinstance(call, ast.Call) and isinstance(call.func, ast.Name)
+        if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name)):
+            raise ValueError
         args = [ast.literal_eval(arg) for arg in call.args]
         kwargs = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
-    except (SyntaxError, AssertionError, ValueError):
+    except (SyntaxError, ValueError):
         raise ValueError(f"layer is {text!r}; expected a call such as Linear(784, 300) or Conv2d(64, 128, 3, padding=1)") from None
     if call.func.id not in kinds:
         raise ValueError(f"layer is a {call.func.id}; expected one of {', '.join(kinds)}")
@@ -65,9 +66,13 @@ def describe(layer: nn.Module, text: str, shape: Sequence[int], per_sample: bool
         raise ValueError(f"{text} does not take an input of shape {tuple(shape)}: {error}") from None
     output = output[0] if isinstance(output, tuple) else output
     adapter = ADAPTERS[type(layer)]
+    if reason := adapter.refusal(layer):
+        raise ValueError(f"{text} cannot be gated: {reason}")
     weights = sum(layer.get_parameter(entry.weight).numel() for entry in adapter.entries(layer))
     head = f"{text}, input {'x'.join(map(str, shape))}, {'one beta a sample' if per_sample else 'one beta'}, {device}"
     choice = explain(weights, output.numel(), per_sample, device)
+    if per_sample and isinstance(adapter, RecurrentAdapter):
+        return [head, "  the recurrence written out, a Python step for each time step: torch's kernels take one weight a batch"]
     if not adapter.product and not per_sample:
         return [head, f"  fold on {choice.backend}: norms and recurrent layers always fold one beta into their parameters"]
     return [head, f"  {choice.strategy} on {choice.backend}: {choice.reason}", *(f"  not {r}" for r in choice.rejected)]

@@ -8,6 +8,7 @@ dtypes are converted). Each function is differentiable once in x, weight, bias, 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -47,8 +48,13 @@ def gate_bank(weight: Tensor, bias: Tensor, eta: Tensor, sizes: Sequence[int], k
     Returns (C_i,) or (N, C_i) each.
     """
     if choose_backend(weight.device, weight.dtype) == "cpp":
-        return ops.gates(weight, bias, eta, sizes, [KINDS.index(kind) for kind in kinds])
+        return ops.gates(weight, bias, eta, sizes, _kind_codes(tuple(kinds)))
     return reference.gate_bank(weight, bias, eta, sizes, kinds)
+
+
+@functools.cache
+def _kind_codes(kinds: tuple[str, ...]) -> list[int]:
+    return [KINDS.index(kind) for kind in kinds]
 
 
 def fold(
@@ -75,8 +81,10 @@ def epilogue(
     activation: str | None = None,
 ) -> Tensor:
     """y = act(g (u + b) + t) along channel axis `dim` of a library product's result u."""
+    if not -u.dim() <= dim < u.dim():
+        raise ValueError(f"dim is {dim}; u has {u.dim()} axes")
     dim = dim % u.dim()
-    gate, shift = _check_gate(gate, shift, u.shape[dim], u, u.shape[0] if dim > 0 else None)
+    gate, shift = _check_gate(gate, shift, bias, u.shape[dim], u, u.shape[0] if dim > 0 else None)
     if choose_backend(u.device, u.dtype) == "cpp":
         return ops.epilogue(u, bias, gate, shift, dim, activation or "none")
     return reference.epilogue(u, bias, gate, shift, dim, activation or "none")
@@ -97,9 +105,11 @@ def gated_linear(
     activation: None, relu, silu, gelu, tanh, leaky_relu or elu. strategy: None (cost model), "fold" or "epilogue".
     ValueError for shapes that do not fit and for fold with one beta a sample.
     """
-    if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
-        raise ValueError(f"x has shape {tuple(x.shape)}; expected (..., {weight.shape[1]}), the weight's input features")
-    gate, shift = _check_gate(gate, shift, weight.shape[0], x, x.shape[0] if x.dim() > 1 else None)
+    if weight.dim() != 2 or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"x has shape {tuple(x.shape)} and weight {tuple(weight.shape)}; expected x (..., K) and weight (C, K)"
+        )
+    gate, shift = _check_gate(gate, shift, bias, weight.shape[0], x, x.shape[0] if x.dim() > 1 else None)
     outputs = 0 if strategy else linear_output_numel(x, weight)
     how = choose_strategy(weight.numel(), outputs, gate.dim() == 2, strategy)
     run = ops.gated_linear if choose_backend(x.device, x.dtype) == "cpp" else reference.gated_linear
@@ -217,11 +227,13 @@ def _gated_convolution(
         )
     stride, dilation, output_padding = (_ints(value, spatial) for value in (stride, dilation, output_padding))
     if isinstance(padding, str):
+        if transposed:
+            raise ValueError(f"padding is {padding!r}; a transposed convolution takes numbers only")
         x, padding = _pad(x, weight, stride, dilation, padding)
     else:
         padding = _ints(padding, spatial)
     channels = weight.shape[1] * groups if transposed else weight.shape[0]
-    gate, shift = _check_gate(gate, shift, channels, x, x.shape[0])
+    gate, shift = _check_gate(gate, shift, bias, channels, x, x.shape[0])
     geometry = (stride, padding, dilation, transposed, output_padding, groups)
     outputs = 0 if strategy else convolution_output_numel(x, weight, *geometry)
     how = choose_strategy(weight.numel(), outputs, gate.dim() == 2, strategy)
@@ -253,12 +265,16 @@ def _pad(x: Tensor, weight: Tensor, stride: Sequence[int], dilation: Sequence[in
 
 
 def _check_gate(
-    gate: Tensor, shift: Tensor | None, features: int, like: Tensor, batch: int | None
+    gate: Tensor, shift: Tensor | None, bias: Tensor | None, features: int, like: Tensor, batch: int | None
 ) -> tuple[Tensor, Tensor | None]:
     """Shapes against silent broadcasting; the gates' own dtype."""
     dtype = reference.gate_dtype(like.dtype)
-    if gate.dtype != dtype and torch.float64 not in (gate.dtype, dtype):
+    if gate.dtype != dtype:
         gate = gate.to(dtype)
+    if shift is not None and shift.dtype != dtype:
+        shift = shift.to(dtype)
+    if bias is not None and bias.shape != (features,):
+        raise ValueError(f"bias has shape {tuple(bias.shape)}; expected ({features},)")
     for name, value in (("gate", gate), ("shift", shift)):
         if value is None:
             continue

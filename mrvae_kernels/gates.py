@@ -49,15 +49,13 @@ class BetaRange(NamedTuple):
     @classmethod
     def of(cls, value: Sequence[float]) -> BetaRange:
         """Check a pair (low, high); ValueError unless 0 < low < high, both finite."""
-        if isinstance(value, cls):
-            return value
         try:
-            low, high = (float(bound) for bound in value)
+            low, high = value if isinstance(value, cls) else (float(bound) for bound in value)
         except (TypeError, ValueError):
             raise ValueError(f"beta_range is {value!r}; expected two numbers (low, high), such as (0.01, 10.0)") from None
         if not (0 < low < high < math.inf):
             raise ValueError(f"beta_range is ({low}, {high}); expected 0 < low < high, both finite")
-        return cls(low, high)
+        return value if isinstance(value, cls) else cls(low, high)
 
 
 @dataclass(frozen=True)
@@ -87,8 +85,14 @@ class GateSpec:
             raise ValueError(f"gate kind is {self.kind!r}; expected one of {', '.join(GATE_KINDS)}")
         if self.init not in INITS or (self.init == "ranked" and self.kind != "sigmoid"):
             raise ValueError(f"gate init is {self.init!r}; expected one of {', '.join(INITS)} ('ranked' for sigmoid gates only)")
-        if any(size < 1 for size in self.hidden):
+        try:
+            object.__setattr__(self, "hidden", tuple(self.hidden))
+        except TypeError:
+            raise ValueError(f"gate hidden is {self.hidden!r}; expected a tuple of sizes, such as (64,)") from None
+        if any(not isinstance(size, int) or size < 1 for size in self.hidden):
             raise ValueError(f"gate hidden sizes are {self.hidden}; expected positive integers")
+        if self.hidden and self.init == "ranked":
+            raise ValueError("init='ranked' orders affine gates; with hidden layers choose 'open' or 'paper'")
         if self.shared and not self.hidden:
             raise ValueError("shared=True without hidden layers: there is nothing to share; give hidden=(64,), say")
         if self.inputs is not None:
@@ -127,7 +131,9 @@ def standardize(
             return torch.full((), (math.log(beta) - bounds.mean) / bounds.std, dtype=dtype, device=device)
         return _standardize_tensor(torch.scalar_tensor(beta, dtype=dtype, device=device), bounds, device, dtype)
     try:
-        values = torch.as_tensor(beta, dtype=dtype, device=device)
+        if isinstance(beta, bool):
+            raise TypeError
+        values = torch.as_tensor(beta, dtype=torch.float64, device="cpu")
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(f"beta is {beta!r}; expected a positive number, or one a sample") from None
     return _standardize_tensor(values, bounds, device, dtype)
@@ -141,9 +147,12 @@ def _standardize_tensor(beta: Tensor, bounds: BetaRange, device: torch.device | 
             raise ValueError(f"beta has dtype {beta.dtype}; expected a real number")
         low, high = torch.aminmax(beta.detach())
         _check_values(low.item(), high.item(), bounds)
-    if beta.dtype != dtype or (device is not None and beta.device != torch.device(device)):
-        beta = beta.to(device=device, dtype=dtype)
-    return (beta.log() - bounds.mean) / bounds.std
+    if beta.dtype != dtype and beta.dtype != torch.float64:  # a float64 beta may be too small or large for float32
+        beta = beta.to(dtype)
+    eta = (beta.log() - bounds.mean) / bounds.std
+    if eta.dtype != dtype or (device is not None and eta.device != torch.device(device)):
+        eta = eta.to(device=device, dtype=dtype)
+    return eta
 
 
 def _check_values(low: float, high: float, bounds: BetaRange) -> None:

@@ -1,8 +1,9 @@
 """Layers inside a MultiRate network: the user's own objects, waiting for their share of the gates.
 
 A hosted layer has the class Hosted<Name>, a subclass of its torch.nn class, so that names, parameters, optimisers and
-isinstance checks stay as they were. MultiRate gives it a Share for the duration of a call and takes it back afterwards,
-which costs an attribute a layer; torch.func.functional_call would cost 4 us a tensor (measured on a CPU).
+isinstance checks stay as they were. MultiRate gives it a Share for the duration of a call and takes it back afterwards:
+one entry of a dictionary a layer, where torch.func.functional_call renews every parameter and nn.Module's own attribute
+assignment looks through three dictionaries.
 """
 
 from __future__ import annotations
@@ -11,31 +12,37 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
-from .adapters import ADAPTERS
+from .adapters import ADAPTERS, Adapter
 
 
 class Share(NamedTuple):
-    """What a layer is handed: its gate, its shift or None, its folded parameters where they were folded already, and
-    the strategy where that is decided already, and the gate on its inputs or None."""
+    """What a layer is handed: its gate, its shift or None, its folded parameters where they were folded already, the
+    strategy where that is decided already, the gate on its inputs or None, and whether to call the compiled operator
+    straight away, which checks its arguments itself."""
 
     gate: Tensor
     shift: Tensor | None
     folded: Mapping[str, Tensor | None] | None = None
     strategy: str | None = None
     inputs: Tensor | None = None
+    direct: bool = False
 
 
 class Hosted(nn.Module):
     """What hosted layers share; `plain` is the torch.nn class underneath."""
 
     plain: type[nn.Module]
+    adapter: Adapter
     _share: Share | None = None
     _last_strategy: str | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         share = self._share
+        if share is not None and share.direct and len(args) == 1 and not kwargs:
+            return self.adapter.run_direct(self, share.gate, share.shift, share.strategy, args[0])
         if share is None:
             raise RuntimeError(
                 f"this {self.plain.__name__} belongs to a multi-rate network and was called without a beta: call the "
@@ -43,9 +50,9 @@ class Hosted(nn.Module):
                 "checkpointing inside the network, pass context_fn=mrvae_kernels.checkpoint_context(model) to "
                 "torch.utils.checkpoint.checkpoint"
             )
-        adapter = ADAPTERS[self.plain]
-        if not args:
-            args = (kwargs.pop("input"),)
+        adapter = self.adapter
+        if "input" in kwargs:  # torch.nn's name for it
+            args = (kwargs.pop("input"), *args)
         if share.inputs is not None:
             args = (adapter.scale_inputs(args[0], share.inputs), *args[1:])
         if share.folded is not None:
@@ -56,6 +63,11 @@ class Hosted(nn.Module):
             self._last_strategy = strategy
         return adapter.run(self, share.gate, share.shift, None, strategy, *args, **kwargs)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy or a pickle made during a call or within `at` waits for a beta of its own."""
+        state: Any = super().__getstate__()
+        return {name: value for name, value in state.items() if name not in ("_share", "_last_strategy")}
+
     def release(self) -> None:
         """Turn back into the plain layer."""
         for name in ("_share", "_last_strategy"):
@@ -64,20 +76,29 @@ class Hosted(nn.Module):
 
 
 HOSTED: dict[type[nn.Module], type[Hosted]] = {
-    plain: type(f"Hosted{plain.__name__}", (Hosted, plain), {"plain": plain, "__module__": __name__})
-    for plain in ADAPTERS
+    plain: type(f"Hosted{plain.__name__}", (Hosted, plain), {"plain": plain, "adapter": adapter, "__module__": __name__})
+    for plain, adapter in ADAPTERS.items()
 }
 globals().update({hosted.__name__: hosted for hosted in HOSTED.values()})  # pickle finds them by name
+
+
+def hand_out(layers: Sequence[Hosted], shares: Sequence[Share | None]) -> list[Share | None]:
+    """Give each layer its share; returns what they held before."""
+    before = [layer._share for layer in layers]
+    if torch.compiler.is_compiling():  # Dynamo follows attributes, not dictionaries
+        for layer, share in zip(layers, shares, strict=True):
+            layer._share = share
+    else:
+        for layer, share in zip(layers, shares, strict=True):
+            layer.__dict__["_share"] = share
+    return before
 
 
 @contextlib.contextmanager
 def lend(layers: Sequence[Hosted], shares: Sequence[Share | None]) -> Iterator[None]:
     """Within the block the layers hold these shares."""
-    before = [layer._share for layer in layers]
-    for layer, share in zip(layers, shares, strict=True):
-        layer._share = share
+    before = hand_out(layers, shares)
     try:
         yield
     finally:
-        for layer, share in zip(layers, before, strict=True):
-            layer._share = share
+        hand_out(layers, before)

@@ -38,11 +38,11 @@ def encode_state(state: dict[str, Any]) -> Tensor:
 def check_state(own: dict[str, Any], loaded: object, owner: str) -> None:
     """Compare what a checkpoint says of the gates with what this module has; ValueError names the difference."""
     try:
-        assert isinstance(loaded, Tensor)
-        state = json.loads(bytes(loaded.tolist()).decode())
-        assert isinstance(state, dict)
-    except (AssertionError, ValueError, TypeError):
-        raise ValueError(f"the checkpoint's record of the gates of {owner} is unreadable; it is damaged") from None
+        state = json.loads(bytes(loaded.tolist()).decode()) if isinstance(loaded, Tensor) else None
+    except (ValueError, TypeError, RecursionError):
+        state = None
+    if not isinstance(state, dict):
+        raise ValueError(f"the checkpoint's record of the gates of this {owner} is unreadable; it is damaged")
     for key, value in own.items():
         if state.get(key) != value:
             raise ValueError(
@@ -51,7 +51,25 @@ def check_state(own: dict[str, Any], loaded: object, owner: str) -> None:
             )
 
 
-class GatedLayer(nn.Module):
+class Recorded(nn.Module):
+    """A module whose state_dict says what its gates are; a checkpoint of others is refused before anything is copied."""
+
+    def _gate_state(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def get_extra_state(self) -> Tensor:
+        return encode_state(self._gate_state())
+
+    def set_extra_state(self, state: object) -> None:
+        check_state(self._gate_state(), state, type(self).__name__)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        if (state := state_dict.get(f"{prefix}_extra_state")) is not None:
+            self.set_extra_state(state)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+class GatedLayer(Recorded):
     """What all gated layers share; `plain` is the torch.nn class that each extends."""
 
     plain: type[nn.Module]
@@ -109,7 +127,7 @@ class GatedLayer(nn.Module):
         return gated
 
     def to_plain(self, beta: Beta) -> nn.Module:
-        """The plain layer at one beta: a copy with the gate folded into weight and bias."""
+        """The plain layer at one beta: a copy with the gate folded into weight and bias. The `activation`, if any, is not in it."""
         with torch.no_grad():
             folded = self._fold(*self.gate(_one(beta)))
         layer = copy.copy(self)
@@ -151,12 +169,6 @@ class GatedLayer(nn.Module):
     def _fold(self, gate: Tensor, shift: Tensor | None) -> dict[str, Tensor | None]:
         return fold_layers([FoldJob(self, ADAPTERS[self.plain], gate, shift)])[0]
 
-    def get_extra_state(self) -> Tensor:
-        return encode_state(self._gate_state())
-
-    def set_extra_state(self, state: object) -> None:
-        check_state(self._gate_state(), state, type(self).__name__)
-
     def _gate_state(self) -> dict[str, Any]:
         return {"beta_range": list(self.beta_range), "gate": self.gate_spec.kind + ("+shift" if self.gate_spec.shift else "")}
 
@@ -166,7 +178,7 @@ class GatedLayer(nn.Module):
 
 
 def _one(beta: Beta) -> Beta:
-    if isinstance(beta, Tensor) and beta.dim() > 0 or isinstance(beta, Sequence):
+    if getattr(beta, "ndim", 0) > 0 or isinstance(beta, Sequence):
         raise ValueError(f"beta is {beta!r}; a plain layer or network holds one beta: give a number")
     return beta
 

@@ -23,8 +23,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from . import functional, reference, strategy
 from .adapters import ADAPTERS, Adapter, FoldJob, fold_layers
 from .gates import DEFAULT_BETA_RANGE, Beta, BetaRange, GateNetwork, GateSpec, init_gates_, standardize
-from .hosting import HOSTED, Hosted, Share, lend
-from .layers import _one, check_state, encode_state, write_folded
+from .hosting import HOSTED, Hosted, Share, hand_out, lend
+from .layers import Recorded, _one, write_folded
 from .selection import Gates, select
 
 
@@ -55,7 +55,7 @@ class LayerGates(NamedTuple):
     inputs: Tensor | None
 
 
-class MultiRate(nn.Module):
+class MultiRate(Recorded):
     """A network whose gated layers compute y = g (W x + b) + t with g a function of beta (MR-VAE, Eqn. 6 to 8).
 
     Made by `multirate`. Calls take the network's own arguments plus `beta=`. Attributes:
@@ -93,7 +93,7 @@ class MultiRate(nn.Module):
                 size = entry.adapter.inputs(modules[entry.name])
                 rows.append(BankRows(entry.name, "inputs", size, entry.spec.inputs.kind, entry.spec.inputs.init))
         self._rows = rows
-        self._sizes, self._kinds = [row.size for row in rows], [row.kind for row in rows]
+        self._sizes, self._kinds = [row.size for row in rows], tuple(row.kind for row in rows)
         self.gated: dict[str, slice] = {}
         self.shifts: dict[str, slice] = {}
         self.inputs: dict[str, slice] = {}
@@ -106,6 +106,9 @@ class MultiRate(nn.Module):
             layer = modules[entry.name]
             layer.__class__ = HOSTED[type(layer)]
         self.network = network
+        places = {(row.name, row.role): i for i, row in enumerate(rows)}
+        self._layout = [(places.get((e.name, "shifts")), places.get((e.name, "inputs"))) for e in self._entries]
+        self._always_folded = tuple(i for i, entry in enumerate(self._entries) if not entry.adapter.product)
         self._layers: tuple[Hosted, ...] = ()
         self._plans: dict[Any, tuple[int, ...]] = {}
 
@@ -132,11 +135,14 @@ class MultiRate(nn.Module):
     def forward(self, *args: Any, beta: Beta, **kwargs: Any) -> Any:
         """The network's forward at this beta: a positive number, a 0-d tensor, or one a sample, shape (N,)."""
         key = None
-        if not torch.compiler.is_compiling():
+        if not (torch.compiler.is_compiling() or _saving_is_hooked()):
             key = (strategy.current(), *(value.shape if isinstance(value, Tensor) else None for value in args))
-        shares = self._shares(beta, key)
-        with lend(self._hosts(), shares):
-            result = self.network(*args, **kwargs)
+        layers, shares = self._hosts(), self._shares(beta, key)
+        before = hand_out(layers, shares)
+        try:
+            result = self._modules["network"](*args, **kwargs)  # type: ignore[misc]
+        finally:
+            hand_out(layers, before)
         if key is not None and key not in self._plans and shares[0].gate.dim() == 1:
             self._remember(key)
         return result
@@ -168,11 +174,15 @@ class MultiRate(nn.Module):
 
         In training they mix the betas that were sampled, so that without this a network with batch norm is wrong at
         every single beta. `batches` gives the network's input: a tensor, or a tuple of positional arguments.
-        Each batch counts alike. Nothing happens for a network without running statistics. ValueError for no batch.
+        Each batch counts alike. Nothing happens for a network without running statistics. ValueError for no batch; after
+        an error the statistics are what they were.
         """
         norms = running_norms(self.network)
         if not norms:
             return 0
+        if isinstance(batches, Tensor):
+            raise TypeError("batches is one tensor; expected an iterable of inputs: [x]")
+        before = [{name: buffer.clone() for name, buffer in norm.named_buffers(recurse=False)} for norm in norms]
         training = {module: module.training for module in self.modules()}
         momenta = {norm: norm.momentum for norm in norms}
         self.eval()
@@ -186,20 +196,19 @@ class MultiRate(nn.Module):
                 for batch in batches:
                     self(*(batch if isinstance(batch, (tuple, list)) else (batch,)), beta=beta)
                     count += 1
+            if count == 0:
+                raise ValueError("batches is empty; running statistics need at least one batch")
+        except BaseException:
+            for norm, buffers in zip(norms, before, strict=True):
+                for name, buffer in buffers.items():
+                    norm.get_buffer(name).copy_(buffer)
+            raise
         finally:
             for module, mode in training.items():
                 module.training = mode
             for norm, momentum in momenta.items():
                 norm.momentum = momentum
-        if count == 0:
-            raise ValueError("recalibrate got no batch; running statistics need at least one")
         return count
-
-    def get_extra_state(self) -> Tensor:
-        return encode_state(self._gate_state())
-
-    def set_extra_state(self, state: object) -> None:
-        check_state(self._gate_state(), state, "multi-rate network")
 
     def _gate_state(self) -> dict[str, Any]:
         return {
@@ -214,7 +223,7 @@ class MultiRate(nn.Module):
     def _bank(self, beta: Beta) -> list[Tensor]:
         """All gates, shifts and input gates at beta, in the order of `_rows`."""
         if self.gate_networks is None:
-            weight, bias = self.gate_weight, self.gate_bias
+            weight, bias = self._parameters["gate_weight"], self._parameters["gate_bias"]
             assert weight is not None and bias is not None
             eta = standardize(beta, self.beta_range, device=weight.device, dtype=reference.gate_dtype(weight.dtype))
             return functional.gate_bank(weight, bias, eta, self._sizes, self._kinds)
@@ -229,34 +238,46 @@ class MultiRate(nn.Module):
     def _gates(self, beta: Beta) -> list[LayerGates]:
         """The same by layer."""
         values = self._bank(beta)
-        gates = values[: len(self._entries)]
-        rest = iter(values[len(self._entries):])
-        shifts = [next(rest) if e.spec.shift else None for e in self._entries]
-        inputs = [next(rest) if e.spec.inputs is not None else None for e in self._entries]
-        return [LayerGates(*parts) for parts in zip(gates, shifts, inputs, strict=True)]
+        return [
+            LayerGates(gate, None if shift is None else values[shift], None if inputs is None else values[inputs])
+            for gate, (shift, inputs) in zip(values, self._layout, strict=False)
+        ]
 
     def _hosts(self) -> tuple[Hosted, ...]:
         layers = self._layers
         if not layers:
             layers = tuple(self.network.get_submodule(entry.name) for entry in self._entries)  # type: ignore[misc]
+            for entry, layer in zip(self._entries, layers, strict=True):
+                if not isinstance(layer, Hosted):
+                    raise RuntimeError(
+                        f"{entry.name!r} is a plain {type(layer).__name__}: it was replaced after multirate(); convert the "
+                        "network (SyncBatchNorm, quantisation, ...) first, then call multirate()"
+                    )
             self._layers = layers
         return layers
 
     def _shares(self, beta: Beta, key: Any) -> list[Share]:
         """Each layer's gate, and its folded parameters where the plan for these input shapes folds it."""
         gates = self._gates(beta)
-        if gates[0].gate.dim() == 2:
-            return [Share(g.gate, g.shift, None, "epilogue", g.inputs) for g in gates]
-        planned = self._plans.get(key)
-        folding = [i for i, e in enumerate(self._entries) if not e.adapter.product] if planned is None else planned
-        undecided = None if planned is None else "epilogue"
-        shares = [Share(g.gate, g.shift, None, undecided, g.inputs) for g in gates]
+        per_sample = gates[0].gate.dim() == 2
+        planned = () if per_sample else self._plans.get(key)
+        decided = strategy.choose_strategy(0, 0, True) if per_sample else None if planned is None else "epilogue"
+        direct = decided is not None and self._runs_compiled()
+        shares = [
+            Share(g.gate, g.shift, None, decided, g.inputs, direct and g.inputs is None and entry.adapter.product)
+            for g, entry in zip(gates, self._entries, strict=True)
+        ]
+        folding = self._always_folded if planned is None else planned
         if folding:
             layers = self._hosts()
             jobs = [FoldJob(layers[i], self._entries[i].adapter, gates[i].gate, gates[i].shift) for i in folding]
             for i, folded in zip(folding, fold_layers(jobs), strict=True):
-                shares[i] = shares[i]._replace(folded=folded)
+                shares[i] = Share(gates[i].gate, gates[i].shift, folded, None, gates[i].inputs)
         return shares
+
+    def _runs_compiled(self) -> bool:
+        weight = self._parameters["gate_weight"]
+        return weight is not None and strategy.choose_backend(weight.device, weight.dtype) == "cpp"
 
     def _remember(self, key: Any) -> None:
         """Plan for inputs of these shapes: the layers that the cost model folded, to be folded together next time."""
@@ -308,6 +329,12 @@ def multirate(
 def running_norms(network: nn.Module) -> list[_BatchNorm]:
     """The batch norms that keep running statistics."""
     return [m for m in network.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+
+
+def _saving_is_hooked() -> bool:
+    """Whether hooks pack saved tensors, as in torch.utils.checkpoint: a recomputation must then save what the forward
+    saved, in the same order, so that it must not follow a plan made in between."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 def _present(value: Tensor | None) -> Tensor:

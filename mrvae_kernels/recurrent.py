@@ -42,6 +42,7 @@ def gated_recurrent(layer: Any, gate: Tensor, shift: Tensor | None, x: Tensor, h
         hidden = sequence.new_zeros(states, batch, output_size)
         cell = sequence.new_zeros(states, batch, layer.hidden_size) if is_lstm else None
     else:
+        layer.check_forward_args(x, hx, None)
         hidden, cell = hx if is_lstm else (hx, None)
     rows, last_hidden, last_cell = recurrent_rows(layer), [], []
     for k in range(layer.num_layers):

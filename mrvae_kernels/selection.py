@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .adapters import ADAPTERS, refusal
 from .gates import GateSpec
+from .hosting import Hosted
 
 Gates = str | GateSpec | Mapping[str, str | GateSpec]
 
@@ -57,9 +58,16 @@ def select(network: nn.Module, gates: Gates | None, include: Sequence[str] | Non
                 raise ValueError(f"{name!r} was asked for in include, but cannot be gated: {reason}")
             left[name] = reason
         elif name in before_norm and not asked:
-            left[name] = f"batch normalisation ({before_norm[name]}) follows and would cancel its gate; the norm is gated"
+            left[name] = (
+                f"batch normalisation ({before_norm[name]}) follows and would cancel its gate; gate the norm, or name this "
+                "layer in include"
+            )
         else:
             gated[name] = spec
+    for pattern in include or ():
+        if not any(_matches(name, pattern) for name in gated):
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in left.items() if _matches(name, pattern))
+            raise ValueError(f"include names {pattern!r}, where nothing can be gated: {reasons or 'it has no parameters'}")
     if not gated:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in left.items()) or "it has no layer with parameters"
         raise ValueError(f"nothing to gate in this {type(network).__name__}: {reasons}")
@@ -103,6 +111,8 @@ def _did_you_mean(name: str, known: Mapping[str, object]) -> str:
 
 def _refusal(module: nn.Module, spec: GateSpec) -> str | None:
     adapter = ADAPTERS.get(type(module))
+    if isinstance(module, Hosted):
+        return "it belongs to another multi-rate network"
     if adapter is None:
         base = next((kind.__name__ for kind in ADAPTERS if isinstance(module, kind)), None)
         if base is not None:
@@ -110,14 +120,17 @@ def _refusal(module: nn.Module, spec: GateSpec) -> str | None:
         return f"a {type(module).__name__}, not a kind of layer that can be gated"
     if isinstance(module, nn.modules.lazy.LazyModuleMixin):
         return "a lazy layer without its sizes yet: run the network once first"
+    if computed := next((e.weight for e in adapter.entries(module) if e.weight not in module._parameters), None):
+        return f"its {computed} is not a parameter of its own but computed from others (weight_norm, spectral_norm, pruning)"
     return refusal(module, spec)
 
 
 def _inside_opaque(network: nn.Module) -> dict[str, str]:
-    """Layers whose parent computes with their weights without calling them."""
+    """Layers whose parent computes with their weights without calling them: always, or in its fast path in eval mode."""
     return {
-        f"{name}.{child}" if name else child: "part of nn.MultiheadAttention, which uses its weight without calling it"
-        for name, module in network.named_modules() if isinstance(module, nn.MultiheadAttention)
+        f"{name}.{child}" if name else child: f"part of nn.{kind.__name__}, which uses its weight without calling it"
+        for name, module in network.named_modules()
+        for kind in (nn.MultiheadAttention, nn.TransformerEncoderLayer) if isinstance(module, kind)
         for child, _ in module.named_modules() if child
     }
 

@@ -92,9 +92,11 @@ def choose_strategy(weight_numel: int, output_numel: int, per_sample: bool, aske
     """"fold" or "epilogue" by bytes moved; ValueError if the one asked for cannot be done."""
     asked = asked or _override.strategy
     if asked is None:
-        if per_sample or output_numel * EPILOGUE_PASSES < weight_numel * FOLD_PASSES:
+        if per_sample:
             return "epilogue"
-        return "fold"
+        if torch.compiler.is_exporting():  # one program for every batch size: comparing them would pin the exported one's
+            return "fold"
+        return "epilogue" if output_numel * EPILOGUE_PASSES < weight_numel * FOLD_PASSES else "fold"
     if asked not in STRATEGIES:
         raise ValueError(f"strategy is {asked!r}; expected one of {', '.join(STRATEGIES)}")
     if asked == "fold" and per_sample:

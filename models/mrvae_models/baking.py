@@ -1,8 +1,8 @@
 """bake_run(): one beta of a trained run as a plain model on disk, in three forms, checked after writing.
 
-    OUT/model.safetensors, OUT/config.json   for load_model(): the network's own classes, no gate left
-    OUT/model.pt2      torch.export program, x -> (reconstruction, mean, log_variance) at the posterior mean, any batch size
-    OUT/decoder.pt2    torch.export program, z -> image, to sample with
+OUT/model.safetensors, OUT/config.json   for load_model(): the network's own classes, no gate left
+OUT/model.pt2      torch.export program, x -> (reconstruction, mean, log_variance) at the posterior mean, any batch size
+OUT/decoder.pt2    torch.export program, z -> image, to sample with
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import mrvae_kernels as mk
 
 from .config import TrainConfig
-from .curve import at, calibrated
+from .curve import CALIBRATION_BATCH, at, calibrated, recalibration_noise
 from .run import CONFIG, MODEL, load_model, replace_file, save_model, write_config
 from .vae import VAE
 
@@ -64,21 +64,26 @@ def bake_run(
 ) -> Baked:
     """Bake the model of a run at `beta` into the directory `out` (default: RUN/baked-<beta>).
 
-    calibration: training images, needed by networks with BatchNorm. ValueError for a beta that is not positive, and for a
-    run without gates; FileExistsError when `out` holds a model already (force=True replaces it); RuntimeError when what was
-    read back differs from the gated model by more than TOLERANCE. A beta outside the run's range is a warning.
+    calibration: training images, needed by networks with BatchNorm. ValueError for a beta that is not positive, and for
+    a run without gates; FileExistsError when `out` holds a model already (force=True replaces it); RuntimeError when
+    what was read back differs from the gated model by more than TOLERANCE. A beta outside the run's range is a warning.
     """
     run = Path(run)
     out = run / f"baked-{beta:g}" if out is None else Path(out)
     found = [name for name in (CONFIG, MODEL, PROGRAM, DECODER) if (out / name).exists()]
     if found and not force:
-        raise FileExistsError(f"{out} holds a model already ({', '.join(found)}): replace it with --force, or choose another --out")
+        raise FileExistsError(
+            f"{out} holds a model already ({', '.join(found)}): replace it with --force, or choose another --out"
+        )
     model, document = load_model(run)
     if not isinstance(model, mk.MultiRate):
         raise ValueError(f"{run} holds a plain model, without gates; there is nothing to bake")
-    batches = None if calibration is None else calibration.split(500)
-    network: Any = mk.bake(model, beta, batches).eval()
-    description = {key: value for key, value in document["model"].items() if key not in ("gates", "exclude", "beta_range")}
+    batches = None if calibration is None else calibration.split(CALIBRATION_BATCH)
+    with recalibration_noise(torch.device("cpu")):
+        network: Any = mk.bake(model, beta, batches).eval()
+    description = {
+        key: value for key, value in document["model"].items() if key not in ("gates", "exclude", "beta_range")
+    }
     description["beta"] = beta
     description = json.loads(json.dumps(description))
     out.mkdir(parents=True, exist_ok=True)
@@ -127,8 +132,8 @@ def _verify(model: mk.MultiRate, beta: float, calibration: Tensor | None, out: P
             difference = ((output - reference).abs().max() / reference.abs().max()).item()
             if not difference <= TOLERANCE:
                 raise RuntimeError(
-                    f"{out / name} differs from the gated model at beta = {beta:g} by {difference:.2g} of the largest output; "
-                    f"expected at most {TOLERANCE:g}"
+                    f"{out / name} differs from the gated model at beta = {beta:g} by {difference:.2g} of the largest "
+                    f"output; expected at most {TOLERANCE:g}"
                 )
             worst = max(worst, difference)
     return worst

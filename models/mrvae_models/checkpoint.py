@@ -1,8 +1,8 @@
 """Checkpoints: written whole or not at all, read without running anything, and exact to the bit on resume.
 
-last.ckpt holds Lightning's own state (weights, optimiser, schedule, loops, callbacks) and what exactness needs besides: the
-random number generators of every process and the place in the epoch. Only tensors and plain types go in, so that torch's
-weights-only unpickler reads it, which refuses everything that could run code.
+last.ckpt holds Lightning's own state (weights, optimiser, schedule, loops, callbacks) and what exactness needs besides:
+the random number generators of every process and the place in the epoch. Only tensors and plain types go in, so that
+torch's weights-only unpickler reads it, which refuses everything that could run code.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 
 from .config import CHANGEABLE, TrainConfig
+from .data import Batches
 from .lightning_module import OBJECTIVE
-from .loader import EpochLoader
 from .run import BEST, LAST, first_lines, replace_file
 
 KEY = "mrvae"
@@ -63,8 +63,8 @@ class SafeCheckpointIO(CheckpointIO):
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """The checkpoint in a file, on the CPU. Nothing in it is run.
 
-    FileNotFoundError when there is none; CheckpointError when it is truncated, when it is a pickle with anything but tensors
-    and plain types, and when it is not one of ours.
+    FileNotFoundError when there is none; CheckpointError when it is truncated, when it is a pickle with anything but
+    tensors and plain types, and when it is not one of ours.
     """
     path = Path(path)
     if not path.exists():
@@ -75,8 +75,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path} holds objects other than tensors and plain types, which could run code when loaded; refused, nothing "
-            f"was run: {_refused(error)}"
+            f"{path} holds objects other than tensors and plain types, which could run code when loaded; refused, "
+            f"nothing was run: {_refused(error)}"
         ) from None
     except (RuntimeError, EOFError, OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
         raise CheckpointError(f"{path} is damaged: {first_lines(error)}") from None
@@ -90,7 +90,9 @@ def _refused(error: pickle.UnpicklingError) -> str:
     return named[0] if named else first_lines(error, 1)
 
 
-def check_checkpoint(checkpoint: Mapping[str, Any], description: Mapping[str, Any], config: TrainConfig, path: Path) -> None:
+def check_checkpoint(
+    checkpoint: Mapping[str, Any], description: Mapping[str, Any], config: TrainConfig, path: Path
+) -> None:
     """CheckpointError unless the checkpoint was saved by a run of this model and of these options."""
     saved = checkpoint[KEY]
     wanted = {**{k: v for k, v in config.to_dict().items() if k not in CHANGEABLE}, **description}
@@ -134,14 +136,12 @@ def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
 class RunCheckpoint(Checkpoint):
     """Saves last.ckpt and best.ckpt, stops cleanly on a signal or after max_time, and makes resuming exact.
 
-    last.ckpt after every epoch and every `checkpoint_every_steps` steps; best.ckpt when the validation objective improves.
-    Ctrl-C and SIGTERM let the step end, save and raise StopTraining; a second one stops at once. With several processes the
-    stop waits for the end of the epoch, where they agree on it.
+    last.ckpt after every epoch and every `checkpoint_every_steps` steps; best.ckpt when the validation objective
+    improves. Ctrl-C and SIGTERM let the step end, save and raise StopTraining; a second one stops at once. With several
+    processes the stop waits for the end of the epoch, where they agree on it.
     """
 
-    def __init__(
-        self, config: TrainConfig, description: Mapping[str, Any], directory: Path, loader: EpochLoader
-    ) -> None:
+    def __init__(self, config: TrainConfig, description: Mapping[str, Any], directory: Path, loader: Batches) -> None:
         self.loader = loader
         self.config = config
         self.description = dict(description)
@@ -163,7 +163,10 @@ class RunCheckpoint(Checkpoint):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):  # Lightning put its own before, and puts back the user's after
+            for number in (
+                signal.SIGINT,
+                signal.SIGTERM,
+            ):  # Lightning put its own before, and puts back the user's after
                 signal.signal(number, self._on_signal)
         if self._states is None:
             if trainer.world_size > 1:  # the same weights were drawn everywhere; betas and noise must differ

@@ -8,12 +8,12 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import math
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
+
+from .options import check_format, check_type, expect, parse_duration, parse_gate, parse_setting, read_json
 
 FORMAT = "mrvae-run/1"
 """Written to config.json of a run; another format is refused."""
@@ -31,40 +31,22 @@ def _option(default: Any, help: str, group: str, **details: Any) -> Any:
     return field(default=default, metadata=metadata)
 
 
-def parse_duration(text: str) -> float:
-    """Seconds from "90", "90s", "15m", "2h30m" or "1d"; ValueError otherwise."""
-    units = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-    if not re.fullmatch(r"(\d+(\.\d+)?[smhd]?)+", text):
-        raise ValueError(f"{text!r} is no duration; expected seconds or units, such as 90, 15m or 2h30m")
-    return sum(float(number) * units[unit] for number, _, unit in re.findall(r"(\d+(\.\d+)?)([smhd]?)", text))
-
-
-def parse_setting(text: str) -> tuple[str, Any]:
-    """("hidden", 600) from "hidden=600", ("hidden", [600, 300]) from "hidden=600,300", ("norm", "batch") from "norm=batch"."""
-    key, sign, value = text.partition("=")
-    if not sign or not key.isidentifier():
-        raise ValueError(f"{text!r} is no setting; expected NAME=VALUE, such as hidden=600")
-    for reading in (value, f"[{value}]" if "," in value else value):
-        try:
-            return key, json.loads(reading)
-        except json.JSONDecodeError:
-            continue
-    return key, value
-
-
 @dataclass
 class TrainConfig:
     """Options of one training run; `check()` raises ValueError, naming the option, before anything heavy starts.
 
-    With `beta=None` a multi-rate network is trained over `beta_range` by Algorithm 1 of Bae et al. (2022); with a number, the
-    same network without gates at that one KL weight: the beta-VAE to compare with.
+    With `beta=None` a multi-rate network is trained over `beta_range` by Algorithm 1 of Bae et al. (2022); with a
+    number, the same network without gates at that one KL weight: the beta-VAE to compare with.
     """
 
     out: str | None = _option(None, "directory of the run (default: runs/<network>-<data>)", "run", metavar="DIR")
     seed: int = _option(0, "seed of weights, data order, betas and noise", "run", metavar="N")
     max_time: float | None = _option(
-        None, "stop after this time, leaving a run that --resume continues (for as long again): 90, 15m, 2h30m", "run",
-        metavar="TIME", parse=parse_duration,
+        None,
+        "stop after this time, leaving a run that --resume continues (for as long again): 90, 15m, 2h30m",
+        "run",
+        metavar="TIME",
+        parse=parse_duration,
     )
     patience: int | None = _option(
         None, "stop early after this many validations without a better objective", "run", metavar="N"
@@ -74,7 +56,9 @@ class TrainConfig:
         5, "number of betas, log-spaced over the range, that the validation objective averages over", "run", metavar="N"
     )
     keep: str = _option(
-        "last", "weights of model.safetensors: 'last', or 'best' by the validation objective", "run",
+        "last",
+        "weights of model.safetensors: 'last', or 'best' by the validation objective",
+        "run",
         choices=("last", "best"),
     )
     checkpoint_every_steps: int | None = _option(
@@ -87,23 +71,34 @@ class TrainConfig:
     network: str = _option("mlp", "network: linear, mlp or cnn", "model", metavar="NAME")
     latent: int | None = _option(None, "number of latent variables (default: the network's own)", "model", metavar="N")
     likelihood: str | None = _option(
-        None, "p(x|z): bernoulli (values in [0, 1]) or gaussian (default: the network's own)", "model",
+        None,
+        "p(x|z): bernoulli (values in [0, 1]) or gaussian (default: the network's own)",
+        "model",
         choices=("bernoulli", "gaussian"),
     )
     sigma: float | None = _option(
         None, "standard deviation of the gaussian likelihood (default: 1)", "model", metavar="SIGMA", parse=float
     )
     network_options: dict[str, Any] = _option(
-        {}, "further option of the network, such as hidden=600; may be repeated", "model",
-        flag="--set", metavar="NAME=VALUE", parse=parse_setting,
+        {},
+        "further option of the network, such as hidden=600; may be repeated",
+        "model",
+        flag="--set",
+        metavar="NAME=VALUE",
+        parse=parse_setting,
     )
 
     data: str = _option(
-        "digits", "digits (embedded: 6,000 of MNIST's), a folder of images or of IDX files, a .npz, .npy or IDX file, "
-        "or hf:NAME for a public set", "data", metavar="SOURCE",
+        "digits",
+        "digits (embedded: 6,000 of MNIST's), a folder of images or of IDX files, a .npz, .npy or IDX file, "
+        "or hf:NAME for a public set",
+        "data",
+        metavar="SOURCE",
     )
     binarize: str = _option(
-        "none", "make pixels 0 or 1: none, fixed (once, by the seed) or dynamic (again at every visit)", "data",
+        "none",
+        "make pixels 0 or 1: none, fixed (once, by the seed) or dynamic (again at every visit)",
+        "data",
         choices=("none", "fixed", "dynamic"),
     )
     resize: int | None = _option(None, "resize images from files to this side", "data", metavar="SIDE")
@@ -113,31 +108,61 @@ class TrainConfig:
     data_seed: int = _option(0, "seed of the validation split and of fixed binarisation", "data", metavar="N")
 
     beta_range: tuple[float, float] = _option(
-        (0.01, 10.0), "lowest and highest KL weight that the network learns", "beta", metavar=("LOW", "HIGH"), parse=float
+        (0.01, 10.0),
+        "lowest and highest KL weight that the network learns",
+        "beta",
+        metavar=("LOW", "HIGH"),
+        parse=float,
     )
     beta: float | None = _option(
-        None, "train a plain beta-VAE, without gates, at this one KL weight instead of the range", "beta",
-        metavar="BETA", parse=float,
+        None,
+        "train a plain beta-VAE, without gates, at this one KL weight instead of the range",
+        "beta",
+        metavar="BETA",
+        parse=float,
     )
     sample: str = _option(
-        "example", "draw a beta for every 'example' of a batch or one for the 'step'", "beta", choices=("example", "step")
+        "example",
+        "draw a beta for every 'example' of a batch or one for the 'step'",
+        "beta",
+        choices=("example", "step"),
     )
     stratified: bool = _option(
         False, "spread the betas of a batch evenly over the range (with --sample example)", "beta"
     )
-    margin: float = _option(
-        1.0, "widen the range that betas are drawn from to [LOW / margin, HIGH * margin]; its ends are learnt better",
-        "beta", metavar="FACTOR", parse=float,
+    margin: tuple[float, float] = _option(
+        (1.0, 1.0),
+        "draw betas from [LOW / first, HIGH * second]: the ends of the range are learnt better when not at the edge",
+        "beta",
+        metavar=("FACTOR", "FACTOR"),
+        parse=float,
+    )
+    weight_power: float = _option(
+        0.0,
+        "weigh an example's loss by (1 + beta) to this power; above 0, high betas count more",
+        "beta",
+        metavar="POWER",
+        parse=float,
     )
 
-    encoder_gate: str = _option("sigmoid", "gate of the encoder's layers", "gates", choices=GATE_KINDS)
-    decoder_gate: str = _option("sqrt", "gate of the decoder's layers", "gates", choices=GATE_KINDS)
-    shift: bool = _option(False, "FiLM: add a shift that depends on beta after every gate", "gates")
+    gates: dict[str, str] = _option(
+        {"encoder": "sigmoid", "decoder": "sqrt"},
+        "gate of the layers under a module, as MODULE=KIND or, with a FiLM shift that depends on beta too, "
+        "MODULE=KIND+shift; the most specific module counts; kinds: " + ", ".join(GATE_KINDS),
+        "gates",
+        metavar="MODULE=KIND",
+        many=True,
+        parse=parse_gate,
+    )
     gate_init: str = _option(
-        "open", "gates start 'open' (near 1), or as in the 'paper' (U(-1, 1); many sqrt gates are dead then)", "gates",
+        "open",
+        "gates start 'open' (near 1), or as in the 'paper' (U(-1, 1); many sqrt gates are dead then)",
+        "gates",
         choices=("open", "paper"),
     )
-    exclude: tuple[str, ...] = _option((), "layers to leave without a gate, by name", "gates", metavar="LAYER", many=True)
+    exclude: tuple[str, ...] = _option(
+        (), "layers to leave without a gate, by name", "gates", metavar="LAYER", many=True
+    )
 
     epochs: int = _option(100, "passes over the training data", "optimisation", metavar="N")
     batch_size: int = _option(128, "examples a step, over all devices together", "optimisation", metavar="N")
@@ -146,10 +171,14 @@ class TrainConfig:
         10.0, "learning rate of the gates, as a multiple of --lr", "optimisation", metavar="FACTOR", parse=float
     )
     schedule: str = _option(
-        "cosine", "learning rate over the run: cosine down to --final-lr, or constant", "optimisation",
-        choices=("cosine", "constant"),
+        "cosine",
+        "learning rate over the run: cosine down to --final-lr, linear down to it over the last 30 %, or constant",
+        "optimisation",
+        choices=("cosine", "linear", "constant"),
     )
-    final_lr: float = _option(1e-6, "learning rate at the end of the cosine", "optimisation", metavar="LR", parse=float)
+    final_lr: float = _option(
+        1e-6, "learning rate at the end of a cosine or linear schedule", "optimisation", metavar="LR", parse=float
+    )
     warmup_epochs: float = _option(
         0.0, "epochs over which the learning rate rises linearly from zero", "optimisation", metavar="N", parse=float
     )
@@ -164,23 +193,24 @@ class TrainConfig:
     strategy: str = _option("auto", "Lightning's strategy: auto, ddp, ...", "hardware", metavar="NAME")
     threads: int | None = _option(None, "CPU threads (default: torch's choice)", "hardware", metavar="N")
     deterministic: bool = _option(
-        False, "only deterministic algorithms on the GPU too (the CPU's are); slower, exact resume there needs it", "hardware"
+        False,
+        "only deterministic algorithms on the GPU too (the CPU's are); slower, exact resume there needs it",
+        "hardware",
     )
 
     def __post_init__(self) -> None:
-        if isinstance(self.beta_range, list):
-            self.beta_range = tuple(self.beta_range)  # type: ignore[assignment]  # JSON has lists only
-        for name in ("log_to", "exclude"):
+        for name in ("log_to", "exclude", "beta_range", "margin"):
             value = getattr(self, name)
-            setattr(self, name, (value,) if isinstance(value, str) else tuple(value))
+            if isinstance(value, (str, list)):  # JSON has lists only
+                setattr(self, name, (value,) if isinstance(value, str) else tuple(value))
         if self.log_to == ("none",):
             self.log_to = ()
 
     @property
     def sampled_range(self) -> tuple[float, float]:
-        """[low / margin, high * margin]: where training draws beta from, and what the gates standardise."""
+        """[low / margin[0], high * margin[1]]: where training draws beta from, and what the gates standardise."""
         low, high = self.beta_range
-        return low / self.margin, high * self.margin
+        return low / self.margin[0], high * self.margin[1]
 
     @property
     def directory(self) -> Path:
@@ -193,40 +223,52 @@ class TrainConfig:
         """ValueError, naming the option, its value and what was expected, for the first option that makes no sense."""
         for entry in fields(self):
             value, metadata = getattr(self, entry.name), entry.metadata
-            _check_type(entry.name, value, str(entry.type))
+            check_type(entry.name, value, str(entry.type))
             if value is not None and "choices" in metadata and value not in metadata["choices"]:
                 raise ValueError(f"{entry.name} is {value!r}; expected one of {', '.join(metadata['choices'])}")
         low, high = self.beta_range
-        _expect(0 < low < high, "beta_range", self.beta_range, "0 < LOW < HIGH")
-        _expect(self.beta is None or self.beta > 0, "beta", self.beta, "a positive KL weight")
-        _expect(
-            not self.stratified or self.sample == "example", "stratified", self.stratified,
+        expect(0 < low < high, "beta_range", self.beta_range, "0 < LOW < HIGH")
+        expect(self.beta is None or self.beta > 0, "beta", self.beta, "a positive KL weight")
+        expect(
+            not self.stratified or self.sample == "example",
+            "stratified",
+            self.stratified,
             "false with sample = 'step', which draws one beta only",
         )
-        _expect(self.margin >= 1, "margin", self.margin, "a factor of at least 1")
+        expect(min(self.margin) >= 1, "margin", self.margin, "two factors of at least 1")
+        for name, gate in self.gates.items():
+            kind, _, shift = gate.partition("+")
+            known = kind in GATE_KINDS and gate in (kind, f"{kind}+shift")
+            expect(known, f"the gate of {name}", gate, f"one of {', '.join(GATE_KINDS)}, with or without +shift")
         for name in ("epochs", "batch_size", "validate_every", "validation_betas", "devices", "num_nodes"):
-            _expect(getattr(self, name) >= 1, name, getattr(self, name), "a positive integer")
+            expect(getattr(self, name) >= 1, name, getattr(self, name), "a positive integer")
         for name in ("latent", "patience", "checkpoint_every_steps", "threads", "resize"):
             value = getattr(self, name)
-            _expect(value is None or value >= 1, name, value, "a positive integer")
+            expect(value is None or value >= 1, name, value, "a positive integer")
         for name in ("lr", "gate_lr_factor"):
-            _expect(getattr(self, name) > 0, name, getattr(self, name), "a positive number")
+            expect(getattr(self, name) > 0, name, getattr(self, name), "a positive number")
         for name in ("clip", "max_time", "sigma"):
             value = getattr(self, name)
-            _expect(value is None or value > 0, name, value, "a positive number")
+            expect(value is None or value > 0, name, value, "a positive number")
         for name in ("warmup_epochs", "final_lr"):
-            _expect(getattr(self, name) >= 0, name, getattr(self, name), "zero or more")
+            expect(getattr(self, name) >= 0, name, getattr(self, name), "zero or more")
         for name in ("seed", "data_seed"):
-            _expect(0 <= getattr(self, name) < 2**32, name, getattr(self, name), "a whole number from 0 to 2**32 - 1")
-        _expect(self.warmup_epochs < self.epochs, "warmup_epochs", self.warmup_epochs, f"less than epochs, {self.epochs}")
-        _expect(self.schedule == "constant" or self.final_lr <= self.lr, "final_lr", self.final_lr, f"at most lr, {self.lr}")
+            expect(0 <= getattr(self, name) < 2**32, name, getattr(self, name), "a whole number from 0 to 2**32 - 1")
+        expect(
+            self.warmup_epochs < self.epochs, "warmup_epochs", self.warmup_epochs, f"less than epochs, {self.epochs}"
+        )
+        expect(
+            self.schedule == "constant" or self.final_lr <= self.lr, "final_lr", self.final_lr, f"at most lr, {self.lr}"
+        )
         processes = self.devices * self.num_nodes
-        _expect(
-            self.batch_size % processes == 0, "batch_size", self.batch_size,
+        expect(
+            self.batch_size % processes == 0,
+            "batch_size",
+            self.batch_size,
             f"a multiple of {processes}, the number of devices that share a batch",
         )
         for log in self.log_to:
-            _expect(log in LOGS, "log_to", log, f"one of {', '.join(LOGS)}, or none alone")
+            expect(log in LOGS, "log_to", log, f"one of {', '.join(LOGS)}, or none alone")
 
     def to_dict(self) -> dict[str, Any]:
         """The options as plain JSON types; from_dict() reads them back."""
@@ -254,7 +296,8 @@ class TrainConfig:
 
 
 CHANGEABLE = frozenset(
-    "out epochs max_time patience checkpoint_every_steps log_to accelerator devices num_nodes strategy threads keep".split()
+    ("out", "epochs", "max_time", "patience", "checkpoint_every_steps", "keep", "log_to")
+    + ("accelerator", "devices", "num_nodes", "strategy", "threads")
 )
 """Options that --resume may change: none of them changes what a step computes, except that another number of epochs
 stretches the cosine and other devices round differently."""
@@ -263,56 +306,7 @@ stretches the cosine and other devices round differently."""
 def changes_of_resume(saved: TrainConfig, wanted: TrainConfig) -> list[str]:
     """Names of the options in which `wanted` differs from `saved` though --resume cannot change them."""
     return [
-        entry.name for entry in fields(saved)
+        entry.name
+        for entry in fields(saved)
         if entry.name not in CHANGEABLE and getattr(saved, entry.name) != getattr(wanted, entry.name)
     ]
-
-
-def read_json(path: str | Path) -> dict[str, Any]:
-    """The JSON object in a file; FileNotFoundError, or ValueError that says where the text breaks off."""
-    path = Path(path)
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} does not exist") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no JSON: {error}") from None
-    if not isinstance(document, dict):
-        raise ValueError(f"{path} holds a JSON {type(document).__name__}; expected an object")
-    return document
-
-
-def check_format(document: Mapping[str, Any], expected: str, path: str | Path) -> None:
-    """ValueError unless the document says that it has the expected format."""
-    if document.get("format") != expected:
-        raise ValueError(f"{path} has format {document.get('format')!r}; expected {expected!r}")
-
-
-_TYPES: dict[str, tuple[type | tuple[type, ...], Callable[[Any], bool]]] = {
-    "int": (int, lambda value: not isinstance(value, bool)),
-    "float": ((int, float), lambda value: not isinstance(value, bool) and math.isfinite(value)),
-    "str": (str, lambda value: True),
-    "bool": (bool, lambda value: True),
-    "dict[str, Any]": (dict, lambda value: all(isinstance(key, str) for key in value)),
-    "tuple[str, ...]": (tuple, lambda value: all(isinstance(entry, str) for entry in value)),
-    "tuple[float, float]": (
-        tuple,
-        lambda value: len(value) == 2 and all(
-            isinstance(entry, (int, float)) and not isinstance(entry, bool) and math.isfinite(entry) for entry in value
-        ),
-    ),
-}
-
-
-def _check_type(name: str, value: Any, annotation: str) -> None:
-    base, _, optional = annotation.partition(" | ")
-    if value is None and optional == "None":
-        return
-    kind, fits = _TYPES[base]
-    if not isinstance(value, kind) or not fits(value):
-        raise ValueError(f"{name} is {value!r}; expected {annotation}, finite where it is a number")
-
-
-def _expect(condition: bool, name: str, value: Any, expected: str) -> None:
-    if not condition:
-        raise ValueError(f"{name} is {value!r}; expected {expected}")

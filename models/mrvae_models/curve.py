@@ -21,12 +21,14 @@ from torch import Tensor, nn
 
 import mrvae_kernels as mk
 
-from .config import read_json
 from .objectives import rate as rate_of
+from .options import read_json
 from .run import plain_network, replace_file, versions, write_json
 
 ACTIVE_VARIANCE = 0.01
 """A unit is active when the variance of its posterior mean over the data exceeds this (Burda et al., 2016)."""
+
+CALIBRATION_BATCH = 500
 
 BOOTSTRAP = 200
 """Resamples behind the standard error of the number of active units: its own relative error is about 5 %."""
@@ -147,13 +149,15 @@ def evaluate(
     points = []
     with torch.no_grad(), _evaluating(model):
         for beta in sorted(betas):
-            with calibrated(model, calibration, beta, batch_size):
+            with calibrated(model, calibration, beta):
                 parts = []
                 for start in range(0, len(images), batch_size):
                     # one seed a batch: the same noise at every beta, whatever order they come in
                     generator.manual_seed(seed * 1_000_003 + start)
                     parts.append(measure(model, images[start : start + batch_size], beta, generator, samples))
-            points.append(_point(beta, Measurement(*(torch.cat(part).double().cpu() for part in zip(*parts, strict=True)))))
+            points.append(
+                _point(beta, Measurement(*(torch.cat(part).double().cpu() for part in zip(*parts, strict=True))))
+            )
     calibrated_on = 0 if calibration is None else len(calibration)
     details = {"examples": len(images), "samples": samples, "seed": seed, "calibration_examples": calibrated_on}
     return Curve(tuple(points), {**(about or {}), "evaluation": details})
@@ -167,9 +171,12 @@ def measure(model: nn.Module, x: Tensor, beta: float, generator: torch.Generator
     with at(model, beta):
         mean, log_variance = network.encode(x)
         noise = torch.randn((samples, *mean.shape), generator=generator).to(mean)
-        distortion = torch.stack([
-            network.likelihood.distortion(network.decode(mean + torch.exp(0.5 * log_variance) * draw), x) for draw in noise
-        ]).mean(0)
+        distortion = torch.stack(
+            [
+                network.likelihood.distortion(network.decode(mean + torch.exp(0.5 * log_variance) * draw), x)
+                for draw in noise
+            ]
+        ).mean(0)
     return Measurement(distortion, rate_of(mean, log_variance), mean)
 
 
@@ -186,10 +193,23 @@ def has_running_statistics(model: nn.Module) -> bool:
 
 
 @contextlib.contextmanager
-def calibrated(model: nn.Module, images: Tensor | None, beta: float, batch_size: int = 500) -> Iterator[None]:
+def recalibration_noise(device: torch.device) -> Iterator[None]:
+    """A block in which torch's global generators start from a fixed seed; they are put back at the end.
+
+    Recalibrating draws z. With the same draws each time, statistics are the same for baking as for evaluating, curves are
+    compared with common random numbers, and a validation leaves training's numbers alone.
+    """
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        yield
+
+
+@contextlib.contextmanager
+def calibrated(model: nn.Module, images: Tensor | None, beta: float) -> Iterator[None]:
     """A block in which a MultiRate's BatchNorm layers have the running statistics of this beta, on `images`.
 
-    They are put back at the end. Nothing to do for a plain model, or without BatchNorm; ValueError when images are missing.
+    They are put back at the end. Nothing to do for a plain model, or without BatchNorm; ValueError when images are
+    missing.
     """
     if not isinstance(model, mk.MultiRate) or not has_running_statistics(model):
         yield
@@ -203,7 +223,8 @@ def calibrated(model: nn.Module, images: Tensor | None, beta: float, batch_size:
     saved = {name: buffer.clone() for name, buffer in buffers.items()}
     parameter = next(model.parameters())
     try:
-        model.recalibrate((batch.to(parameter) for batch in images.split(batch_size)), beta)
+        with recalibration_noise(parameter.device):
+            model.recalibrate((batch.to(parameter) for batch in images.split(CALIBRATION_BATCH)), beta)
         yield
     finally:
         for name, buffer in buffers.items():
@@ -265,7 +286,9 @@ def _check(model: nn.Module, images: Tensor, betas: Sequence[float], batch_size:
         if not 0 < beta < math.inf:
             raise ValueError(f"beta is {beta}; expected a positive, finite KL weight")
     if len(betas) > 1 and not isinstance(model, mk.MultiRate):
-        raise ValueError(f"{len(betas)} betas for a plain model, which is one point of a curve; give the beta it was trained at")
+        raise ValueError(
+            f"{len(betas)} betas for a plain model, which is one point of a curve; give the beta it was trained at"
+        )
     if batch_size < 1 or samples < 1:
         raise ValueError(f"batch_size is {batch_size} and samples {samples}; expected positive integers")
 
@@ -278,7 +301,11 @@ def _point(beta: float, measured: Measurement) -> Point:
         return values.mean().item(), error
 
     return Point(
-        beta, *average(rate), *average(distortion), *average(-(distortion + rate)), *average(distortion + beta * rate),
+        beta,
+        *average(rate),
+        *average(distortion),
+        *average(-(distortion + rate)),
+        *average(distortion + beta * rate),
         *active_units(mean),
     )
 

@@ -14,16 +14,19 @@ import mrvae_kernels as mk
 
 from .config import TrainConfig
 from .curve import calibrated, log_spaced, measure
-from .loader import EpochLoader
+from .data import Batches
 from .objectives import beta_vae, sample_beta
 from .run import plain_network
+
+LINEAR_PART = 0.3
+"""Part of the steps, at the end, over which a linear schedule falls."""
 
 OBJECTIVE = "validation/objective"
 """What validation minimises: D + beta R on the validation set, averaged over betas of the range."""
 
 
 class Averages(NamedTuple):
-    """Means over steps, in nats an example."""
+    """Means over steps, in nats an example; loss is D + beta R, before weight_power."""
 
     loss: float
     distortion: float
@@ -52,13 +55,14 @@ class RunningAverages:
 class TrainingModule(pl.LightningModule):
     """Trains `model` by the options of a TrainConfig.
 
-    A step: draw beta, log-uniform over the range (one an example, or one), and minimise mean(D_i + beta_i R_i).
+    A step: draw beta, log-uniform over the range (one an example, or one), and minimise mean(D_i + beta_i R_i); with
+    `weight_power` p, each example's term is multiplied by (1 + beta_i)^p.
     A batch is a tensor of images, (N, *input_shape).
     Validation: D + beta R at `config.validation_betas` betas over the range, averaged, with the same noise each time.
     """
 
     def __init__(
-        self, model: nn.Module, config: TrainConfig, loader: EpochLoader, calibration: Tensor | None = None
+        self, model: nn.Module, config: TrainConfig, loader: Batches, calibration: Tensor | None = None
     ) -> None:
         super().__init__()
         self.model = model
@@ -76,9 +80,9 @@ class TrainingModule(pl.LightningModule):
 
     def on_fit_start(self) -> None:
         """Data that fits into a quarter of a GPU's free memory moves there once, instead of batch by batch."""
-        images = self.loader.batches.dataset.images
+        images = self.loader.dataset.images
         if self.device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(self.device)[0] // 4:
-            self.loader.batches.dataset.images = images.to(self.device)
+            self.loader.dataset.images = images.to(self.device)
 
     def training_step(self, x: Tensor) -> Tensor:
         config = self.config
@@ -92,11 +96,14 @@ class TrainingModule(pl.LightningModule):
             beta = config.beta
             output = self.model(x)
         objective = beta_vae(output, x, beta, plain_network(self.model).likelihood)
+        loss = objective.loss
+        if config.weight_power and isinstance(beta, Tensor):
+            loss = ((1 + beta) ** config.weight_power * (objective.distortion + beta * objective.rate)).mean()
         with torch.no_grad():
             step = torch.stack([objective.loss, objective.distortion.mean(), objective.rate.mean()])
             self.recent_averages.add(step)
             self.epoch_averages.add(step)
-        return objective.loss
+        return loss
 
     @property
     def betas_of_validation(self) -> list[float]:
@@ -135,7 +142,7 @@ class TrainingModule(pl.LightningModule):
         self.log_dict(dict(zip(self.validation_metrics, (value.float() for value in values), strict=True)))
         self.validated_epoch = self.current_epoch
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:
         config = self.config
         if isinstance(self.model, mk.MultiRate):
             groups = [
@@ -155,7 +162,7 @@ class TrainingModule(pl.LightningModule):
 
 
 def learning_rate_factor(config: TrainConfig, steps: int) -> Callable[[int], float]:
-    """Step -> factor of the learning rate: a linear rise over warmup_epochs, then a cosine down to final_lr at `steps`."""
+    """Step -> factor of the learning rate: a linear rise over warmup_epochs, then the schedule's fall."""
     warmup = round(steps * config.warmup_epochs / config.epochs)
     floor = config.final_lr / config.lr
 
@@ -165,6 +172,8 @@ def learning_rate_factor(config: TrainConfig, steps: int) -> Callable[[int], flo
         if config.schedule == "constant":
             return 1.0
         progress = min(1.0, (step - warmup) / max(1, steps - warmup))
+        if config.schedule == "linear":
+            return floor + (1 - floor) * min(1.0, (1 - progress) / LINEAR_PART)
         return floor + (1 - floor) * (1 + math.cos(math.pi * progress)) / 2
 
     return factor

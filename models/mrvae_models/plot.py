@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import matplotlib
 import numpy as np
@@ -19,9 +19,16 @@ from torch import Tensor
 from .curve import Curve, Pictures
 from .run import replace_file
 
-STYLE = {
-    "font.size": 9, "axes.titlesize": 10, "axes.labelsize": 9, "axes.spines.top": False, "axes.spines.right": False,
-    "legend.frameon": False, "lines.linewidth": 1.4, "lines.markersize": 4.5, "savefig.dpi": 200,
+STYLE: Any = {
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.labelsize": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "lines.linewidth": 1.4,
+    "lines.markersize": 4.5,
+    "savefig.dpi": 200,
 }
 COLOURS = "viridis"
 LINE = "#35506b"
@@ -48,7 +55,7 @@ def draw(
         if images is None:
             _curves(figure.subplots(1, 3), curve, others or {})
         else:
-            top, bottom = figure.subfigures(2, 1, height_ratios=[curves, grid])
+            top, bottom = cast(Any, figure.subfigures(2, 1, height_ratios=[curves, grid]))
             _curves(top.subplots(1, 3), curve, others or {})
             _images(bottom.subplots(1, 2), images)
         kind = path.suffix.removeprefix(".") or "png"
@@ -62,7 +69,9 @@ def _curves(axes: Sequence[Axes], curve: Curve, others: Mapping[str, Curve]) -> 
     name = "multi-rate, one run" if len(betas) > 1 else f"$\\beta$ = {betas[0]:.3g}"
 
     plane.set(title="Rate-distortion curve", xlabel="rate R (nats)", ylabel="distortion D (nats)")
-    objective.set(title=r"Objective at each $\beta$", xlabel=r"KL weight $\beta$", ylabel=r"D + $\beta$R (nats)", xscale="log")
+    objective.set(
+        title=r"Objective at each $\beta$", xlabel=r"KL weight $\beta$", ylabel=r"D + $\beta$R (nats)", xscale="log"
+    )
     active.set(title="Active units", xlabel=r"KL weight $\beta$", ylabel="latent dimensions in use", xscale="log")
     panels = [
         (plane, "rate", "distortion", "rate_se", "distortion_se"),
@@ -72,16 +81,39 @@ def _curves(axes: Sequence[Axes], curve: Curve, others: Mapping[str, Curve]) -> 
     for axis, x, y, x_error, y_error in panels:
         axis.plot(curve.column(x), curve.column(y), color=LINE, zorder=2, label=name, marker="o", markersize=0)
         axis.errorbar(
-            curve.column(x), curve.column(y), curve.column(y_error), curve.column(x_error) if x_error else None,
-            fmt="none", ecolor=LINE, elinewidth=0.8, zorder=2,
+            curve.column(x),
+            curve.column(y),
+            curve.column(y_error),
+            curve.column(x_error) if x_error else None,
+            fmt="none",
+            ecolor=LINE,
+            elinewidth=0.8,
+            zorder=2,
         )
-        axis.scatter(curve.column(x), curve.column(y), c=betas, cmap=COLOURS, norm=norm, s=26, zorder=3, edgecolors="white",
-                     linewidths=0.6)
+        axis.scatter(
+            curve.column(x),
+            curve.column(y),
+            c=betas,
+            cmap=COLOURS,
+            norm=norm,
+            s=26,
+            zorder=3,
+            edgecolors="white",
+            linewidths=0.6,
+        )
         for index, (label, other) in enumerate(others.items()):
             axis.errorbar(
-                other.column(x), other.column(y), other.column(y_error), other.column(x_error) if x_error else None,
-                fmt="D", markersize=4.5, markerfacecolor="none", color=BASELINES[index % len(BASELINES)], elinewidth=0.8,
-                zorder=4, label=label,
+                other.column(x),
+                other.column(y),
+                other.column(y_error),
+                other.column(x_error) if x_error else None,
+                fmt="D",
+                markersize=4.5,
+                markerfacecolor="none",
+                color=BASELINES[index % len(BASELINES)],
+                elinewidth=0.8,
+                zorder=4,
+                label=label,
             )
         axis.margins(0.08)
     active.yaxis.set_major_locator(MaxNLocator(integer=True))
@@ -94,7 +126,7 @@ def _curves(axes: Sequence[Axes], curve: Curve, others: Mapping[str, Curve]) -> 
 
 
 def _log_axis(axis: Axes, betas: Sequence[float]) -> None:
-    """A log axis with plain numbers at powers of ten, and at 2 and 5 times those where there would be fewer than three."""
+    """A log axis with plain numbers at powers of ten, and between them where there would be fewer than three."""
     low, high = min(betas) / 1.5, max(betas) * 1.5
     axis.set_xlim(low, high)
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
@@ -125,7 +157,11 @@ def _mark_betas(axis: Axes, curve: Curve) -> None:
         point = curve.points[index]
         text = axis.annotate(
             f"$\\beta$ = {point.beta:.3g}" if index in (0, count - 1) else f"{point.beta:.3g}",
-            (point.rate, point.distortion), xytext=(5, 4), textcoords="offset points", fontsize=8, color="#333333",
+            (point.rate, point.distortion),
+            xytext=(5, 4),
+            textcoords="offset points",
+            fontsize=8,
+            color="#333333",
         )
         box = text.get_window_extent(renderer).padded(2)
         if any(box.overlaps(other) for other in taken) or any(
@@ -149,8 +185,12 @@ def _images(axes: Sequence[Axes], images: Pictures) -> None:
         first = (total - len(rows)) * height  # equal betas of the two blocks stand side by side
         columns = len(images.originals) * width
         axis.imshow(
-            np.clip(mosaic, 0, 1).squeeze(-1) if mosaic.shape[-1] == 1 else np.clip(mosaic, 0, 1), cmap="gray",
-            vmin=0, vmax=1, interpolation="nearest", extent=(0, columns, total * height, first),
+            np.clip(mosaic, 0, 1).squeeze(-1) if mosaic.shape[-1] == 1 else np.clip(mosaic, 0, 1),
+            cmap="gray",
+            vmin=0,
+            vmax=1,
+            interpolation="nearest",
+            extent=(0, columns, total * height, first),
         )
         axis.set_ylim(total * height, 0)
         axis.set_title(title, y=1 - first / (total * height))

@@ -30,7 +30,7 @@ def clock(seconds: float) -> str:
 class ProgressLine(Callback):
     """loss, distortion and rate (nats an example, averaged since the line before), speed and time left.
 
-    On a terminal one line that is redrawn twice a second; elsewhere (a file, a pipe, CI) a new line every `interval` seconds.
+    On a terminal one line, redrawn twice a second; elsewhere (a file, a pipe, CI) a new line every `interval` seconds.
     """
 
     def __init__(self, interval: float = 5.0, stream: TextIO | None = None) -> None:

@@ -14,16 +14,23 @@ import mrvae_kernels as mk
 from .baking import source_config
 from .config import TrainConfig
 from .curve import Curve, evaluate, has_running_statistics, pictures, round_betas
-from .loader import calibration_images, load_split
-from .run import load_model
+from .run import calibration_images, load_model, load_split
 
 PICTURED_BETAS = 6
 PICTURED_IMAGES = 10
 
 
 def report(
-    run: Path, betas: Sequence[float] | None = None, compare: Sequence[Path] = (), split: str = "test", samples: int = 1,
-    batch_size: int = 500, seed: int = 0, device: str = "cpu", images: bool = True, out: Path | None = None,
+    run: Path,
+    betas: Sequence[float] | None = None,
+    compare: Sequence[Path] = (),
+    split: str = "test",
+    samples: int = 1,
+    batch_size: int = 500,
+    seed: int = 0,
+    device: str = "cpu",
+    images: bool = True,
+    out: Path | None = None,
 ) -> tuple[Curve, list[Path]]:
     """Evaluate a run (and those to compare with, on the same images), write its curve, and return both with the files.
 
@@ -40,7 +47,7 @@ def report(
     calibration = _calibration(model, config)
     betas = list(betas) if betas else betas_of(document["model"], config)
     curve = evaluate(model, dataset, betas, **settings, calibration=calibration, about=about)
-    others = {}
+    others: dict[str, Curve] = {}
     for path in compare:
         other, its_document = load_model(path)
         if isinstance(other, mk.MultiRate):

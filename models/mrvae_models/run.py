@@ -20,19 +20,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import mrvae_kernels as mk
 
-from .config import FORMAT, TrainConfig, check_format, read_json
+from .config import FORMAT, TrainConfig
+from .data import ImageDataset, load
 from .networks import NETWORKS, build
+from .options import check_format, read_json
 
 CONFIG = "config.json"
 MODEL = "model.safetensors"
 LAST = "last.ckpt"
 BEST = "best.ckpt"
 
-PACKAGES = ("torch", "lightning", "numpy", "safetensors", "mrvae_kernels")
+CALIBRATION_EXAMPLES = 2000
+"""Training images on which BatchNorm statistics are recalibrated at each beta."""
+
+PACKAGES = ("torch", "lightning", "numpy", "safetensors", "mrvae")
 
 
 def describe(config: TrainConfig, input_shape: tuple[int, ...]) -> dict[str, Any]:
@@ -48,8 +53,8 @@ def describe(config: TrainConfig, input_shape: tuple[int, ...]) -> dict[str, Any
     if config.beta is None:
         description["beta_range"] = list(config.sampled_range)
         description["gates"] = {
-            part: {"kind": kind, "shift": config.shift, "init": config.gate_init}
-            for part, kind in (("encoder", config.encoder_gate), ("decoder", config.decoder_gate))
+            module: {"kind": gate.removesuffix("+shift"), "shift": gate.endswith("+shift"), "init": config.gate_init}
+            for module, gate in config.gates.items()
         }
         description["exclude"] = list(config.exclude)
     else:
@@ -92,6 +97,18 @@ def _fit_options(network: str, options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: fit(name, value) for name, value in options.items()}
 
 
+def load_split(config: TrainConfig, split: str) -> ImageDataset:
+    """One split of the run's data. Only training draws dynamic binarisation anew; other splits are drawn once."""
+    binarize = "fixed" if config.binarize == "dynamic" and split != "train" else config.binarize
+    return load(config.data, split, binarize, config.data_seed, layout=config.layout, resize=config.resize)
+
+
+def calibration_images(train_set: ImageDataset) -> Tensor:
+    """The training images, at most CALIBRATION_EXAMPLES, that running statistics are recalibrated on."""
+    indices = torch.arange(min(len(train_set), CALIBRATION_EXAMPLES), device=train_set.images.device)
+    return train_set.take(indices, torch.Generator(train_set.images.device).manual_seed(0))
+
+
 def plain_network(model: nn.Module) -> Any:
     """The VAE itself: the network inside a MultiRate, or the model."""
     return model.network if isinstance(model, mk.MultiRate) else model
@@ -109,7 +126,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def replace_file(path: Path, write: Callable[[Path], None]) -> None:
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file so that `path` is at all times either the old one or the new one, whole, kill -9 included.
 
     write(temporary) fills a file in the same directory, which is flushed to the disk and renamed.
@@ -144,7 +161,7 @@ def write_config(directory: Path, description: Mapping[str, Any], **entries: Any
 
 
 def save_model(directory: Path, model: nn.Module, description: Mapping[str, Any]) -> Path:
-    """Write the weights to DIR/model.safetensors, in the CPU's memory layout, with the description in its header."""
+    """Write the weights to DIR/model.safetensors, with the description in its header."""
     from safetensors.torch import save_file
 
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
@@ -158,8 +175,8 @@ def save_model(directory: Path, model: nn.Module, description: Mapping[str, Any]
 def load_model(directory: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     """The model of a run or of a baked directory, in eval mode, and its config.json.
 
-    FileNotFoundError for a missing file; ValueError for one that is truncated, belongs to another configuration (another
-    beta range, say), or has other layers than the configuration.
+    FileNotFoundError for a missing file; ValueError for one that is truncated, belongs to another configuration
+    (another beta range, say), or has other layers than the configuration.
     """
     directory = Path(directory)
     document = read_description(directory)
@@ -185,7 +202,9 @@ def read_description(directory: str | Path) -> dict[str, Any]:
     """The config.json of a directory; FileNotFoundError or ValueError when this is no directory of a run."""
     path = Path(directory) / CONFIG
     if not path.exists():
-        raise FileNotFoundError(f"{directory} holds no {CONFIG}; expected the directory of a run, as mrvae train writes it")
+        raise FileNotFoundError(
+            f"{directory} holds no {CONFIG}; expected the directory of a run, as mrvae train writes it"
+        )
     document = read_json(path)
     check_format(document, FORMAT, path)
     if not isinstance(document.get("model"), dict):
@@ -193,7 +212,7 @@ def read_description(directory: str | Path) -> dict[str, Any]:
     return document
 
 
-def _read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def _read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     from safetensors import SafetensorError, safe_open
 
     if not path.exists():
@@ -208,7 +227,7 @@ def _read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         raise ValueError(f"{path} is truncated or no safetensors file: {error}") from None
 
 
-def _add_biases(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+def _add_biases(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Baking a shift gives a bias to layers that had none: make room for those that the file holds."""
     for name, module in model.named_modules():
         key = f"{name}.bias"

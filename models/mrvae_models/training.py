@@ -25,13 +25,32 @@ from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 
-from .checkpoint import KEY, CheckpointError, RunCheckpoint, SafeCheckpointIO, StopTraining, check_checkpoint, read_checkpoint
+from .checkpoint import (
+    KEY,
+    CheckpointError,
+    RunCheckpoint,
+    SafeCheckpointIO,
+    StopTraining,
+    check_checkpoint,
+    read_checkpoint,
+)
 from .config import TrainConfig
-from .data import ImageDataset, batches
+from .data import Batches, ImageDataset, batches
 from .lightning_module import OBJECTIVE, TrainingModule
-from .loader import EpochLoader, calibration_images, load_split
 from .progress import METRICS, MetricsFile, ProgressLine
-from .run import BEST, CONFIG, LAST, MODEL, build_model, describe, first_lines, save_model, write_config
+from .run import (
+    BEST,
+    CONFIG,
+    LAST,
+    MODEL,
+    build_model,
+    calibration_images,
+    describe,
+    first_lines,
+    load_split,
+    save_model,
+    write_config,
+)
 
 __all__ = ["TrainConfig", "TrainResult", "TrainingInterrupted", "train"]
 
@@ -61,9 +80,9 @@ class TrainResult:
 def train(config: TrainConfig, resume: bool = False, force: bool = False, progress: bool = True) -> TrainResult:
     """Train by `config`, or continue the run in config.directory (resume=True), and leave the model there.
 
-    Everything is checked before training starts. ValueError for options and data that make no sense; FileExistsError when
-    the directory holds a run already (force=True removes it); CheckpointError for a checkpoint that cannot be resumed;
-    TrainingInterrupted after Ctrl-C, SIGTERM or max_time, with a checkpoint on the disk.
+    Everything is checked before training starts. ValueError for options and data that make no sense; FileExistsError
+    when the directory holds a run already (force=True removes it); CheckpointError for a checkpoint that cannot be
+    resumed; TrainingInterrupted after Ctrl-C, SIGTERM or max_time, with a checkpoint on the disk.
     A resumed run ends with the same bits as one that was never stopped, on the CPU and, with `deterministic`, on a GPU.
     """
     config.check()
@@ -78,7 +97,7 @@ def train(config: TrainConfig, resume: bool = False, force: bool = False, progre
     pl.seed_everything(config.seed, verbose=False)
     model = build_model(description)
     share = config.batch_size // (config.devices * config.num_nodes)
-    loader = EpochLoader(batches(train_set, share, shuffle=True, seed=config.seed))
+    loader = batches(train_set, share, shuffle=True, seed=config.seed)
     last = directory / LAST
     if resume:
         checkpoint = read_checkpoint(last)
@@ -92,13 +111,21 @@ def train(config: TrainConfig, resume: bool = False, force: bool = False, progre
     if first:
         write_config(directory, description, config=config.to_dict())
     with _quiet():
-        seconds = _fit(config, description, model, loader, train_set, validation_set, last if resume else None, progress)
+        seconds = _fit(
+            config, description, model, loader, train_set, validation_set, last if resume else None, progress
+        )
     return _finish(config, description, model, read_checkpoint(last), seconds)
 
 
 def _fit(
-    config: TrainConfig, description: dict[str, Any], model: nn.Module, loader: EpochLoader, train_set: ImageDataset,
-    validation_set: ImageDataset, last: Path | None, progress: bool,
+    config: TrainConfig,
+    description: dict[str, Any],
+    model: nn.Module,
+    loader: Batches,
+    train_set: ImageDataset,
+    validation_set: ImageDataset,
+    last: Path | None,
+    progress: bool,
 ) -> float:
     """Run Lightning's loop; returns seconds a step."""
     directory = config.directory
@@ -114,13 +141,25 @@ def _fit(
         callbacks.append(EarlyStopping(OBJECTIVE, patience=config.patience, mode="min"))
     try:
         trainer = pl.Trainer(
-            accelerator=config.accelerator, devices=config.devices, num_nodes=config.num_nodes, strategy=config.strategy,
-            precision=config.precision, max_epochs=config.epochs,  # type: ignore[arg-type]
-            gradient_clip_val=config.clip, deterministic=config.deterministic,
-            check_val_every_n_epoch=config.validate_every, num_sanity_val_steps=0,
-            callbacks=callbacks, plugins=[SafeCheckpointIO()], default_root_dir=directory,
-            logger=TensorBoardLogger(directory, name="", version=TENSORBOARD) if "tensorboard" in config.log_to else False,
-            enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
+            accelerator=config.accelerator,
+            devices=config.devices,
+            num_nodes=config.num_nodes,
+            strategy=config.strategy,
+            precision=config.precision,  # type: ignore[arg-type]
+            max_epochs=config.epochs,  # type: ignore[arg-type]
+            gradient_clip_val=config.clip,
+            deterministic=config.deterministic,
+            check_val_every_n_epoch=config.validate_every,
+            num_sanity_val_steps=0,
+            callbacks=callbacks,
+            plugins=[SafeCheckpointIO()],
+            default_root_dir=directory,
+            logger=TensorBoardLogger(directory, name="", version=TENSORBOARD)
+            if "tensorboard" in config.log_to
+            else False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
         )
     except pl.utilities.exceptions.MisconfigurationException as error:
         raise ValueError(f"the hardware options do not fit this machine: {first_lines(error)}") from None
@@ -139,7 +178,11 @@ def _fit(
 
 
 def _finish(
-    config: TrainConfig, description: dict[str, Any], model: nn.Module, checkpoint: dict[str, Any], seconds: float | None
+    config: TrainConfig,
+    description: dict[str, Any],
+    model: nn.Module,
+    checkpoint: dict[str, Any],
+    seconds: float | None,
 ) -> TrainResult:
     """Write model.safetensors from the last or the best checkpoint."""
     directory = config.directory
@@ -148,7 +191,8 @@ def _finish(
     if config.keep == "best":
         if saved["best"] is None:
             warnings.warn(
-                f"no validation in {config.epochs} epochs (validate_every is {config.validate_every}): keeping the last weights",
+                f"no validation in {config.epochs} epochs, as validate_every is {config.validate_every}: "
+                "keeping the last weights",
                 stacklevel=3,
             )
         else:

@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-
 from mrvae_models import checkpoint as checkpoint_module
 from mrvae_models.checkpoint import (
     KEY,
@@ -36,15 +35,29 @@ STEPS_PER_EPOCH = 6
 def images(tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / "images.npz"
     generator = np.random.default_rng(0)
-    np.savez(path, train_images=generator.integers(0, 256, (49, 6, 6), dtype=np.uint8), test_images=np.eye(6, dtype=np.uint8)[None] * 255)
+    np.savez(
+        path,
+        train_images=generator.integers(0, 256, (49, 6, 6), dtype=np.uint8),
+        test_images=np.eye(6, dtype=np.uint8)[None] * 255,
+    )
     return path
 
 
 @pytest.fixture
 def config(images, tmp_path):
     return TrainConfig(
-        data=str(images), out=str(tmp_path / "run"), epochs=4, batch_size=8, network_options={"hidden": [12]}, latent=3,
-        validate_every=2, validation_betas=2, log_to=(), binarize="dynamic", warmup_epochs=1, seed=3,
+        data=str(images),
+        out=str(tmp_path / "run"),
+        epochs=4,
+        batch_size=8,
+        network_options={"hidden": [12]},
+        latent=3,
+        validate_every=2,
+        validation_betas=2,
+        log_to=(),
+        binarize="dynamic",
+        warmup_epochs=1,
+        seed=3,
     )
 
 
@@ -210,7 +223,9 @@ def test_a_malicious_checkpoint_is_refused_and_nothing_runs(config, tmp_path, fo
     with pytest.raises(CheckpointError):
         SafeCheckpointIO().load_checkpoint(config.directory / LAST, weights_only=False)  # whatever Lightning asks for
     assert not proof.exists()
-    torch.load(config.directory / LAST, weights_only=False) if form == "torch" else pickle.loads(pickle.dumps(Malicious(proof)))
+    torch.load(config.directory / LAST, weights_only=False) if form == "torch" else pickle.loads(
+        pickle.dumps(Malicious(proof))
+    )
     assert proof.exists()  # it would have run
 
 
@@ -242,7 +257,7 @@ def test_a_damaged_checkpoint_is_refused(config):
         ({"beta_range": (0.1, 1.0)}, r"beta_range is \[0.01, 10.0\] there and \[0.1, 1.0\] here"),
         ({"latent": 4}, "latent is 3 there and 4 here"),
         ({"beta": 1.0}, "beta is None there and 1.0 here"),
-        ({"decoder_gate": "softplus"}, "decoder_gate is 'sqrt' there and 'softplus' here"),
+        ({"gates": {"encoder": "sqrt"}}, "gates is .*'encoder': .* there and .* here"),
         ({"lr": 0.01}, "lr is 0.001 there and 0.01 here"),
     ],
 )

@@ -1,0 +1,161 @@
+// The inner loops of the epilogue, forward and backward, over memory that lies in one piece. `Parameters` says whether g,
+// b and t change from element to element (the channel is the fastest axis) or are constants (one channel's plane).
+#pragma once
+
+#include <algorithm>
+
+#include "kernels.h"
+#include "vector.h"
+
+namespace mrvae::cpu {
+
+constexpr std::int64_t chunk = 512;  // elements of z and dz kept in the first-level cache
+
+template <class T>
+struct Vectors {
+  const T *gate, *bias, *shift;
+  MRVAE_HOST_DEVICE Vectors from(std::int64_t i) const { return {gate + i, bias + i, shift + i}; }
+  MRVAE_HOST_DEVICE T g(std::int64_t i) const { return gate[i]; }
+  MRVAE_HOST_DEVICE T b(std::int64_t i) const { return bias[i]; }
+  MRVAE_HOST_DEVICE T t(std::int64_t i) const { return shift[i]; }
+};
+
+template <class T>
+struct Constants {
+  T gate, bias, shift;
+  MRVAE_HOST_DEVICE Constants from(std::int64_t) const { return *this; }
+  MRVAE_HOST_DEVICE T g(std::int64_t) const { return gate; }
+  MRVAE_HOST_DEVICE T b(std::int64_t) const { return bias; }
+  MRVAE_HOST_DEVICE T t(std::int64_t) const { return shift; }
+};
+
+template <Activation kind, class T>
+MRVAE_HOST_DEVICE void activate_loop(T* z, std::int64_t n) {
+#pragma omp simd
+  for (std::int64_t i = 0; i < n; ++i) z[i] = activate<kind>(z[i]);
+}
+
+template <Activation kind, class T>
+MRVAE_HOST_DEVICE void slope_loop(const T* z, T* d, std::int64_t n) {
+#pragma omp simd
+  for (std::int64_t i = 0; i < n; ++i) d[i] *= activation_slope<kind>(z[i]);
+}
+
+template <class T>
+MRVAE_CLONES void activate_chunk(Activation activation, T* z, std::int64_t n) {
+  switch (activation) {
+    case Activation::None: return;
+    case Activation::Relu: return activate_loop<Activation::Relu>(z, n);
+    case Activation::Silu: return activate_loop<Activation::Silu>(z, n);
+    case Activation::Gelu: return activate_loop<Activation::Gelu>(z, n);
+    case Activation::Tanh: return activate_loop<Activation::Tanh>(z, n);
+    case Activation::LeakyRelu: return activate_loop<Activation::LeakyRelu>(z, n);
+    case Activation::Elu: return activate_loop<Activation::Elu>(z, n);
+  }
+}
+
+template <class T>
+MRVAE_CLONES void slope_chunk(Activation activation, const T* z, T* d, std::int64_t n) {
+  switch (activation) {
+    case Activation::None: return;
+    case Activation::Relu: return slope_loop<Activation::Relu>(z, d, n);
+    case Activation::Silu: return slope_loop<Activation::Silu>(z, d, n);
+    case Activation::Gelu: return slope_loop<Activation::Gelu>(z, d, n);
+    case Activation::Tanh: return slope_loop<Activation::Tanh>(z, d, n);
+    case Activation::LeakyRelu: return slope_loop<Activation::LeakyRelu>(z, d, n);
+    case Activation::Elu: return slope_loop<Activation::Elu>(z, d, n);
+  }
+}
+
+// y = activation(g * (u + b) + t) over n elements
+template <class S, class T, class Parameters>
+MRVAE_CLONES void forward_run(const S* u, S* y, std::int64_t n, Parameters with, Activation activation) {
+  if (activation == Activation::None) {
+#pragma omp simd
+    for (std::int64_t i = 0; i < n; ++i) store(y[i], with.g(i) * (load(u[i]) + with.b(i)) + with.t(i));
+    return;
+  }
+  T z[chunk];
+  for (std::int64_t begin = 0; begin < n; begin += chunk) {
+    const std::int64_t size = std::min(chunk, n - begin);
+    const Parameters p = with.from(begin);
+#pragma omp simd
+    for (std::int64_t i = 0; i < size; ++i) z[i] = p.g(i) * (load(u[begin + i]) + p.b(i)) + p.t(i);
+    activate_chunk(activation, z, size);
+#pragma omp simd
+    for (std::int64_t i = 0; i < size; ++i) store(y[begin + i], z[i]);
+  }
+}
+
+// d = dy * activation'(g * (u + b) + t) for one chunk
+template <class S, class T, class Parameters>
+MRVAE_HOST_DEVICE void preactivation_gradient(const S* grad, const S* u, std::int64_t n, const Parameters& p,
+                                              Activation activation, T* d) {
+#pragma omp simd
+  for (std::int64_t i = 0; i < n; ++i) d[i] = load(grad[i]);
+  if (activation == Activation::None) return;
+  T z[chunk];
+#pragma omp simd
+  for (std::int64_t i = 0; i < n; ++i) z[i] = p.g(i) * (load(u[i]) + p.b(i)) + p.t(i);
+  slope_chunk(activation, z, d, n);
+}
+
+// du = g * d, and adds d and d * (u + b) to the sums of each element's channel. grad_u or the sums may be nullptr.
+template <class S, class T>
+MRVAE_CLONES void backward_run(const S* grad, const S* u, std::int64_t n, Vectors<T> with, Activation activation,
+                               S* grad_u, T* sum, T* dot) {
+  T d[chunk];
+  for (std::int64_t begin = 0; begin < n; begin += chunk) {
+    const std::int64_t size = std::min(chunk, n - begin);
+    const Vectors<T> p = with.from(begin);
+    const S* values = u + begin;
+    preactivation_gradient(grad + begin, values, size, p, activation, d);
+    if (grad_u != nullptr) {
+      S* target = grad_u + begin;
+#pragma omp simd
+      for (std::int64_t i = 0; i < size; ++i) store(target[i], p.g(i) * d[i]);
+    }
+    if (sum != nullptr) {
+      T *s = sum + begin, *q = dot + begin;
+#pragma omp simd
+      for (std::int64_t i = 0; i < size; ++i) {
+        s[i] += d[i];
+        q[i] += d[i] * (load(values[i]) + p.b(i));
+      }
+    }
+  }
+}
+
+// The same for one channel's plane: sum and dot are one number each, or nullptr.
+template <class S, class T>
+MRVAE_CLONES void backward_plane(const S* grad, const S* u, std::int64_t n, Constants<T> with, Activation activation,
+                                 S* grad_u, T* sum, T* dot) {
+  T d[chunk];
+  double total = 0, total_dot = 0;
+  for (std::int64_t begin = 0; begin < n; begin += chunk) {
+    const std::int64_t size = std::min(chunk, n - begin);
+    const S* values = u + begin;
+    preactivation_gradient(grad + begin, values, size, with, activation, d);
+    if (grad_u != nullptr) {
+      S* target = grad_u + begin;
+#pragma omp simd
+      for (std::int64_t i = 0; i < size; ++i) store(target[i], with.gate * d[i]);
+    }
+    if (sum != nullptr) {
+      T s = 0, q = 0;
+#pragma omp simd reduction(+ : s, q)
+      for (std::int64_t i = 0; i < size; ++i) {
+        s += d[i];
+        q += d[i] * (load(values[i]) + with.bias);
+      }
+      total += s;
+      total_dot += q;
+    }
+  }
+  if (sum != nullptr) {
+    *sum = T(total);
+    *dot = T(total_dot);
+  }
+}
+
+}  // namespace mrvae::cpu

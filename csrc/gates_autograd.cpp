@@ -1,0 +1,148 @@
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+
+#include "ops.h"
+
+namespace mrvae {
+namespace {
+
+void check(const Tensor& weight, const Tensor& bias, const Tensor& eta, IntArrayRef sizes, IntArrayRef kinds) {
+  check_floating("gates", "weight", weight);
+  check_floating("gates", "bias", bias);
+  check_floating("gates", "eta", eta);
+  check_device("gates", "bias", bias, weight);
+  check_device("gates", "eta", eta, weight);
+  std::int64_t total = 0;
+  for (const std::int64_t size : sizes) {
+    TORCH_CHECK_VALUE(size >= 0, "gates: sizes has ", size, "; expected no negative number");
+    total += size;
+  }
+  TORCH_CHECK_VALUE(weight.dim() == 1 && weight.size(0) == total && bias.sizes() == weight.sizes(),
+                    "gates: weight and bias have shapes ", weight.sizes(), " and ", bias.sizes(), "; expected (", total,
+                    ",) each, the sum of sizes");
+  TORCH_CHECK_VALUE(eta.dim() <= 1, "gates: eta has shape ", eta.sizes(),
+                    "; expected one number (0-d), or one a sample (N,)");
+  TORCH_CHECK_VALUE(kinds.size() == sizes.size(), "gates: got ", kinds.size(), " kinds for ", sizes.size(),
+                    " sizes; expected one kind a size");
+  for (const std::int64_t kind : kinds) {
+    TORCH_CHECK_VALUE(kind >= 0 && kind < gate_kinds, "gates: kind is ", kind,
+                      "; expected 0 (sigmoid), 1 (sqrt), 2 (softplus) or 3 (identity)");
+  }
+}
+
+template <class T>
+std::vector<cpu::GateSlice<T>> slices(const std::vector<Tensor>& values, IntArrayRef sizes, IntArrayRef kinds) {
+  std::vector<cpu::GateSlice<T>> result;
+  result.reserve(sizes.size());
+  std::int64_t offset = 0;
+  for (std::size_t i = 0; i < sizes.size(); ++i) {
+    T* data = values[i].defined() ? static_cast<T*>(values[i].data_ptr()) : nullptr;
+    result.push_back({offset, sizes[i], Gate(kinds[i]), data});
+    offset += sizes[i];
+  }
+  return result;
+}
+
+struct GatesNode : torch::autograd::Function<GatesNode> {
+  static variable_list forward(AutogradContext* ctx, const Tensor& weight, const Tensor& bias, const Tensor& eta,
+                               IntArrayRef sizes, IntArrayRef kinds) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    ctx->save_for_backward({weight, bias, eta});
+    ctx->saved_data["sizes"] = sizes;
+    ctx->saved_data["kinds"] = kinds;
+    ctx->set_materialize_grads(false);
+    if (weight.is_cpu() && eager({&weight, &bias, &eta})) return gates(weight, bias, eta, sizes, kinds);
+    static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("mrvae::gates", "").typed<decltype(gates)>();
+    return op.call(weight, bias, eta, sizes, kinds);
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const auto saved = ctx->get_saved_variables();
+    const auto sizes = ctx->saved_data["sizes"].toIntVector(), kinds = ctx->saved_data["kinds"].toIntVector();
+    const bool eta_needs_grad = ctx->needs_input_grad(2);
+    OptionalTensorList optional_grads;
+    optional_grads.reserve(grads.size());
+    bool plain = saved[0].is_cpu() && eager({&saved[0], &saved[1], &saved[2]});
+    for (const Tensor& grad : grads) {
+      plain = plain && (!grad.defined() || eager({&grad}));
+      optional_grads.push_back(grad.defined() ? OptionalTensor(grad) : std::nullopt);
+    }
+    Tensor weight, bias, eta;
+    {
+      at::AutoDispatchBelowADInplaceOrView below;
+      static const auto op = c10::Dispatcher::singleton()
+                                 .findSchemaOrThrow("mrvae::gates_backward", "")
+                                 .typed<decltype(gates_backward)>();
+      std::tie(weight, bias, eta) =
+          plain ? gates_backward(optional_grads, saved[0], saved[1], saved[2], sizes, kinds, eta_needs_grad)
+                : op.call(optional_grads, saved[0], saved[1], saved[2], sizes, kinds, eta_needs_grad);
+    }
+    return once_differentiable("gates", {weight, bias, eta_needs_grad ? eta : Tensor(), Tensor(), Tensor()});
+  }
+};
+
+}  // namespace
+
+std::vector<Tensor> gates(const Tensor& weight, const Tensor& bias, const Tensor& eta, IntArrayRef sizes,
+                          IntArrayRef kinds) {
+  check(weight, bias, eta, sizes, kinds);
+  const auto dtype = gate_dtype(weight.scalar_type());
+  const Tensor w = operand(weight, dtype), c = operand(bias, dtype), e = operand(eta, dtype);
+  std::vector<Tensor> values;
+  values.reserve(sizes.size());
+  for (const std::int64_t size : sizes) {
+    const std::int64_t shape[] = {e.numel(), size};
+    values.push_back(at::empty(IntArrayRef(shape).slice(e.dim() == 0 ? 1 : 0), w.options()));
+  }
+  if (dtype == at::kDouble) {
+    cpu::gates_forward<double>(slices<double>(values, sizes, kinds), w.const_data_ptr<double>(),
+                               c.const_data_ptr<double>(), e.const_data_ptr<double>(), e.numel());
+  } else {
+    cpu::gates_forward<float>(slices<float>(values, sizes, kinds), w.const_data_ptr<float>(), c.const_data_ptr<float>(),
+                              e.const_data_ptr<float>(), e.numel());
+  }
+  return values;
+}
+
+std::tuple<Tensor, Tensor, Tensor> gates_backward(const OptionalTensorList& grads, const Tensor& weight,
+                                                  const Tensor& bias, const Tensor& eta, IntArrayRef sizes,
+                                                  IntArrayRef kinds, bool eta_needs_grad) {
+  check(weight, bias, eta, sizes, kinds);
+  TORCH_CHECK_VALUE(grads.size() == sizes.size(), "gates_backward: got ", grads.size(), " gradients for ",
+                    sizes.size(), " gates");
+  const auto dtype = gate_dtype(weight.scalar_type());
+  const Tensor w = operand(weight, dtype), c = operand(bias, dtype), e = operand(eta, dtype);
+  std::vector<Tensor> values;
+  values.reserve(grads.size());
+  for (std::size_t i = 0; i < grads.size(); ++i) {
+    const OptionalTensor grad = grads.get(i);
+    values.push_back(given(grad) ? operand(*grad, dtype) : Tensor());
+    TORCH_CHECK_VALUE(!given(grad) || grad->numel() == e.numel() * sizes[i], "gates_backward: gradient ", i,
+                      " has shape ", grad->sizes(), "; expected that of the gate");
+  }
+  const Tensor grad_weight = at::empty_like(w), grad_bias = at::empty_like(c);
+  const Tensor grad_eta = at::empty(eta_needs_grad ? e.sizes() : IntArrayRef({0}), e.options());
+  if (dtype == at::kDouble) {
+    cpu::gates_backward<double>(slices<double>(values, sizes, kinds), w.const_data_ptr<double>(),
+                                c.const_data_ptr<double>(), e.const_data_ptr<double>(), e.numel(),
+                                grad_weight.mutable_data_ptr<double>(), grad_bias.mutable_data_ptr<double>(),
+                                eta_needs_grad ? grad_eta.mutable_data_ptr<double>() : nullptr);
+  } else {
+    cpu::gates_backward<float>(slices<float>(values, sizes, kinds), w.const_data_ptr<float>(),
+                               c.const_data_ptr<float>(), e.const_data_ptr<float>(), e.numel(),
+                               grad_weight.mutable_data_ptr<float>(), grad_bias.mutable_data_ptr<float>(),
+                               eta_needs_grad ? grad_eta.mutable_data_ptr<float>() : nullptr);
+  }
+  return {grad_weight.to(weight.scalar_type()), grad_bias.to(bias.scalar_type()), grad_eta.to(eta.scalar_type())};
+}
+
+std::vector<Tensor> gates_autograd(const Tensor& weight, const Tensor& bias, const Tensor& eta, IntArrayRef sizes,
+                                   IntArrayRef kinds) {
+  if (recording({&weight, &bias, &eta})) return GatesNode::apply(weight, bias, eta, sizes, kinds);
+  at::AutoDispatchBelowADInplaceOrView below;
+  static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("mrvae::gates", "").typed<decltype(gates)>();
+  return op.call(weight, bias, eta, sizes, kinds);
+}
+
+}  // namespace mrvae

@@ -1,0 +1,140 @@
+// Schemas, registrations, autocast, and the module mrvae_kernels._C that reports how it was built.
+#include <ATen/autocast_mode.h>
+#include <ATen/ops/empty.h>
+#include <pybind11/pybind11.h>
+#include <torch/library.h>
+
+#include "build_facts.h"
+#include "ops.h"
+
+namespace mrvae {
+namespace {
+
+// Through the dispatcher a gradient that nobody asked for is an empty tensor: tracing wants a tensor for each result.
+Tensor present(const Tensor& tensor, const Tensor& like) {
+  return tensor.defined() ? tensor : at::empty({0}, like.options());
+}
+
+EpilogueGrads epilogue_backward_op(const Tensor& grad, const Tensor& u, const OptionalTensor& bias, const Tensor& gate,
+                                   const OptionalTensor& shift, std::int64_t dim, std::string_view activation,
+                                   std::array<bool, 4> mask) {
+  const auto [du, db, dg, dt] = epilogue_backward(grad, u, bias, gate, shift, dim, activation, mask);
+  return {present(du, u), present(db, bias.value_or(u)), present(dg, gate), present(dt, gate)};
+}
+
+FoldGrads fold_backward_op(const OptionalTensorList& grad_weights, const OptionalTensorList& grad_biases,
+                           TensorList weights, const OptionalTensorList& biases, TensorList gates,
+                           const OptionalTensorList& shifts, IntArrayRef groups, const c10::List<bool>& mask) {
+  FoldGrads out = fold_backward(grad_weights, grad_biases, weights, biases, gates, shifts, groups, mask);
+  for (std::size_t i = 0; i < weights.size(); ++i) {
+    std::get<0>(out)[i] = present(std::get<0>(out)[i], weights[i]);
+    std::get<1>(out)[i] = present(std::get<1>(out)[i], weights[i]);
+    std::get<2>(out)[i] = present(std::get<2>(out)[i], gates[i]);
+    std::get<3>(out)[i] = present(std::get<3>(out)[i], gates[i]);
+  }
+  return out;
+}
+
+// ---- autocast: inputs and weights take its dtype; gates, shifts and biases keep theirs -----------------------------
+
+template <c10::DeviceType device>
+struct Autocast {
+  static constexpr c10::DispatchKey key =
+      device == c10::DeviceType::CPU ? c10::DispatchKey::AutocastCPU : c10::DispatchKey::AutocastCUDA;
+
+  static Tensor cast(const Tensor& tensor) {
+    return at::autocast::cached_cast(at::autocast::get_autocast_dtype(device), tensor, device);
+  }
+
+  static Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& gate,
+                       const OptionalTensor& shift, std::string_view activation, std::string_view strategy) {
+    const c10::impl::ExcludeDispatchKeyGuard guard(key);
+    static const auto op =
+        c10::Dispatcher::singleton().findSchemaOrThrow("mrvae::gated_linear", "").typed<decltype(gated_linear)>();
+    return op.call(cast(x), cast(weight), bias, gate, shift, activation, strategy);
+  }
+
+  static Tensor convolution(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& gate,
+                            const OptionalTensor& shift, IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
+                            bool transposed, IntArrayRef output_padding, std::int64_t groups,
+                            std::string_view activation, std::string_view strategy) {
+    const c10::impl::ExcludeDispatchKeyGuard guard(key);
+    static const auto op = c10::Dispatcher::singleton()
+                               .findSchemaOrThrow("mrvae::gated_convolution", "")
+                               .typed<decltype(gated_convolution)>();
+    return op.call(cast(x), cast(weight), bias, gate, shift, stride, padding, dilation, transposed, output_padding,
+                   groups, activation, strategy);
+  }
+
+  // The weights of products only: a norm's affine stays in float32, as autocast leaves norms.
+  static Folded fold(TensorList weights, const OptionalTensorList& biases, TensorList gates,
+                     const OptionalTensorList& shifts, IntArrayRef groups) {
+    const c10::impl::ExcludeDispatchKeyGuard guard(key);
+    std::vector<Tensor> casts;
+    for (const Tensor& weight : weights) casts.push_back(weight.dim() > 1 ? cast(weight) : weight);
+    return call_fold(casts, biases, gates, shifts, groups);
+  }
+
+  static void register_in(torch::Library& m) {
+    m.impl("gated_linear", linear);
+    m.impl("gated_convolution", convolution);
+    m.impl("fold", fold);
+  }
+};
+
+}  // namespace
+
+TORCH_LIBRARY(mrvae, m) {
+  const std::vector<at::Tag> tags{at::Tag::pt2_compliant_tag};
+  m.def("gates(Tensor weight, Tensor bias, Tensor eta, int[] sizes, int[] kinds) -> Tensor[]", tags);
+  m.def("gates_backward(Tensor?[] grads, Tensor weight, Tensor bias, Tensor eta, int[] sizes, int[] kinds, "
+        "bool eta_needs_grad) -> (Tensor, Tensor, Tensor)", tags);
+  m.def("fold(Tensor[] weights, Tensor?[] biases, Tensor[] gates, Tensor?[] shifts, int[] groups) "
+        "-> (Tensor[], Tensor[])", tags);
+  m.def("fold_backward(Tensor?[] grad_weights, Tensor?[] grad_biases, Tensor[] weights, Tensor?[] biases, "
+        "Tensor[] gates, Tensor?[] shifts, int[] groups, bool[] mask) -> (Tensor[], Tensor[], Tensor[], Tensor[])", tags);
+  m.def("epilogue(Tensor u, Tensor? bias, Tensor gate, Tensor? shift, int dim, str activation) -> Tensor", tags);
+  m.def("epilogue_backward(Tensor grad, Tensor u, Tensor? bias, Tensor gate, Tensor? shift, int dim, str activation, "
+        "bool[4] mask) -> (Tensor, Tensor, Tensor, Tensor)", tags);
+  m.def("gated_linear(Tensor x, Tensor weight, Tensor? bias, Tensor gate, Tensor? shift, str activation, "
+        "str strategy) -> Tensor", tags);
+  m.def("gated_convolution(Tensor x, Tensor weight, Tensor? bias, Tensor gate, Tensor? shift, int[] stride, "
+        "int[] padding, int[] dilation, bool transposed, int[] output_padding, int groups, str activation, "
+        "str strategy) -> Tensor", tags);
+}
+
+TORCH_LIBRARY_IMPL(mrvae, CPU, m) {
+  m.impl("gates", gates);
+  m.impl("gates_backward", gates_backward);
+  m.impl("fold", fold);
+  m.impl("fold_backward", fold_backward_op);
+  m.impl("epilogue", epilogue);
+  m.impl("epilogue_backward", epilogue_backward_op);
+  m.impl("gated_linear", gated_linear);
+  m.impl("gated_convolution", gated_convolution);
+}
+
+TORCH_LIBRARY_IMPL(mrvae, Autograd, m) {
+  m.impl("gates", gates_autograd);
+  m.impl("fold", fold_autograd);
+  m.impl("epilogue", epilogue_autograd);
+  m.impl("gated_linear", gated_linear_autograd);
+  m.impl("gated_convolution", gated_convolution_autograd);
+}
+
+TORCH_LIBRARY_IMPL(mrvae, AutocastCPU, m) { Autocast<c10::DeviceType::CPU>::register_in(m); }
+TORCH_LIBRARY_IMPL(mrvae, AutocastCUDA, m) { Autocast<c10::DeviceType::CUDA>::register_in(m); }
+
+}  // namespace mrvae
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.doc() = "The C++ core of mrvae_kernels: importing it registers the operators of torch.ops.mrvae.";
+  m.def("build_facts", [] {
+    pybind11::dict facts;
+    facts["torch"] = MRVAE_BUILD_TORCH;
+    facts["compiler"] = MRVAE_BUILD_COMPILER;
+    facts["flags"] = MRVAE_BUILD_FLAGS;
+    facts["commit"] = MRVAE_BUILD_COMMIT;
+    return facts;
+  });
+}

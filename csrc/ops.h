@@ -1,0 +1,167 @@
+// The operators of namespace mrvae as C++ functions on tensors, and what their files share. Schemas are in ops.cpp.
+//
+//   <op>            the backend's kernel: checks, allocates, launches; no autograd
+//   <op>_autograd   registered at the Autograd key: one node an operator
+//   <op>_backward   an operator of its own, so that a traced backward pass stays visible to torch.compile; gradients that
+//                   nobody asked for are undefined in C++, and empty tensors (0,) through the dispatcher
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <torch/csrc/autograd/custom_function.h>
+
+#include <array>
+#include <initializer_list>
+#include <optional>
+#include <string_view>
+#include <tuple>
+#include <vector>
+
+#include "cpu/kernels.h"
+
+namespace mrvae {
+
+using at::IntArrayRef;
+using at::Tensor;
+using at::TensorList;
+using OptionalTensor = std::optional<Tensor>;
+using OptionalTensorList = c10::List<OptionalTensor>;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+// ---- shared helpers (common.cpp) ----------------------------------------------------------------------------------
+
+// True when every defined tensor is an ordinary dense tensor of a real device and no tracing or dispatch mode is active:
+// then kernels may be called without the dispatcher, and fresh buffers may be overwritten.
+bool eager(std::initializer_list<const Tensor*> tensors);
+inline const Tensor* pointer(const OptionalTensor& tensor) { return tensor.has_value() ? &*tensor : nullptr; }
+inline OptionalTensor optional(const Tensor& tensor) { return tensor.defined() ? OptionalTensor(tensor) : std::nullopt; }
+inline bool given(const OptionalTensor& tensor) { return tensor.has_value() && tensor->defined(); }
+
+// True when autograd has to record: grad mode is on and one of the tensors requires a gradient.
+bool recording(std::initializer_list<const Tensor*> tensors);
+
+// The gradients, behind a node that raises when one differentiates through them (under create_graph=True).
+variable_list once_differentiable(const char* op, variable_list gradients);
+
+// float64 for float64, float32 for every other floating dtype: the dtype of gates and of accumulation
+at::ScalarType gate_dtype(at::ScalarType dtype);
+void check_floating(const char* op, const char* name, const Tensor& tensor);
+void check_device(const char* op, const char* name, const Tensor& tensor, const Tensor& reference);
+
+// The tensor itself where it is contiguous and of this dtype already; otherwise a converted copy.
+Tensor operand(const Tensor& tensor, at::ScalarType dtype);
+// The kernels' storage type of float32, float64 and bfloat16; float16 is computed in a float32 copy.
+cpu::Storage storage_of(const Tensor& tensor);
+inline Tensor widened(const Tensor& tensor) { return tensor.scalar_type() == at::kHalf ? tensor.to(at::kFloat) : tensor; }
+
+// The order of u's elements in memory as samples, rows, channels and the rest. False where u is not one dense block with
+// the samples, if they matter, outermost.
+bool memory_order(const Tensor& u, std::int64_t axis, bool per_sample, cpu::EpilogueShape& shape);
+// `value`, computed densely, with the dtype and strides that at::empty_like(like) has.
+Tensor restored(const Tensor& value, const Tensor& like);
+bool same_layout(const Tensor& a, const Tensor& b);
+
+Activation parse_activation(std::string_view name);
+std::string_view activation_name(Activation activation);
+enum class Strategy { Fold, Epilogue };
+Strategy parse_strategy(std::string_view name);
+
+// The library's activation, in place where it can (activate_), and its gradient from `saved`: the result for relu, tanh,
+// leaky_relu and elu, the argument for silu and gelu.
+Tensor activate(const Tensor& z, Activation activation);
+Tensor activate_(const Tensor& z, Activation activation);
+bool saves_argument(Activation activation);
+Tensor activation_gradient(const Tensor& grad, const Tensor& saved, Activation activation);
+
+// ---- gates ---------------------------------------------------------------------------------------------------------
+
+std::vector<Tensor> gates(const Tensor& weight, const Tensor& bias, const Tensor& eta, IntArrayRef sizes,
+                          IntArrayRef kinds);
+std::vector<Tensor> gates_autograd(const Tensor& weight, const Tensor& bias, const Tensor& eta, IntArrayRef sizes,
+                                   IntArrayRef kinds);
+std::tuple<Tensor, Tensor, Tensor> gates_backward(const OptionalTensorList& grads, const Tensor& weight,
+                                                  const Tensor& bias, const Tensor& eta, IntArrayRef sizes,
+                                                  IntArrayRef kinds, bool eta_needs_grad);
+
+// ---- epilogue ------------------------------------------------------------------------------------------------------
+
+using EpilogueGrads = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // u, bias, gate, shift
+
+Tensor epilogue(const Tensor& u, const OptionalTensor& bias, const Tensor& gate, const OptionalTensor& shift,
+                std::int64_t dim, std::string_view activation);
+Tensor epilogue_autograd(const Tensor& u, const OptionalTensor& bias, const Tensor& gate, const OptionalTensor& shift,
+                         std::int64_t dim, std::string_view activation);
+EpilogueGrads epilogue_backward(const Tensor& grad, const Tensor& u, const OptionalTensor& bias, const Tensor& gate,
+                                const OptionalTensor& shift, std::int64_t dim, std::string_view activation,
+                                std::array<bool, 4> mask);
+
+// The kernels for ordinary CPU tensors, the operators for the rest.
+// u_is_free: nobody reads u afterwards, so that y may take its memory.
+Tensor call_epilogue(const Tensor& u, const OptionalTensor& bias, const Tensor& gate, const OptionalTensor& shift,
+                     std::int64_t dim, std::string_view activation, bool u_is_free = false);
+EpilogueGrads call_epilogue_backward(const Tensor& grad, const Tensor& u, const OptionalTensor& bias,
+                                     const Tensor& gate, const OptionalTensor& shift, std::int64_t dim,
+                                     std::string_view activation, std::array<bool, 4> mask);
+
+// ---- fold ----------------------------------------------------------------------------------------------------------
+
+using Folded = std::tuple<std::vector<Tensor>, std::vector<Tensor>>;  // weights, biases
+// gradients of the weights, biases, gates and shifts
+using FoldGrads = std::tuple<std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>>;
+
+Folded fold(TensorList weights, const OptionalTensorList& biases, TensorList gates, const OptionalTensorList& shifts,
+            IntArrayRef groups);
+Folded fold_autograd(TensorList weights, const OptionalTensorList& biases, TensorList gates,
+                     const OptionalTensorList& shifts, IntArrayRef groups);
+FoldGrads fold_backward(const OptionalTensorList& grad_weights, const OptionalTensorList& grad_biases,
+                        TensorList weights, const OptionalTensorList& biases, TensorList gates,
+                        const OptionalTensorList& shifts, IntArrayRef groups, const c10::List<bool>& mask);
+
+// The operators through the dispatcher.
+Folded call_fold(TensorList weights, const OptionalTensorList& biases, TensorList gates,
+                 const OptionalTensorList& shifts, IntArrayRef groups);
+FoldGrads call_fold_backward(const OptionalTensorList& grad_weights, const OptionalTensorList& grad_biases,
+                             TensorList weights, const OptionalTensorList& biases, TensorList gates,
+                             const OptionalTensorList& shifts, IntArrayRef groups, const c10::List<bool>& mask);
+
+// One layer, for nodes that own their buffers; undefined tensors stand for what a layer lacks.
+struct Layer {
+  Tensor weight, bias, gate, shift;
+  std::int64_t groups;
+};
+struct LayerFolded {
+  Tensor weight, bias;
+};
+struct LayerRequest {
+  Tensor grad_weight, grad_bias;     // dW' and db', or undefined for zero
+  bool weight, bias, gate, shift;    // the gradients wanted
+  bool overwrite;                    // dW' is nobody else's: dW may take its memory
+};
+struct LayerGrads {
+  Tensor weight, bias, gate, shift;
+};
+// The kernels, for any number of layers on the CPU.
+std::vector<LayerFolded> fold_layers(const std::vector<Layer>& layers);
+std::vector<LayerGrads> fold_layers_backward(const std::vector<Layer>& layers,
+                                             const std::vector<LayerRequest>& requests);
+// One layer: the kernel for ordinary CPU tensors, the operator for the rest.
+LayerFolded fold_layer(const Layer& layer);
+LayerGrads fold_layer_backward(const Layer& layer, const LayerRequest& request);
+
+// ---- gated products ------------------------------------------------------------------------------------------------
+
+Tensor gated_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& gate,
+                    const OptionalTensor& shift, std::string_view activation, std::string_view strategy);
+Tensor gated_linear_autograd(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& gate,
+                             const OptionalTensor& shift, std::string_view activation, std::string_view strategy);
+Tensor gated_convolution(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& gate,
+                         const OptionalTensor& shift, IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
+                         bool transposed, IntArrayRef output_padding, std::int64_t groups, std::string_view activation,
+                         std::string_view strategy);
+Tensor gated_convolution_autograd(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& gate,
+                                  const OptionalTensor& shift, IntArrayRef stride, IntArrayRef padding,
+                                  IntArrayRef dilation, bool transposed, IntArrayRef output_padding,
+                                  std::int64_t groups, std::string_view activation, std::string_view strategy);
+
+}  // namespace mrvae

@@ -1,0 +1,104 @@
+"""The doctor: what is installed, what would run and why; nothing in its arguments is executed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import mrvae_kernels as mk
+from mrvae_kernels import doctor, ops, strategy
+
+
+@pytest.fixture(autouse=True)
+def _no_override(monkeypatch):
+    monkeypatch.setattr(strategy, "_override", strategy.Override())
+
+
+def lines(capsys, *arguments: str) -> list[str]:
+    assert doctor.main(arguments) == 0
+    return capsys.readouterr().out.splitlines()
+
+
+def test_versions_what_was_built_and_the_bundled_layers(capsys):
+    out = lines(capsys)
+    text = "\n".join(out)
+    assert out[0].split() == ["mrvae_kernels", mk.__version__] and torch.__version__ in text
+    assert ("C++ core       built" in text) if ops.EXTENSION else (f"missing: {ops.EXTENSION_ERROR}" in text)
+    for layer, shape in doctor.EXAMPLES:
+        assert f"{layer}, input {'x'.join(map(str, shape))}, one beta, cpu" in text
+
+
+def test_the_missing_core_is_said(capsys, monkeypatch):
+    monkeypatch.setattr(ops, "EXTENSION", False)
+    monkeypatch.setattr(ops, "EXTENSION_ERROR", "no compiler was found")
+    text = "\n".join(lines(capsys))
+    assert "C++ core       missing: no compiler was found; plain PyTorch runs instead, slower" in text
+    assert "not cpp: no compiler was found" in text
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "weights", "outputs"),
+    [
+        ("Linear(784, 300)", "16x784", 784 * 300, 16 * 300), ("Linear(3, 4, bias=False)", "100,3", 12, 400),
+        ("Conv2d(64, 128, 3, padding=1)", "16x64x14x14", 64 * 128 * 9, 16 * 128 * 196),
+        ("ConvTranspose1d(4, 6, 3, stride=2, groups=2)", "2x4x5", 4 * 3 * 3, 2 * 6 * 11),
+    ],
+)
+def test_what_would_run_for_a_layer(capsys, layer, shape, weights, outputs):
+    out = lines(capsys, "--layer", layer, "--input", shape)
+    choice = "fold" if strategy.FOLD_PASSES * weights <= strategy.EPILOGUE_PASSES * outputs else "epilogue"
+    backend = "cpp" if ops.EXTENSION else "reference"
+    numbers = f"fold moves {strategy.FOLD_PASSES * weights:,} elements, epilogue {strategy.EPILOGUE_PASSES * outputs:,}"
+    assert f"  {choice} on {backend}: {numbers}" in out
+    per_sample = lines(capsys, "--layer", layer, "--input", shape, "--per-sample")
+    assert f"  epilogue on {backend}: one beta a sample" in per_sample and "  not fold: needs one beta for the batch" in per_sample
+
+
+def test_norms_recurrent_layers_and_another_device(capsys):
+    assert any("always fold" in line for line in lines(capsys, "--layer", "GroupNorm(2, 4)", "--input", "3x4x5"))
+    assert any("always fold" in line for line in lines(capsys, "--layer", "LSTM(3, 4)", "--input", "7x2x3"))
+    per_sample = lines(capsys, "--layer", "GRU(3, 4)", "--input", "7x2x3", "--per-sample")
+    assert any("recurrence written out" in line for line in per_sample)
+    out = lines(capsys, "--layer", "Linear(3, 4)", "--input", "2x3", "--device", "cuda")
+    assert any("on reference" in line for line in out) and any("not cpp: it takes CPU tensors" in line for line in out)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--layer", "Linear(3, 4)", "--input", "2xthree"], "input is '2xthree'; expected sizes such as 128x784"),
+        (["--layer", "Softmax(3)", "--input", "2x3"], "layer is a Softmax; expected one of Linear"),
+        (["--layer", "Linear(3", "--input", "2x3"], "expected a call such as Linear(784, 300)"),
+        (["--layer", "Linear(open('x'), 2)", "--input", "2x3"], "expected a call such as"),
+        (["--layer", "__import__('os').getcwd()", "--input", "2x3"], "expected a call such as"),
+        (["--layer", "Linear(**{'in_features': 3})", "--input", "2x3"], "layer "),
+        (["--layer", "Linear(3)", "--input", "2x3"], "out_features"),
+        (["--layer", "Linear(3, 4)", "--input", "2x5"], "Linear(3, 4) does not take an input of shape (2, 5)"),
+        (["--layer", "BatchNorm1d(3, affine=False)", "--input", "2x3"], "cannot be gated: it has no affine"),
+        (["--layer", "Linear(3, 4)", "--input", "2x3", "--device", "toaster"], "toaster"),
+    ],
+)
+def test_arguments_that_make_no_sense(capsys, arguments, message):
+    assert doctor.main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.startswith("doctor: ") and message in captured.err
+
+
+def test_layer_and_input_go_together(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        doctor.main(["--layer", "Linear(3, 4)"])
+    assert stopped.value.code == 2 and "go together" in capsys.readouterr().err
+
+
+def test_layers_take_no_memory():
+    layer = doctor.parse_layer("Linear(1000000, 1000000)")
+    assert isinstance(layer, nn.Linear) and layer.weight.is_meta
+
+
+def test_it_runs_as_a_module():
+    done = subprocess.run([sys.executable, "-m", "mrvae_kernels.doctor", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "example: python -m mrvae_kernels.doctor --layer" in done.stdout

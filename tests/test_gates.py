@@ -1,0 +1,276 @@
+"""Gates against independent closed forms, their numbers at the extremes, their initialisation and their errors."""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from helpers import RANGE
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import mrvae_kernels as mk
+from mrvae_kernels.gates import GATE_KINDS, GateNetwork, init_gates_
+from mrvae_kernels.reference import gate_activation
+
+BOUNDS = mk.BetaRange(*RANGE)
+BETAS = torch.tensor([1e-30, 1e-6, 0.01, 0.37, 1.0, 10.0, 1e6, 1e30], dtype=torch.float64)
+finite = st.floats(allow_nan=False, allow_infinity=False, width=32)
+
+
+@pytest.fixture(autouse=True)
+def _extrapolation_is_meant():
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="beta = .* lies outside")
+        yield
+
+
+def test_eta_has_mean_0_and_variance_1_over_the_range():
+    quantiles = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
+    beta = torch.exp(math.log(0.01) + quantiles * math.log(1000))
+    eta = mk.standardize(beta, RANGE, dtype=torch.float64)
+    assert abs(eta.mean().item()) < 1e-9
+    assert eta.square().mean().item() == pytest.approx(1, abs=1e-6)
+    ends = mk.standardize([0.01, 10.0], RANGE, dtype=torch.float64)
+    torch.testing.assert_close(ends, torch.tensor([-1.0, 1.0], dtype=torch.float64) * math.sqrt(3))
+
+
+@pytest.mark.parametrize(
+    "beta", [0.3, torch.tensor(0.3), torch.tensor(0.3, dtype=torch.float64), np.float32(0.3), np.array(0.3)], ids=repr
+)
+def test_one_beta_gives_a_0d_eta_of_the_asked_dtype(beta):
+    for dtype in (torch.float32, torch.float64):
+        eta = mk.standardize(beta, (0.1, 5.0), dtype=dtype)
+        expected = (math.log(0.3) - (math.log(0.1) + math.log(5)) / 2) / (math.log(50) / math.sqrt(12))
+        assert eta.shape == () and eta.dtype == dtype
+        assert eta.item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_integers_are_betas():
+    assert mk.standardize(1).item() == mk.standardize(torch.tensor(1)).item() == mk.standardize(1.0).item()
+
+
+@pytest.mark.parametrize("beta", [[0.1, 0.2, 3.0], (0.1, 0.2, 3.0), np.array([0.1, 0.2, 3.0]), torch.tensor([0.1, 0.2, 3.0])])
+def test_one_beta_a_sample_gives_eta_of_shape_n(beta):
+    assert mk.standardize(beta).tolist() == pytest.approx([mk.standardize(b).item() for b in (0.1, 0.2, 3.0)], rel=1e-5)
+
+
+def test_an_empty_batch_of_betas_is_empty():
+    assert mk.standardize(torch.empty(0)).shape == (0,)
+    assert mk.gate_values(torch.ones(3), torch.ones(3), torch.empty(0)).shape == (0, 3)
+
+
+BAD = [0, 0.0, -1.0, math.nan, math.inf, -math.inf, torch.tensor(0.0), torch.tensor(math.nan), torch.tensor([0.5, math.nan, 1]),
+       torch.tensor([0.5, -2.0]), [0.5, 0.0], torch.ones(2, 1), torch.tensor(1j), torch.tensor(True), True, None, "0.5",
+       [0.5, "x"], [[0.5], [1.0]], torch.tensor([math.inf, 1.0])]
+
+
+@pytest.mark.parametrize("beta", BAD, ids=repr)
+def test_a_beta_that_is_none_is_a_value_error(beta):
+    with pytest.raises(ValueError, match="beta"):
+        mk.standardize(beta)
+
+
+@pytest.mark.parametrize(("beta", "named"), [(-1.5, "-1.5"), (torch.tensor([0.5, -2.25]), "-2.25"), (math.nan, "nan")])
+def test_the_error_names_the_value(beta, named):
+    with pytest.raises(ValueError, match=f"beta is {named}; expected a positive"):
+        mk.standardize(beta)
+
+
+@pytest.mark.parametrize("bounds", [(0, 1), (1, 1), (2, 1), (-1, 1), (1, math.inf), (math.nan, 1), (1,), 3, None, "ab", mk.BetaRange(0, 1)])
+def test_a_bad_range_is_a_value_error(bounds):
+    with pytest.raises(ValueError, match="beta_range"):
+        mk.standardize(1.0, bounds)
+
+
+def test_outside_the_range_warns_and_inside_does_not():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for inside in (0.01, 10.0, torch.tensor(0.01), torch.tensor([0.01, 10.0]), torch.tensor(10.0, dtype=torch.bfloat16)):
+            mk.standardize(inside)
+        for outside in (0.0099, 10.1, torch.tensor([1.0, 11.0]), [0.001, 1.0]):
+            with pytest.raises(UserWarning, match=r"lies outside the range \[0.01, 10\]"):
+                mk.standardize(outside)
+
+
+def test_eta_is_differentiable_in_beta():
+    beta = torch.rand(4, dtype=torch.float64) + 0.1
+    assert torch.autograd.gradcheck(lambda b: mk.standardize(b, dtype=torch.float64), beta.requires_grad_())
+
+
+# Theorem 1 of the paper (Eqn. 26): the gate is the exact response of a linear VAE, once the standardisation is undone.
+
+
+def test_the_sigmoid_gate_is_the_linear_encoders_response(backend):
+    singular = torch.tensor([0.05, 0.3, 1.0, 2.5, 40.0], dtype=torch.float64)
+    weight = torch.full((5,), -BOUNDS.std, dtype=torch.float64)
+    bias = 2 * singular.log() - BOUNDS.mean
+    gate = mk.gate_values(weight, bias, BETAS, "sigmoid")
+    expected = singular**2 / (singular**2 + BETAS[:, None])
+    torch.testing.assert_close(gate, expected, rtol=1e-12, atol=0)
+
+
+def test_the_sqrt_gate_is_the_linear_decoders_response(backend):
+    eigenvalues = torch.tensor([0.05, 0.3, 1.0, 2.5, 40.0], dtype=torch.float64)
+    weight = torch.full((5,), BOUNDS.std, dtype=torch.float64)
+    bias = BOUNDS.mean - eigenvalues.log()
+    beta = BETAS + 1e-3 * BETAS  # no beta equals an eigenvalue, where rounding decides
+    gate = mk.gate_values(weight, bias, beta, "sqrt")
+    expected = (1 - beta[:, None] / eigenvalues).clamp(min=0).sqrt()
+    torch.testing.assert_close(gate, expected, rtol=1e-9, atol=0)
+    assert (gate[beta[:, None] > eigenvalues] == 0).all()
+
+
+def test_the_softplus_gate_is_unbounded_and_log_1_plus_exp(backend):
+    p = torch.tensor([-800.0, -30.0, -1.0, 0.0, 2.0, 30.0, 800.0], dtype=torch.float64)
+    gate = mk.gate_values(torch.zeros_like(p), p, 0.5, "softplus")
+    expected = torch.tensor([math.log1p(math.exp(v)) if v < 700 else v for v in p.tolist()], dtype=torch.float64)
+    torch.testing.assert_close(gate, expected, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("kind", GATE_KINDS)
+def test_gate_gradients_are_right(backend, kind):
+    generator = torch.Generator().manual_seed(1)
+    weight, bias = (0.3 * torch.randn(4, dtype=torch.float64, generator=generator) for _ in range(2))
+    bias -= 1.5 * (kind == "sqrt")  # away from the end where the slope is bounded on purpose
+    for beta in (torch.tensor(0.7, dtype=torch.float64), torch.tensor([0.02, 0.7, 8.0], dtype=torch.float64)):
+        inputs = [t.clone().requires_grad_() for t in (weight, bias, beta)]
+        assert torch.autograd.gradcheck(lambda w, c, b: mk.gate_values(w, c, b, kind), inputs)
+
+
+def slope(kind: str, p: Tensor) -> Tensor:
+    p = p.clone().requires_grad_()
+    eta_zero = math.exp(BOUNDS.mean)  # p = c there
+    return torch.autograd.grad(mk.gate_values(torch.zeros_like(p), p, eta_zero, kind).sum(), p)[0]
+
+
+def test_the_sqrt_gates_slope_is_exact_away_from_0_bounded_near_it_and_0_when_closed(backend):
+    p = torch.tensor([-20.0, -3.0, -0.5, -0.01], dtype=torch.float64)
+    torch.testing.assert_close(slope("sqrt", p), -p.exp() / (2 * (1 - p.exp()).sqrt()), rtol=1e-10, atol=1e-15)
+    near = -torch.logspace(-300, -3, 50, dtype=torch.float64)
+    assert (slope("sqrt", near) < 0).all() and (slope("sqrt", near) >= -8).all()
+    assert slope("sqrt", near[:1]).item() == pytest.approx(-8)
+    closed = torch.tensor([0.0, 1e-300, 1.0, 88.5, 100.0, 1e300], dtype=torch.float64)
+    assert (slope("sqrt", closed) == 0).all()
+    gate = mk.gate_values(torch.zeros(6, dtype=torch.float64), closed, 0.5, "sqrt")
+    assert (gate == 0).all() and not torch.signbit(gate).any()
+
+
+def test_the_bound_on_the_slope_leaves_the_values_exact(backend):
+    p = -torch.logspace(-30, -3, 50, dtype=torch.float64)
+    gate = mk.gate_values(torch.zeros_like(p), p, 0.5, "sqrt")
+    torch.testing.assert_close(gate, (-torch.expm1(p)).sqrt(), rtol=1e-14, atol=0)
+
+
+@given(
+    w=finite, c=finite, log10_beta=st.floats(-30, 30), kind=st.sampled_from(GATE_KINDS), per_sample=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]),
+)
+def test_no_finite_input_gives_nan_or_infinity(backend, w, c, log10_beta, kind, per_sample, dtype):
+    if backend == "cpp" and dtype == torch.float16:
+        return  # not one of its dtypes
+    limit = torch.finfo(dtype).max
+    weight, bias = (torch.tensor([min(max(v, -limit), limit)], dtype=dtype).requires_grad_() for v in (w, c))
+    beta = torch.tensor([10.0**log10_beta] * 2 if per_sample else 10.0**log10_beta)
+    gate = mk.gate_values(weight, bias, beta, kind)
+    assert gate.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert gate.isfinite().all() and (gate >= 0).all()
+    if kind != "softplus":
+        assert (gate <= 1).all()
+    for gradient, parameter in zip(torch.autograd.grad(gate[..., 0].reshape(-1)[0], (weight, bias)), (weight, bias), strict=True):
+        assert gradient.dtype == parameter.dtype and gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("beta", [1e-300, 1e-46, 1e300])
+def test_betas_beyond_float32_keep_a_finite_eta(beta):
+    for given_as in (beta, torch.tensor(beta, dtype=torch.float64), [beta]):
+        eta = mk.standardize(given_as)
+        assert eta.dtype == torch.float32
+        torch.testing.assert_close(eta.flatten()[0].item(), (math.log(beta) - BOUNDS.mean) / BOUNDS.std, rtol=1e-6, atol=0)
+
+
+def test_low_precision_parameters_are_raised_to_float32_gates(backend):
+    weight, bias = torch.randn(8).bfloat16(), torch.randn(8).bfloat16()
+    gate = mk.gate_values(weight, bias, 0.3)
+    torch.testing.assert_close(gate, mk.gate_values(weight.float(), bias.float(), 0.3), rtol=1e-6, atol=0)
+
+
+def test_errors_of_gate_values():
+    with pytest.raises(ValueError, match="gate kind is 'tanh'; expected one of sigmoid, sqrt, softplus"):
+        mk.gate_values(torch.ones(2), torch.ones(2), 0.5, "tanh")
+    with pytest.raises(ValueError, match="expected"):
+        mk.gate_values(torch.ones(2), torch.ones(3), 0.5)
+    with pytest.raises(ValueError, match="gate kind is 'cube'"):
+        gate_activation(torch.ones(2), "cube")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"kind": "identity"}, {"kind": ""}, {"init": "closed"}, {"hidden": (0,)}, {"hidden": (4, -1)}, {"hidden": 4},
+     {"hidden": (2.5,)}, {"shared": True}, {"kind": "sqrt", "init": "ranked"}, {"init": "ranked", "hidden": (4,)},
+     {"hidden": (4,), "inputs": "sigmoid"}, {"inputs": "cube"}, {"inputs": mk.GateSpec(shift=True)}],
+)
+def test_a_bad_gate_spec_is_a_value_error(fields):
+    with pytest.raises(ValueError, match=r"gate|shared|inputs"):
+        mk.GateSpec(**fields)
+
+
+def test_gate_specs_from_names_and_lists():
+    assert mk.GateSpec.of("sqrt") == mk.GateSpec(kind="sqrt")
+    assert mk.GateSpec(hidden=[4, 5]) == mk.GateSpec(hidden=(4, 5)) and hash(mk.GateSpec(hidden=[4]))
+    with pytest.raises(TypeError, match="gate is 3"):
+        mk.GateSpec.of(3)
+
+
+def dead(kind: str, init: str) -> tuple[float, Tensor]:
+    """The share of gates that are 0 at every beta of the range, and all the gates (beta, feature)."""
+    weight, bias = torch.empty(100_000), torch.empty(100_000)
+    init_gates_(weight, bias, kind, init)
+    gate = mk.gate_values(weight, bias, torch.logspace(-2, 1, 61), kind)
+    return (gate == 0).all(0).float().mean().item(), gate
+
+
+def test_the_papers_initialisation_leaves_a_seventh_of_the_sqrt_gates_dead():
+    share, gate = dead("sqrt", "paper")
+    assert share == pytest.approx(1 / (4 * math.sqrt(3)), abs=0.005)  # P(c >= sqrt(3) |w|) for w, c ~ U(-1, 1)
+    assert (gate == 0).float().mean().item() == pytest.approx(0.5, abs=0.03)
+
+
+@pytest.mark.parametrize(("kind", "center"), [("sigmoid", 0.85), ("sqrt", 0.94), ("softplus", 1.0)])
+def test_gates_start_open_by_default(kind, center):
+    share, gate = dead(kind, "open")
+    assert share == 0
+    assert gate[30].mean().item() == pytest.approx(center, abs=0.03)
+    assert gate.mean(1).min() > 0.75
+
+
+def test_ranked_features_close_one_after_another():
+    weight, bias = torch.empty(8), torch.empty(8)
+    init_gates_(weight, bias, "sigmoid", "ranked")
+    gate = mk.gate_values(weight, bias, [0.02, 10.0, 100.0], "sigmoid")
+    assert (gate.diff(dim=1) < 0).all() and (gate[0] > gate[1]).all() and (gate[1] > gate[2]).all()
+
+
+def test_a_shift_starts_at_0():
+    weight, bias = torch.empty(5), torch.empty(5)
+    init_gates_(weight, bias, "identity")
+    assert (weight == 0).all() and (bias == 0).all()
+
+
+def test_a_gate_network_starts_open_and_is_an_mlp_of_eta():
+    network = GateNetwork((7, 3), [4, 2], ["sqrt", "identity"])
+    p = network(torch.tensor([-1.0, 0.5]))
+    assert p.shape == (2, 6) and network(torch.tensor(0.5)).shape == (6,)
+    assert (p[0] == p[1]).all() and (p[0, :4] <= -1).all() and (p[0, 4:] == 0).all()
+    nn.init.normal_(network.output.weight)
+    first, _, second, _ = network.hidden
+    eta = torch.tensor([[0.3]])
+    h = (first.weight @ eta + first.bias[:, None]).relu()
+    h = (second.weight @ h + second.bias[:, None]).relu()
+    expected = (network.output.weight @ h + network.output.bias[:, None])[:, 0]
+    torch.testing.assert_close(network(torch.tensor(0.3)), expected)
+    assert len(list(GateNetwork((5,), [3], ["sigmoid"], "paper").parameters())) == 4
