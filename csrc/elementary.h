@@ -1,4 +1,4 @@
-// exp, expm1, log1p, tanh and erf for the gates and activations, free of branches so that host compilers turn a loop
+// exp, expm1, log1p, tanh and the normal distribution for the gates and activations, free of branches so that host compilers turn a loop
 // over them into vector code (a call of std::exp stays scalar without -ffast-math). The device uses its own library.
 #pragma once
 
@@ -138,38 +138,34 @@ MRVAE_HOST_DEVICE T tanh(T x) {
 #endif
 }
 
-// float on the host: erf(x) = x p(x^2) for |x| < 1, 1 - exp(-x^2) q(1/(1 + x/2)) up to 4, 1 beyond. p and q are Chebyshev
-// fits of degree 7 with absolute errors 3.4e-11 and 9.4e-11; the error against double is below 1.2e-7.
-MRVAE_HOST_DEVICE float erf(float x) {
+// The standard normal distribution: returns its cumulative function at z, and sets density to exp(-z^2 / 2).
+// float on the host: the tail 1 - cumulative(|z|) = exp(-z^2 / 2) q(1 / (1 + 0.3 |z|)), q a minimax fit of degree 8 with
+// relative error 5.8e-8; no cancellation for negative z, unlike 1 + erf.
+MRVAE_HOST_DEVICE float normal_cumulative(float z, float& density) {
+  const float a = z < 0.0f ? -z : z;
+  density = exp(-0.5f * a * a);
 #if defined(__CUDA_ARCH__)
-  return ::erff(x);
+  const float tail = 0.5f * ::erfcf(a * 0.70710678f);
 #else
-  float a = x < 0.0f ? -x : x;
-  a = a > 4.0f ? 4.0f : a;
-  const float s = a * a;
-  float p = -9.6735902378e-06f;
-  p = p * s + 1.1268253699e-04f;
-  p = p * s - 8.4843965243e-04f;
-  p = p * s + 5.2210534108e-03f;
-  p = p * s - 2.6865438310e-02f;
-  p = p * s + 1.1283782622e-01f;
-  p = p * s - 3.7612638476e-01f;
-  p = p * s + 1.1283791671e+00f;
-  const float t = 1.0f / (1.0f + 0.5f * a);
-  float q = 1.2026210860e-01f;
-  q = q * t - 4.7445799619e-01f;
-  q = q * t + 5.6819126005e-01f;
-  q = q * t - 1.0769317560e-01f;
-  q = q * t + 3.4980761599e-01f;
-  q = q * t + 2.5910447189e-01f;
-  q = q * t + 2.8500553793e-01f;
-  q = q * t - 1.6045761996e-04f;
-  const float value = a < 1.0f ? a * p : 1.0f - exp(-s) * q;
-  return x < 0.0f ? -value : value;
+  const float t = 1.0f / (1.0f + 0.3f * a);
+  float q = 3.8334406596e-02f;
+  q = q * t - 1.6895260632e-01f;
+  q = q * t + 2.2821857827e-01f;
+  q = q * t - 7.6000965400e-02f;
+  q = q * t + 1.4218594420e-01f;
+  q = q * t + 9.4832627666e-02f;
+  q = q * t + 1.2188213705e-01f;
+  q = q * t + 1.1949305313e-01f;
+  q = q * t + 6.8534780841e-06f;
+  const float tail = density * q;
 #endif
+  return z < 0.0f ? tail : 1.0f - tail;
 }
 
-MRVAE_HOST_DEVICE double erf(double x) { return ::erf(x); }
+MRVAE_HOST_DEVICE double normal_cumulative(double z, double& density) {
+  density = exp(-0.5 * z * z);
+  return 0.5 * ::erfc(z * -0.70710678118654752440);
+}
 
 }  // namespace elementary
 }  // namespace mrvae

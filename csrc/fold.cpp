@@ -161,16 +161,19 @@ std::vector<LayerGrads> fold_layers_backward(const std::vector<Layer>& layers,
   return results;
 }
 
-Folded fold(TensorList weights, const OptionalTensorList& biases, TensorList gates, const OptionalTensorList& shifts,
-            IntArrayRef groups) {
-  std::vector<LayerFolded> results = fold_layers(as_layers(weights, biases, gates, shifts, groups));
+Folded as_lists(std::vector<LayerFolded> layers) {
   Folded out;
-  for (LayerFolded& result : results) {
-    if (!result.bias.defined()) result.bias = at::empty({0}, result.weight.options());
-    std::get<0>(out).push_back(std::move(result.weight));
-    std::get<1>(out).push_back(std::move(result.bias));
+  for (LayerFolded& layer : layers) {
+    if (!layer.bias.defined()) layer.bias = at::empty({0}, layer.weight.options());
+    std::get<0>(out).push_back(std::move(layer.weight));
+    std::get<1>(out).push_back(std::move(layer.bias));
   }
   return out;
+}
+
+Folded fold(TensorList weights, const OptionalTensorList& biases, TensorList gates, const OptionalTensorList& shifts,
+            IntArrayRef groups) {
+  return as_lists(fold_layers(as_layers(weights, biases, gates, shifts, groups)));
 }
 
 FoldGrads fold_backward(const OptionalTensorList& grad_weights, const OptionalTensorList& grad_biases,

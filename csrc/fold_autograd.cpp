@@ -19,13 +19,10 @@ struct FoldNode : torch::autograd::Function<FoldNode> {
     ctx->saved_data["bias_at"] = bias_at;
     ctx->saved_data["shift_at"] = shift_at;
     ctx->set_materialize_grads(false);
-    const auto list = [&](IntArrayRef places) {
-      OptionalTensorList result;
-      for (const std::int64_t at : places) result.push_back(at < 0 ? OptionalTensor() : OptionalTensor(tensors[at]));
-      return result;
-    };
-    const TensorList weights = tensors.slice(0, count), gates = tensors.slice(count, count);
-    auto [folded, biases] = call_fold(weights, list(bias_at), gates, list(shift_at), groups);
+    bool plain = true;
+    for (const Tensor& tensor : tensors) plain = plain && tensor.is_cpu() && eager({&tensor});
+    auto [folded, biases] = plain ? direct_forward(tensors, groups, bias_at, shift_at)
+                                  : dispatched_forward(tensors, groups, bias_at, shift_at);
     variable_list outputs = std::move(folded), empty;
     for (std::size_t i = 0; i < count; ++i) {
       if (bias_at[i] < 0 && shift_at[i] < 0) empty.push_back(biases[i]);
@@ -56,6 +53,26 @@ struct FoldNode : torch::autograd::Function<FoldNode> {
 
  private:
   using Places = std::vector<std::int64_t>;
+
+  static Folded direct_forward(TensorList tensors, IntArrayRef groups, IntArrayRef bias_at, IntArrayRef shift_at) {
+    const std::size_t count = groups.size();
+    const auto at = [&](std::int64_t place) { return place < 0 ? Tensor() : tensors[place]; };
+    std::vector<Layer> layers(count);
+    for (std::size_t i = 0; i < count; ++i) {
+      layers[i] = {tensors[i], at(bias_at[i]), tensors[count + i], at(shift_at[i]), groups[i]};
+    }
+    return as_lists(fold_layers(layers));
+  }
+
+  static Folded dispatched_forward(TensorList tensors, IntArrayRef groups, IntArrayRef bias_at, IntArrayRef shift_at) {
+    const std::size_t count = groups.size();
+    const auto list = [&](IntArrayRef places) {
+      OptionalTensorList result;
+      for (const std::int64_t at : places) result.push_back(at < 0 ? OptionalTensor() : OptionalTensor(tensors[at]));
+      return result;
+    };
+    return call_fold(tensors.slice(0, count), list(bias_at), tensors.slice(count, count), list(shift_at), groups);
+  }
 
   template <class Wanted>
   static void direct(variable_list& grads, const variable_list& saved, const Places& groups, const Places& bias_at,

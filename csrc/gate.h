@@ -85,7 +85,8 @@ MRVAE_HOST_DEVICE T activate(T z) {
   } else if constexpr (kind == Activation::Silu) {
     return finite(z) * sigmoid(z);
   } else if constexpr (kind == Activation::Gelu) {
-    return T(0.5) * finite(z) * (T(1) + elementary::erf(z * T(0.70710678118654752440)));
+    T density;
+    return finite(z) * elementary::normal_cumulative(z, density);
   } else if constexpr (kind == Activation::Tanh) {
     return elementary::tanh(z);
   } else if constexpr (kind == Activation::LeakyRelu) {
@@ -107,8 +108,9 @@ MRVAE_HOST_DEVICE T activation_slope(T z) {
     const T s = sigmoid(z);
     return s * (T(1) + finite(z) * (T(1) - s));
   } else if constexpr (kind == Activation::Gelu) {
-    const T cumulative = T(0.5) * (T(1) + elementary::erf(z * T(0.70710678118654752440)));
-    return cumulative + finite(z) * elementary::exp(T(-0.5) * z * z) * T(0.39894228040143267794);
+    T density;
+    const T cumulative = elementary::normal_cumulative(z, density);
+    return cumulative + finite(z) * density * T(0.39894228040143267794);
   } else if constexpr (kind == Activation::Tanh) {
     const T y = elementary::tanh(z);
     return T(1) - y * y;

@@ -1,10 +1,8 @@
-// Schemas, registrations, autocast, and the module mrvae_kernels._C that reports how it was built.
+// Schemas, registrations and autocast; the Python module is in python.cpp.
 #include <ATen/autocast_mode.h>
 #include <ATen/ops/empty.h>
-#include <pybind11/pybind11.h>
 #include <torch/library.h>
 
-#include "build_facts.h"
 #include "ops.h"
 
 namespace mrvae {
@@ -126,15 +124,3 @@ TORCH_LIBRARY_IMPL(mrvae, AutocastCPU, m) { Autocast<c10::DeviceType::CPU>::regi
 TORCH_LIBRARY_IMPL(mrvae, AutocastCUDA, m) { Autocast<c10::DeviceType::CUDA>::register_in(m); }
 
 }  // namespace mrvae
-
-PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
-  m.doc() = "The C++ core of mrvae_kernels: importing it registers the operators of torch.ops.mrvae.";
-  m.def("build_facts", [] {
-    pybind11::dict facts;
-    facts["torch"] = MRVAE_BUILD_TORCH;
-    facts["compiler"] = MRVAE_BUILD_COMPILER;
-    facts["flags"] = MRVAE_BUILD_FLAGS;
-    facts["commit"] = MRVAE_BUILD_COMMIT;
-    return facts;
-  });
-}

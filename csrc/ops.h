@@ -143,6 +143,8 @@ struct LayerGrads {
 };
 // The kernels, for any number of layers on the CPU.
 std::vector<LayerFolded> fold_layers(const std::vector<Layer>& layers);
+// As the operator returns them: an empty tensor (0,) for the bias of a layer that has none.
+Folded as_lists(std::vector<LayerFolded> layers);
 std::vector<LayerGrads> fold_layers_backward(const std::vector<Layer>& layers,
                                              const std::vector<LayerRequest>& requests);
 // One layer: the kernel for ordinary CPU tensors, the operator for the rest.

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from . import functional, ops
+from . import functional
 from .gates import GateSpec
+from .ops.shortcuts import scaled_linear
 from .recurrent import gated_recurrent, recurrent_rows
 from .reference import along
 from .strategy import choose_strategy
@@ -85,7 +86,7 @@ class Adapter:
     def run_direct(self, layer: Any, gate: Tensor, shift: Tensor | None, strategy: str | None, x: Tensor) -> Tensor:
         """`run` without the checks that the compiled operator makes itself; strategy is "epilogue", as planned."""
         parameters = layer._parameters
-        return ops.gated_linear(x, parameters["weight"], parameters["bias"], gate, shift, "none", "epilogue")
+        return scaled_linear()(x, parameters["weight"], parameters["bias"], gate, shift)
 
     def run_folded(self, layer: Any, plain: type, folded: Mapping[str, Tensor | None], *args: Any, **kwargs: Any) -> Any:
         """The plain layer's output with `folded` in place of its parameters."""
@@ -120,14 +121,14 @@ class ConvolutionAdapter(Adapter):
 
     def choose(self, layer: Any, x: Tensor) -> str:
         x = x if x.dim() == self.spatial + 2 else x.unsqueeze(0)
-        padding = layer.padding
-        if isinstance(padding, str):
-            total = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
-            padding = [t / 2 for t in total] if padding == "same" else [0] * self.spatial
-        outputs = functional.convolution_output_numel(
-            x, layer.weight, layer.stride, padding, layer.dilation, layer.transposed, layer.output_padding, layer.groups
-        )
-        return choose_strategy(layer.weight.numel(), int(outputs), False)
+        if layer.padding == "same":
+            outputs = x.numel() // layer.in_channels * layer.out_channels
+        else:
+            padding = [0] * self.spatial if layer.padding == "valid" else layer.padding
+            outputs = functional.convolution_output_numel(
+                x, layer.weight, layer.stride, padding, layer.dilation, layer.transposed, layer.output_padding, layer.groups
+            )
+        return choose_strategy(layer.weight.numel(), outputs, False)
 
     def run_direct(self, layer: Any, gate: Tensor, shift: Tensor | None, strategy: str | None, x: Tensor) -> Tensor:
         return self.run(layer, gate, shift, None, strategy, x)

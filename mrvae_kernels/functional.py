@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import ops, reference
-from .gates import DEFAULT_BETA_RANGE, GATE_KINDS, KINDS, Beta, standardize
+from .gates import DEFAULT_BETA_RANGE, GATE_KINDS, KINDS, Beta, BetaRange, standardize, standardize_number
+from .ops.shortcuts import bank
 from .strategy import choose_backend, choose_strategy
 
 IntOrInts = int | Sequence[int]
@@ -48,13 +49,26 @@ def gate_bank(weight: Tensor, bias: Tensor, eta: Tensor, sizes: Sequence[int], k
     Returns (C_i,) or (N, C_i) each.
     """
     if choose_backend(weight.device, weight.dtype) == "cpp":
-        return ops.gates(weight, bias, eta, sizes, _kind_codes(tuple(kinds)))
+        codes = _kind_codes(tuple(kinds))
+        if torch.compiler.is_compiling():
+            return ops.gates(weight, bias, eta, sizes, codes)
+        return bank(tuple(sizes), codes).gates(weight, bias, eta)
     return reference.gate_bank(weight, bias, eta, sizes, kinds)
 
 
+def gate_bank_at(
+    weight: Tensor, bias: Tensor, beta: float, beta_range: BetaRange, sizes: tuple[int, ...], kinds: tuple[str, ...]
+) -> list[Tensor]:
+    """The same for one number beta, standardised on the way: the hot path of a training step."""
+    if not torch.compiler.is_compiling() and choose_backend(weight.device, weight.dtype) == "cpp":
+        return bank(sizes, _kind_codes(kinds)).gates_at(weight, bias, standardize_number(beta, beta_range))
+    eta = standardize(beta, beta_range, device=weight.device, dtype=reference.gate_dtype(weight.dtype))
+    return gate_bank(weight, bias, eta, sizes, kinds)
+
+
 @functools.cache
-def _kind_codes(kinds: tuple[str, ...]) -> list[int]:
-    return [KINDS.index(kind) for kind in kinds]
+def _kind_codes(kinds: tuple[str, ...]) -> tuple[int, ...]:
+    return tuple(KINDS.index(kind) for kind in kinds)
 
 
 def fold(

@@ -127,8 +127,7 @@ def standardize(
         return _standardize_tensor(beta, bounds, device, dtype)
     if isinstance(beta, (int, float)) and not isinstance(beta, bool):
         if not torch.compiler.is_compiling():
-            _check_values(float(beta), float(beta), bounds)
-            return torch.full((), (math.log(beta) - bounds.mean) / bounds.std, dtype=dtype, device=device)
+            return torch.full((), standardize_number(beta, bounds), dtype=dtype, device=device)
         return _standardize_tensor(torch.scalar_tensor(beta, dtype=dtype, device=device), bounds, device, dtype)
     try:
         if isinstance(beta, bool):
@@ -137,6 +136,13 @@ def standardize(
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(f"beta is {beta!r}; expected a positive number, or one a sample") from None
     return _standardize_tensor(values, bounds, device, dtype)
+
+
+def standardize_number(beta: float, bounds: BetaRange) -> float:
+    """eta of one number; ValueError and warning as in `standardize`."""
+    if not bounds.low <= beta <= bounds.high:
+        _check_values(float(beta), float(beta), bounds)
+    return (math.log(beta) - bounds.mean) / bounds.std
 
 
 def _standardize_tensor(beta: Tensor, bounds: BetaRange, device: torch.device | str | None, dtype: torch.dtype) -> Tensor:

@@ -60,13 +60,15 @@ class Hosted(nn.Module):
         strategy = share.strategy
         if strategy is None and adapter.product and share.gate.dim() == 1:
             strategy = adapter.choose(self, args[0])
-            self._last_strategy = strategy
+            if not torch.compiler.is_compiling():  # a compiled graph has its choice, and would be guarded on this
+                self._last_strategy = strategy
         return adapter.run(self, share.gate, share.shift, None, strategy, *args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy or a pickle made during a call or within `at` waits for a beta of its own."""
-        state: Any = super().__getstate__()
-        return {name: value for name, value in state.items() if name not in ("_share", "_last_strategy")}
+        inherited = getattr(super(), "__getstate__", None)  # torch's recurrent layers have one; object since Python 3.11
+        state = self.__dict__ if inherited is None else inherited()
+        return {name: value for name, value in state.items() if name != "_last_strategy"} | {"_share": None}
 
     def release(self) -> None:
         """Turn back into the plain layer."""

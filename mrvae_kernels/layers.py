@@ -127,7 +127,7 @@ class GatedLayer(Recorded):
         return gated
 
     def to_plain(self, beta: Beta) -> nn.Module:
-        """The plain layer at one beta: a copy with the gate folded into weight and bias. The `activation`, if any, is not in it."""
+        """The plain layer at one beta: a copy with the gate folded into weight and bias, without the `activation`."""
         with torch.no_grad():
             folded = self._fold(*self.gate(_one(beta)))
         layer = copy.copy(self)

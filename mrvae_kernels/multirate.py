@@ -93,7 +93,7 @@ class MultiRate(Recorded):
                 size = entry.adapter.inputs(modules[entry.name])
                 rows.append(BankRows(entry.name, "inputs", size, entry.spec.inputs.kind, entry.spec.inputs.init))
         self._rows = rows
-        self._sizes, self._kinds = [row.size for row in rows], tuple(row.kind for row in rows)
+        self._sizes, self._kinds = tuple(row.size for row in rows), tuple(row.kind for row in rows)
         self.gated: dict[str, slice] = {}
         self.shifts: dict[str, slice] = {}
         self.inputs: dict[str, slice] = {}
@@ -105,6 +105,7 @@ class MultiRate(Recorded):
         for entry in self._entries:
             layer = modules[entry.name]
             layer.__class__ = HOSTED[type(layer)]
+            layer._share = None  # there from the start: torch.compile is guarded on an attribute that comes later
         self.network = network
         places = {(row.name, row.role): i for i, row in enumerate(rows)}
         self._layout = [(places.get((e.name, "shifts")), places.get((e.name, "inputs"))) for e in self._entries]
@@ -225,6 +226,8 @@ class MultiRate(Recorded):
         if self.gate_networks is None:
             weight, bias = self._parameters["gate_weight"], self._parameters["gate_bias"]
             assert weight is not None and bias is not None
+            if isinstance(beta, float):
+                return functional.gate_bank_at(weight, bias, beta, self.beta_range, self._sizes, self._kinds)
             eta = standardize(beta, self.beta_range, device=weight.device, dtype=reference.gate_dtype(weight.dtype))
             return functional.gate_bank(weight, bias, eta, self._sizes, self._kinds)
         like = self.gate_networks[0].output.bias
@@ -244,7 +247,7 @@ class MultiRate(Recorded):
         ]
 
     def _hosts(self) -> tuple[Hosted, ...]:
-        layers = self._layers
+        layers = () if torch.compiler.is_compiling() else self._layers  # which would change after the first call
         if not layers:
             layers = tuple(self.network.get_submodule(entry.name) for entry in self._entries)  # type: ignore[misc]
             for entry, layer in zip(self._entries, layers, strict=True):
@@ -253,16 +256,17 @@ class MultiRate(Recorded):
                         f"{entry.name!r} is a plain {type(layer).__name__}: it was replaced after multirate(); convert the "
                         "network (SyncBatchNorm, quantisation, ...) first, then call multirate()"
                     )
-            self._layers = layers
+            if not torch.compiler.is_compiling():
+                self._layers = layers
         return layers
 
     def _shares(self, beta: Beta, key: Any) -> list[Share]:
         """Each layer's gate, and its folded parameters where the plan for these input shapes folds it."""
         gates = self._gates(beta)
         per_sample = gates[0].gate.dim() == 2
-        planned = () if per_sample else self._plans.get(key)
+        planned = () if per_sample else None if key is None else self._plans.get(key)
         decided = strategy.choose_strategy(0, 0, True) if per_sample else None if planned is None else "epilogue"
-        direct = decided is not None and self._runs_compiled()
+        direct = decided is not None and not torch.compiler.is_compiling() and self._runs_compiled()
         shares = [
             Share(g.gate, g.shift, None, decided, g.inputs, direct and g.inputs is None and entry.adapter.product)
             for g, entry in zip(gates, self._entries, strict=True)

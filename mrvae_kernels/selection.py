@@ -59,8 +59,8 @@ def select(network: nn.Module, gates: Gates | None, include: Sequence[str] | Non
             left[name] = reason
         elif name in before_norm and not asked:
             left[name] = (
-                f"batch normalisation ({before_norm[name]}) follows and would cancel its gate; gate the norm, or name this "
-                "layer in include"
+                f"batch normalisation ({before_norm[name]}) follows and would cancel its gate; gate the norm, or name "
+                "this layer in include"
             )
         else:
             gated[name] = spec
@@ -121,7 +121,7 @@ def _refusal(module: nn.Module, spec: GateSpec) -> str | None:
     if isinstance(module, nn.modules.lazy.LazyModuleMixin):
         return "a lazy layer without its sizes yet: run the network once first"
     if computed := next((e.weight for e in adapter.entries(module) if e.weight not in module._parameters), None):
-        return f"its {computed} is not a parameter of its own but computed from others (weight_norm, spectral_norm, pruning)"
+        return f"its {computed} is not a parameter of its own but computed (weight_norm, spectral_norm, pruning)"
     return refusal(module, spec)
 
 

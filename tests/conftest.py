@@ -16,7 +16,10 @@ from mrvae_kernels import ops
 sys.path.insert(0, str(Path(__file__).parent))  # helpers.py, under every import mode of pytest
 
 hypothesis.settings.register_profile(
-    "mrvae", deadline=None, derandomize=True, max_examples=40,
+    "mrvae",
+    deadline=None,
+    derandomize=True,
+    max_examples=40,
     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture, hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile("mrvae")

@@ -9,7 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import mrvae_kernels as mk
+
 RANGE = (0.01, 10.0)
+BETA = [0.02, 0.3, 1.0, 4.0, 9.0]
+"""One beta for each of the five samples of most tests."""
 
 
 class ConvolutionalVAE(nn.Module):
@@ -18,12 +22,22 @@ class ConvolutionalVAE(nn.Module):
     def __init__(self, with_norm: bool = False) -> None:
         super().__init__()
         self.encoder = nn.Sequential(
-            nn.Conv2d(1, 6, 3, 2, 1), *([nn.BatchNorm2d(6)] if with_norm else []), nn.ReLU(),
-            nn.Conv2d(6, 8, 3, 2, 1, bias=False), nn.Tanh(), nn.Flatten(), nn.Linear(32, 5),
+            nn.Conv2d(1, 6, 3, 2, 1),
+            *([nn.BatchNorm2d(6)] if with_norm else []),
+            nn.ReLU(),
+            nn.Conv2d(6, 8, 3, 2, 1, bias=False),
+            nn.Tanh(),
+            nn.Flatten(),
+            nn.Linear(32, 5),
         )
         self.decoder = nn.Sequential(
-            nn.Linear(5, 32), nn.ELU(), nn.Unflatten(1, (8, 2, 2)), nn.ConvTranspose2d(8, 6, 4, 2, 1),
-            *([nn.GroupNorm(2, 6)] if with_norm else []), nn.ReLU(), nn.ConvTranspose2d(6, 1, 4, 2, 1),
+            nn.Linear(5, 32),
+            nn.ELU(),
+            nn.Unflatten(1, (8, 2, 2)),
+            nn.ConvTranspose2d(8, 6, 4, 2, 1),
+            *([nn.GroupNorm(2, 6)] if with_norm else []),
+            nn.ReLU(),
+            nn.ConvTranspose2d(6, 1, 4, 2, 1),
         )
 
     def encode(self, x: Tensor) -> Tensor:
@@ -34,6 +48,26 @@ class ConvolutionalVAE(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.decode(self.encode(x))
+
+
+def images(count: int = 5) -> Tensor:
+    """Input of ConvolutionalVAE, always the same."""
+    return torch.randn(count, 1, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+
+
+def build_network(gates: Any = None, with_norm: bool = False, **options: Any) -> mk.MultiRate:
+    """A gated ConvolutionalVAE in float64, always the same, with no parameter at its initial value."""
+    torch.manual_seed(0)
+    model = mk.multirate(ConvolutionalVAE(with_norm).double(), gates, **options)
+    randomize(model)
+    return model
+
+
+def parameter_gradients(model: nn.Module, loss: Tensor) -> list[Tensor]:
+    """The gradient of each parameter; 0 for those that the loss does not depend on."""
+    parameters = list(model.parameters())
+    found = torch.autograd.grad(loss, parameters, allow_unused=True)
+    return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
 
 
 def rows(call: Callable[[Tensor, float], Tensor], x: Tensor, beta: Sequence[float], dim: int = 0) -> Tensor:
@@ -64,3 +98,37 @@ def gradients(output: Tensor, inputs: Sequence[Tensor], grad_output: Tensor | No
     if grad_output is None:
         grad_output = torch.linspace(-1, 2, output.numel(), dtype=output.dtype).view(output.shape).cos()
     return torch.autograd.grad(output, list(inputs), grad_output)
+
+
+OPERATORS = {
+    "linear": (mk.gated_linear, (3, 4), (5, 4), 5, {}),
+    "linear, 3 axes": (mk.gated_linear, (3, 2, 4), (5, 4), 5, {}),
+    "conv1d": (mk.gated_conv1d, (3, 4, 6), (4, 2, 3), 4, {"padding": 1, "groups": 2}),
+    "conv2d": (mk.gated_conv2d, (3, 2, 5, 4), (3, 2, 3, 2), 3, {"stride": 2, "padding": "valid"}),
+    "conv3d": (mk.gated_conv3d, (3, 1, 3, 4, 3), (2, 1, 2, 2, 2), 2, {"dilation": (1, 2, 1)}),
+    "conv_transpose1d": (
+        mk.gated_conv_transpose1d,
+        (3, 4, 4),
+        (4, 2, 3),
+        4,
+        {"stride": 2, "output_padding": 1, "groups": 2},
+    ),
+    "conv_transpose2d": (mk.gated_conv_transpose2d, (3, 2, 3, 2), (2, 3, 3, 3), 3, {"stride": 2, "padding": 1}),
+    "conv_transpose3d": (mk.gated_conv_transpose3d, (3, 2, 2, 2, 2), (2, 1, 2, 2, 2), 1, {}),
+}
+WAYS = [("fold", False), ("epilogue", False), ("epilogue", True)]
+
+
+def operands(name: str, per_sample: bool, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    """x, weight, bias, gate and shift for a case of OPERATORS."""
+    _, shape, weight, c, _ = OPERATORS[name]
+    rows = (shape[0], c) if per_sample else (c,)
+    gate = torch.rand(rows, dtype=torch.float64) + 0.2
+    values = [torch.randn(shape), torch.randn(weight), torch.randn(c), gate, torch.randn(rows)]
+    return [v.to(dtype).requires_grad_() for v in values]
+
+
+def operate(name: str, inputs: list[Tensor], strategy: str, activation: str | None = "silu") -> Tensor:
+    """The operator of this case on such operands."""
+    function, *_, options = OPERATORS[name]
+    return function(*inputs, **options, activation=activation, strategy=strategy)

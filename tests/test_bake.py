@@ -13,8 +13,10 @@ from torch import Tensor, nn
 import mrvae_kernels as mk
 
 GATES = {
-    "paper": None, "FiLM": {"encoder": mk.GateSpec("sigmoid", shift=True), "decoder": mk.GateSpec("softplus", shift=True)},
-    "hidden": mk.GateSpec("softplus", shift=True, hidden=(8,)), "inputs": mk.GateSpec("softplus", inputs="sigmoid", shift=True),
+    "paper": None,
+    "FiLM": {"encoder": mk.GateSpec("sigmoid", shift=True), "decoder": mk.GateSpec("softplus", shift=True)},
+    "hidden": mk.GateSpec("softplus", shift=True, hidden=(8,)),
+    "inputs": mk.GateSpec("softplus", inputs="sigmoid", shift=True),
 }
 
 
@@ -86,8 +88,12 @@ class Everything(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layers = nn.Sequential(
-            nn.Conv1d(2, 4, 3, padding="same", padding_mode="circular"), nn.BatchNorm1d(4), nn.ConvTranspose1d(4, 6, 3, groups=2),
-            nn.GroupNorm(3, 6), nn.InstanceNorm1d(6, affine=True), nn.LayerNorm((6, 9)),
+            nn.Conv1d(2, 4, 3, padding="same", padding_mode="circular"),
+            nn.BatchNorm1d(4),
+            nn.ConvTranspose1d(4, 6, 3, groups=2),
+            nn.GroupNorm(3, 6),
+            nn.InstanceNorm1d(6, affine=True),
+            nn.LayerNorm((6, 9)),
         )
         self.lstm = nn.LSTM(6, 4, num_layers=2, bidirectional=True, proj_size=2, batch_first=True)
         self.gru = nn.GRU(4, 3, bias=False, batch_first=True)
@@ -102,7 +108,15 @@ class Everything(nn.Module):
 def test_every_kind_of_layer(backend):
     model = randomize(mk.multirate(Everything().double(), "softplus"))
     assert list(model.gated) == [
-        "layers.1", "layers.2", "layers.3", "layers.4", "layers.5", "lstm", "gru", "volume.0", "volume.1"
+        "layers.1",
+        "layers.2",
+        "layers.3",
+        "layers.4",
+        "layers.5",
+        "lstm",
+        "gru",
+        "volume.0",
+        "volume.1",
     ]
     x = torch.randn(5, 2, 7, dtype=torch.float64)
     plain = mk.bake(model, 0.3, [x])
@@ -119,7 +133,9 @@ def test_every_kind_of_layer(backend):
 def test_batch_norms_without_batches_warn_and_with_them_are_recalibrated():
     model = mk.multirate(ConvolutionalVAE(True))
     x = [torch.randn(16, 1, 8, 8) + 3 for _ in range(3)]
-    with pytest.warns(UserWarning, match=r"the running statistics of 1 batch norms mix the betas of training; give bake\(model"):
+    with pytest.warns(
+        UserWarning, match=r"the running statistics of 1 batch norms mix the betas of training; give bake\(model"
+    ):
         stale = mk.bake(model, 0.3)
     assert (stale.encoder[1].running_mean == 0).all()
     with warnings.catch_warnings():

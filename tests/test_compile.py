@@ -32,7 +32,13 @@ def close(found, expected) -> None:
 
 
 def small() -> mk.MultiRate:
-    layers = nn.Conv1d(2, 3, 3, padding="same", padding_mode="circular"), nn.GroupNorm(3, 3), nn.Tanh(), nn.Flatten(), nn.Linear(12, 3)
+    layers = (
+        nn.Conv1d(2, 3, 3, padding="same", padding_mode="circular"),
+        nn.GroupNorm(3, 3),
+        nn.Tanh(),
+        nn.Flatten(),
+        nn.Linear(12, 3),
+    )
     return randomize(mk.multirate(nn.Sequential(*layers).double(), mk.GateSpec("softplus", shift=True)))
 
 
@@ -66,7 +72,9 @@ def test_inductor_agrees():
     close(*(torch.autograd.grad(y.square().sum(), model.gate_parameters()) for y in (found, expected)))
 
 
-@pytest.mark.parametrize("layer", [mk.GatedLinear(4, 6), mk.GatedConv1d(4, 6, 2, padding="same"), mk.ConditionalBatchNorm1d(4)], ids=str)
+@pytest.mark.parametrize(
+    "layer", [mk.GatedLinear(4, 6), mk.GatedConv1d(4, 6, 2, padding="same"), mk.ConditionalBatchNorm1d(4)], ids=str
+)
 def test_layers_compile_whole(layer):
     layer = layer.double().eval()
     x = torch.randn(5, 4, 4, dtype=torch.float64)

@@ -13,7 +13,8 @@ from torch import nn
 import mrvae_kernels as mk
 
 CASES = {
-    1: (mk.ConditionalBatchNorm1d, nn.BatchNorm1d, (5, 4)), 2: (mk.ConditionalBatchNorm2d, nn.BatchNorm2d, (5, 4, 3, 2)),
+    1: (mk.ConditionalBatchNorm1d, nn.BatchNorm1d, (5, 4)),
+    2: (mk.ConditionalBatchNorm2d, nn.BatchNorm2d, (5, 4, 3, 2)),
     3: (mk.ConditionalBatchNorm3d, nn.BatchNorm3d, (5, 4, 2, 2, 2)),
 }
 BETA = [0.02, 0.3, 1.0, 4.0, 9.0]

@@ -19,11 +19,16 @@ STEPS, BATCH = 3, 8
 
 def build() -> mk.MultiRate:
     torch.manual_seed(0)
-    network = nn.ModuleDict({
-        "encoder": nn.Sequential(nn.Conv1d(2, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(16, 3)),
-        "decoder": nn.Sequential(nn.Linear(3, 200), nn.LayerNorm(200), nn.Linear(200, 12)),
-    })
-    return mk.multirate(Autoencoder(network).double(), {"parts.encoder": mk.GateSpec("sigmoid", shift=True), "parts.decoder": "softplus"})
+    network = nn.ModuleDict(
+        {
+            "encoder": nn.Sequential(nn.Conv1d(2, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(16, 3)),
+            "decoder": nn.Sequential(nn.Linear(3, 200), nn.LayerNorm(200), nn.Linear(200, 12)),
+        }
+    )
+    return mk.multirate(
+        Autoencoder(network).double(),
+        {"parts.encoder": mk.GateSpec("sigmoid", shift=True), "parts.decoder": "softplus"},
+    )
 
 
 class Autoencoder(nn.Module):

@@ -29,10 +29,16 @@ CASES = {
     "Conv1d same": Case(mk.GatedConv1d, (4, 6, 4), {"padding": "same", "groups": 2, "dilation": 3}, (5, 4, 7)),
     "Conv1d circular": Case(mk.GatedConv1d, (4, 6, 3), {"padding": 2, "padding_mode": "circular"}, (5, 4, 7)),
     "Conv2d": Case(mk.GatedConv2d, (2, 6, (3, 2)), {"stride": (2, 1), "padding": (1, 0)}, (5, 2, 6, 5)),
-    "Conv2d reflect same": Case(mk.GatedConv2d, (2, 6, 3), {"padding": "same", "padding_mode": "reflect", "bias": False}, (5, 2, 5, 4)),
-    "Conv2d replicate valid": Case(mk.GatedConv2d, (2, 6, 3), {"padding": "valid", "padding_mode": "replicate"}, (5, 2, 5, 4)),
+    "Conv2d reflect same": Case(
+        mk.GatedConv2d, (2, 6, 3), {"padding": "same", "padding_mode": "reflect", "bias": False}, (5, 2, 5, 4)
+    ),
+    "Conv2d replicate valid": Case(
+        mk.GatedConv2d, (2, 6, 3), {"padding": "valid", "padding_mode": "replicate"}, (5, 2, 5, 4)
+    ),
     "Conv3d": Case(mk.GatedConv3d, (2, 4, 2), {"groups": 2, "padding": "valid"}, (5, 2, 3, 4, 3)),
-    "ConvTranspose1d": Case(mk.GatedConvTranspose1d, (4, 6, 3), {"stride": 2, "output_padding": 1, "groups": 2}, (5, 4, 4)),
+    "ConvTranspose1d": Case(
+        mk.GatedConvTranspose1d, (4, 6, 3), {"stride": 2, "output_padding": 1, "groups": 2}, (5, 4, 4)
+    ),
     "ConvTranspose2d": Case(mk.GatedConvTranspose2d, (2, 6, 4, 2, 1), {"bias": False}, (5, 2, 3, 4)),
     "ConvTranspose3d": Case(mk.GatedConvTranspose3d, (2, 3, 2), {"dilation": 2}, (5, 2, 2, 3, 2)),
     "BatchNorm1d": Case(mk.GatedBatchNorm1d, (4,), {}, (5, 4)),
@@ -151,7 +157,9 @@ def test_dtypes(backend, name, dtype):
     for beta in (0.3, BETA):
         y = output(layer(x, beta))
         assert y.dtype == dtype
-        assert relative_error(y.double(), output(exact(x.double(), beta))) < (0.04 if dtype == torch.bfloat16 else 1e-12)
+        assert relative_error(y.double(), output(exact(x.double(), beta))) < (
+            0.04 if dtype == torch.bfloat16 else 1e-12
+        )
         y.float().sum().backward()
         assert all(p.grad.dtype == dtype and p.grad.isfinite().all() for p in layer.parameters())
 
@@ -218,9 +226,12 @@ def test_deepcopy_and_a_safe_round_trip_through_a_file(backend, name):
     [
         (encode_state({"beta_range": [0.1, 10.0], "gate": "sigmoid"}), r"beta_range = \[0.1, 10.0\]"),
         (encode_state({"beta_range": [0.01, 10.0], "gate": "sqrt"}), "gate = 'sqrt'"),
-        (encode_state({}), "beta_range = None"), (torch.tensor([1, 2, 3], dtype=torch.uint8), "damaged"),
-        (torch.tensor([400.0]), "damaged"), (torch.tensor(list(b"[" * 100_000), dtype=torch.uint8), "damaged"),
-        (torch.tensor(list(json.dumps([1]).encode()), dtype=torch.uint8), "damaged"), ({"beta_range": [0.01, 10.0]}, "damaged"),
+        (encode_state({}), "beta_range = None"),
+        (torch.tensor([1, 2, 3], dtype=torch.uint8), "damaged"),
+        (torch.tensor([400.0]), "damaged"),
+        (torch.tensor(list(b"[" * 100_000), dtype=torch.uint8), "damaged"),
+        (torch.tensor(list(json.dumps([1]).encode()), dtype=torch.uint8), "damaged"),
+        ({"beta_range": [0.01, 10.0]}, "damaged"),
         (torch.empty(0, dtype=torch.uint8), "damaged"),
     ],
     ids=["range", "kind", "empty", "no json", "float", "deep", "list", "not a tensor", "nothing"],

@@ -52,7 +52,8 @@ def test_one_beta_a_sample_equals_torchs_kernel_on_each_sample(backend, kind, op
     hx = state(layer) if with_state else None
     together = flat(layer(x, BETA, hx))
     alone = [
-        flat(layer.to_plain(beta)(x.narrow(axis, i, 1), None if hx is None else at(hx, i))) for i, beta in enumerate(BETA)
+        flat(layer.to_plain(beta)(x.narrow(axis, i, 1), None if hx is None else at(hx, i)))
+        for i, beta in enumerate(BETA)
     ]
     for k, value in enumerate(together):
         expected = torch.cat([result[k] for result in alone], axis if k == 0 else 1)
@@ -68,7 +69,10 @@ def test_lstm_rows_are_scaled_before_the_non_linearity(backend):
         g, t = (v.expand(3, 16) for v in layer.gate(beta))
         h = c = torch.zeros(3, 4, dtype=torch.float64)
         for step in (0, 1):
-            p = g * (x[:, step] @ layer.weight_ih_l0.T + layer.bias_ih_l0 + h @ layer.weight_hh_l0.T + layer.bias_hh_l0) + t
+            p = (
+                g * (x[:, step] @ layer.weight_ih_l0.T + layer.bias_ih_l0 + h @ layer.weight_hh_l0.T + layer.bias_hh_l0)
+                + t
+            )
             i, f, n, o = p.split(4, 1)
             c = f.sigmoid() * c + i.sigmoid() * n.tanh()
             h = o.sigmoid() * c.tanh()

@@ -74,9 +74,13 @@ def test_epilogue_with_a_gate_for_each_sample():
 @pytest.mark.parametrize(
     ("name", "formula"),
     [
-        ("none", lambda v: v), ("relu", lambda v: max(v, 0.0)), ("silu", lambda v: v / (1 + math.exp(-v))),
-        ("gelu", lambda v: v * (1 + math.erf(v / math.sqrt(2))) / 2), ("tanh", math.tanh),
-        ("leaky_relu", lambda v: v if v > 0 else 0.01 * v), ("elu", lambda v: v if v > 0 else math.expm1(v)),
+        ("none", lambda v: v),
+        ("relu", lambda v: max(v, 0.0)),
+        ("silu", lambda v: v / (1 + math.exp(-v))),
+        ("gelu", lambda v: v * (1 + math.erf(v / math.sqrt(2))) / 2),
+        ("tanh", math.tanh),
+        ("leaky_relu", lambda v: v if v > 0 else 0.01 * v),
+        ("elu", lambda v: v if v > 0 else math.expm1(v)),
     ],
 )
 def test_activations_by_their_formulas(name, formula):

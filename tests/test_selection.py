@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import re
 
 import pytest
@@ -25,10 +24,16 @@ def stack(*layers: nn.Module) -> nn.Sequential:
 
 def test_the_paper_s_gates_are_the_default():
     assert kinds(ConvolutionalVAE()) == {
-        "encoder.0": "sigmoid", "encoder.2": "sigmoid", "encoder.5": "sigmoid", "decoder.0": "sqrt", "decoder.3": "sqrt",
+        "encoder.0": "sigmoid",
+        "encoder.2": "sigmoid",
+        "encoder.5": "sigmoid",
+        "decoder.0": "sqrt",
+        "decoder.3": "sqrt",
         "decoder.5": "sqrt",
     }
-    with pytest.raises(ValueError, match=r"has no children named encoder and decoder, so the gates must be said: gates="):
+    with pytest.raises(
+        ValueError, match=r"has no children named encoder and decoder, so the gates must be said: gates="
+    ):
         select(stack(nn.Linear(2, 2)), None, None, ())
 
 
@@ -36,7 +41,9 @@ def test_the_longest_name_counts():
     network = stack(stack(nn.Linear(2, 2), nn.Linear(2, 2)), nn.Linear(2, 2))
     assert kinds(network, "softplus") == dict.fromkeys(["0.0", "0.1", "1"], "softplus")
     assert kinds(network, {"": "softplus", "0": "sqrt", "0.1": mk.GateSpec("sigmoid")}) == {
-        "0.0": "sqrt", "0.1": "sigmoid", "1": "softplus"
+        "0.0": "sqrt",
+        "0.1": "sigmoid",
+        "1": "softplus",
     }
     selection = select(network, {"0": "sqrt"}, None, ())
     assert list(selection.gated) == ["0.0", "0.1"]
@@ -83,7 +90,10 @@ def test_include_and_exclude(include, exclude, expected):
         ({"gates": {"encoder": "sqrt"}, "include": ["decoder"]}, "nothing can be gated: decoder.0: no entry of gates"),
         ({"exclude": ["*"]}, "nothing to gate in this ConvolutionalVAE: encoder.0: excluded"),
         ({"gates": "cube"}, "gate kind is 'cube'"),
-        ({"gates": {"encoder": mk.GateSpec(hidden=(4,)), "decoder": "sqrt"}}, "all gates of a network have the same hidden layers"),
+        (
+            {"gates": {"encoder": mk.GateSpec(hidden=(4,)), "decoder": "sqrt"}},
+            "all gates of a network have the same hidden layers",
+        ),
     ],
 )
 def test_errors_name_what_is_wrong_and_leave_the_network_alone(options, message):
@@ -96,7 +106,9 @@ def test_errors_name_what_is_wrong_and_leave_the_network_alone(options, message)
 
 def test_a_string_for_include_is_a_type_error():
     for option in ("include", "exclude"):
-        with pytest.raises(TypeError, match=rf"{option} is the string 'encoder'; expected a list of names: \['encoder'\]"):
+        with pytest.raises(
+            TypeError, match=rf"{option} is the string 'encoder'; expected a list of names: \['encoder'\]"
+        ):
             mk.multirate(ConvolutionalVAE(), **{option: "encoder"})
     with pytest.raises(TypeError, match="gate is 3"):
         mk.multirate(ConvolutionalVAE(), {"encoder": 3})
@@ -120,7 +132,8 @@ def test_why_layers_are_left_alone():
     cases = [
         (Twice(4, 4), "a Twice, a subclass of nn.Linear whose forward may differ"),
         (nn.Embedding(3, 4), "a Embedding, not a kind of layer that can be gated"),
-        (nn.PReLU(), "a PReLU, not a kind"), (nn.LazyLinear(4), "a LazyLinear, a subclass"),
+        (nn.PReLU(), "a PReLU, not a kind"),
+        (nn.LazyLinear(4), "a LazyLinear, a subclass"),
         (normed, "its weight is not a parameter of its own but computed"),
         (pruned, "its weight is not a parameter of its own but computed"),
         (mk.GatedLinear(4, 4), "a GatedLinear, a subclass of nn.Linear"),
@@ -145,7 +158,11 @@ def test_what_a_shift_or_a_gate_on_inputs_cannot_join():
 
 @pytest.mark.parametrize("kind", ["MultiheadAttention", "TransformerEncoderLayer"])
 def test_modules_that_use_weights_without_calling_their_layers_are_left_alone(kind):
-    opaque = nn.MultiheadAttention(4, 2) if kind == "MultiheadAttention" else nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
+    opaque = (
+        nn.MultiheadAttention(4, 2)
+        if kind == "MultiheadAttention"
+        else nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
+    )
     network = stack(opaque, nn.Linear(4, 4))
     selection = select(network, "sigmoid", None, ())
     assert list(selection.gated) == ["1"]
@@ -190,9 +207,12 @@ def test_shared_layers_and_tied_weights_are_refused():
 def test_every_layer_with_parameters_is_either_gated_or_left():
     network = nn.Transformer(4, 2, 1, 1, 8)
     selection = select(stack(network, ConvolutionalVAE(True)), "sigmoid", None, ())
-    owners = {n for n, m in stack(network, ConvolutionalVAE(True)).named_modules() if next(m.parameters(recurse=False), None) is not None}
+    owners = {
+        n
+        for n, m in stack(network, ConvolutionalVAE(True)).named_modules()
+        if next(m.parameters(recurse=False), None) is not None
+    }
     assert set(selection.gated) | set(selection.left) == owners and not set(selection.gated) & set(selection.left)
-
 
 
 def test_a_transformers_decoder_in_eval_mode_is_gated_as_in_training():

@@ -37,7 +37,14 @@ def test_layers_follow_the_cost_model(monkeypatch):
         for batch in (1, 2, 3, 4, 100):
             mk.gated_linear(torch.randn(batch, 3), weight, None, gate)
         mk.gated_linear(torch.randn(100, 3), weight, None, torch.rand(100, 4))
-    assert asked == ["epilogue", "epilogue", "epilogue", "fold", "fold", "epilogue"]  # 12 weights x 5 against 4 outputs a row x 4
+    assert asked == [
+        "epilogue",
+        "epilogue",
+        "epilogue",
+        "fold",
+        "fold",
+        "epilogue",
+    ]  # 12 weights x 5 against 4 outputs a row x 4
 
 
 def test_argument_before_override_before_cost_model():
@@ -59,9 +66,15 @@ def test_an_error_in_the_block_restores():
 
 
 def test_unknown_names_are_value_errors():
-    with pytest.raises(ValueError, match="strategy is 'fused'; expected one of fold, epilogue"), mk.override(strategy="fused"):
+    with (
+        pytest.raises(ValueError, match="strategy is 'fused'; expected one of fold, epilogue"),
+        mk.override(strategy="fused"),
+    ):
         pass
-    with pytest.raises(ValueError, match="backend is 'gpu'; expected one of cpp, reference"), mk.override(backend="gpu"):
+    with (
+        pytest.raises(ValueError, match="backend is 'gpu'; expected one of cpp, reference"),
+        mk.override(backend="gpu"),
+    ):
         pass
     with pytest.raises(ValueError, match="strategy is 'x'"):
         choose_strategy(1, 1, False, "x")
@@ -73,7 +86,10 @@ def test_without_the_extension_cpp_is_refused_and_automatic_falls_back(monkeypat
     monkeypatch.setattr(ops, "EXTENSION", False)
     monkeypatch.setattr(ops, "EXTENSION_ERROR", "no compiler was found")
     assert choose_backend(CPU, torch.float32) == "reference"
-    with pytest.raises(RuntimeError, match="backend 'cpp' was asked for, but no compiler was found"), mk.override(backend="cpp"):
+    with (
+        pytest.raises(RuntimeError, match="backend 'cpp' was asked for, but no compiler was found"),
+        mk.override(backend="cpp"),
+    ):
         pass
     assert any("cpp: no compiler was found" in line for line in explain(1, 1).rejected)
 

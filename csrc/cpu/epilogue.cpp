@@ -83,7 +83,7 @@ struct Cut {
   explicit Cut(const EpilogueShape& s) : row(s.channels * s.inner) {
     repeats = std::clamp<std::int64_t>(run_elements / row, 1, std::max<std::int64_t>(1, s.rows / 4));
     // few enough tasks that their partial sums stay small beside the data
-    const std::int64_t enough = std::max(task_elements / row, s.rows / 64);
+    const std::int64_t enough = std::max(task_elements / row, s.rows / 32);
     rows_per_task = std::max<std::int64_t>(repeats, enough / repeats * repeats);
     tasks_per_sample = (s.rows + rows_per_task - 1) / rows_per_task;
   }
@@ -199,15 +199,8 @@ void backward_rows(const EpilogueShape& s, const Cut& cut, const S* grad, const 
                  run_sum, run_dot);
     if (sum == nullptr || direct) continue;
     if (++runs % flush_rows != 0 && r + cut.repeats < rows) continue;
-    const T *from = run_sum, *from_dot = run_dot;
-    for (std::int64_t k = 0; k < cut.repeats; ++k) {
-      for (std::int64_t c = 0; c < s.channels; ++c) {
-        for (std::int64_t i = 0; i < s.inner; ++i) {
-          sum[c] += *from++;
-          dot[c] += *from_dot++;
-        }
-      }
-    }
+    fold_sums(run_sum, cut.repeats, s.channels, s.inner, sum);
+    fold_sums(run_dot, cut.repeats, s.channels, s.inner, dot);
     std::fill(buffer.begin(), buffer.end(), T(0));
   }
 }

@@ -44,37 +44,38 @@ MRVAE_HOST_DEVICE void slope_loop(const T* z, T* d, std::int64_t n) {
 template <class T>
 MRVAE_CLONES void activate_chunk(Activation activation, T* z, std::int64_t n) {
   switch (activation) {
-    case Activation::None: return;
-    case Activation::Relu: return activate_loop<Activation::Relu>(z, n);
     case Activation::Silu: return activate_loop<Activation::Silu>(z, n);
     case Activation::Gelu: return activate_loop<Activation::Gelu>(z, n);
     case Activation::Tanh: return activate_loop<Activation::Tanh>(z, n);
-    case Activation::LeakyRelu: return activate_loop<Activation::LeakyRelu>(z, n);
     case Activation::Elu: return activate_loop<Activation::Elu>(z, n);
+    default: return;
   }
 }
 
 template <class T>
 MRVAE_CLONES void slope_chunk(Activation activation, const T* z, T* d, std::int64_t n) {
   switch (activation) {
-    case Activation::None: return;
-    case Activation::Relu: return slope_loop<Activation::Relu>(z, d, n);
     case Activation::Silu: return slope_loop<Activation::Silu>(z, d, n);
     case Activation::Gelu: return slope_loop<Activation::Gelu>(z, d, n);
     case Activation::Tanh: return slope_loop<Activation::Tanh>(z, d, n);
-    case Activation::LeakyRelu: return slope_loop<Activation::LeakyRelu>(z, d, n);
     case Activation::Elu: return slope_loop<Activation::Elu>(z, d, n);
+    default: return;
   }
+}
+
+// None, ReLU and leaky ReLU cost less than another pass over a chunk: they run inside the loops over memory.
+template <Activation kind, class S, class T, class Parameters>
+MRVAE_HOST_DEVICE void forward_loop(const S* u, S* y, std::int64_t n, const Parameters& p) {
+#pragma omp simd
+  for (std::int64_t i = 0; i < n; ++i) store(y[i], activate<kind>(T(p.g(i) * (load(u[i]) + p.b(i)) + p.t(i))));
 }
 
 // y = activation(g * (u + b) + t) over n elements
 template <class S, class T, class Parameters>
 MRVAE_CLONES void forward_run(const S* u, S* y, std::int64_t n, Parameters with, Activation activation) {
-  if (activation == Activation::None) {
-#pragma omp simd
-    for (std::int64_t i = 0; i < n; ++i) store(y[i], with.g(i) * (load(u[i]) + with.b(i)) + with.t(i));
-    return;
-  }
+  if (activation == Activation::None) return forward_loop<Activation::None, S, T>(u, y, n, with);
+  if (activation == Activation::Relu) return forward_loop<Activation::Relu, S, T>(u, y, n, with);
+  if (activation == Activation::LeakyRelu) return forward_loop<Activation::LeakyRelu, S, T>(u, y, n, with);
   T z[chunk];
   for (std::int64_t begin = 0; begin < n; begin += chunk) {
     const std::int64_t size = std::min(chunk, n - begin);
@@ -87,10 +88,20 @@ MRVAE_CLONES void forward_run(const S* u, S* y, std::int64_t n, Parameters with,
   }
 }
 
+template <Activation kind, class S, class T, class Parameters>
+MRVAE_HOST_DEVICE void preactivation_loop(const S* grad, const S* u, std::int64_t n, const Parameters& p, T* d) {
+#pragma omp simd
+  for (std::int64_t i = 0; i < n; ++i) {
+    d[i] = load(grad[i]) * activation_slope<kind>(T(p.g(i) * (load(u[i]) + p.b(i)) + p.t(i)));
+  }
+}
+
 // d = dy * activation'(g * (u + b) + t) for one chunk
 template <class S, class T, class Parameters>
 MRVAE_HOST_DEVICE void preactivation_gradient(const S* grad, const S* u, std::int64_t n, const Parameters& p,
                                               Activation activation, T* d) {
+  if (activation == Activation::Relu) return preactivation_loop<Activation::Relu>(grad, u, n, p, d);
+  if (activation == Activation::LeakyRelu) return preactivation_loop<Activation::LeakyRelu>(grad, u, n, p, d);
 #pragma omp simd
   for (std::int64_t i = 0; i < n; ++i) d[i] = load(grad[i]);
   if (activation == Activation::None) return;
@@ -155,6 +166,14 @@ MRVAE_CLONES void backward_plane(const S* grad, const S* u, std::int64_t n, Cons
   if (sum != nullptr) {
     *sum = T(total);
     *dot = T(total_dot);
+  }
+}
+
+// Adds the sums over each channel's `inner` neighbours: values is (repeats, channels, inner).
+template <class T>
+MRVAE_CLONES void fold_sums(const T* values, std::int64_t repeats, std::int64_t channels, std::int64_t inner, T* target) {
+  for (std::int64_t k = 0; k < repeats; ++k) {
+    for (std::int64_t c = 0; c < channels; ++c, values += inner) target[c] += short_sum(values, inner);
   }
 }
 

@@ -66,27 +66,39 @@ MRVAE_CLONES void multiply_dot(const S* grad, const S* weight, S* out, const T* 
   }
 }
 
-// Channels [begin, end) of one layer's group: all of their weights, so that a channel's sum is one task's own.
+// Adds the sums over each channel's `inner` neighbours to total.
+template <class T>
+MRVAE_CLONES void add_channels(const T* values, std::int64_t channels, std::int64_t inner, double* total) {
+  for (std::int64_t c = 0; c < channels; ++c) total[c] += short_sum(values + c * inner, inner);
+}
+
+// Channels [begin, end) of one group of one layer, in rows [first, last) of its outer axis. `partial` is where its sums
+// of dW' W start, one a channel.
 struct Task {
   const FoldLayer* layer;
-  std::int64_t group, begin, end;
+  std::int64_t group, begin, end, first, last, partial;
 };
 
-std::vector<Task> cut(const std::vector<FoldLayer>& layers, std::int64_t& elements) {
+// Where the channels are the fastest axes a task takes whole rows, so that it reads memory in long runs.
+std::vector<Task> cut(const std::vector<FoldLayer>& layers, std::int64_t& elements, std::int64_t& partials) {
   std::vector<Task> tasks;
-  elements = 0;
+  elements = partials = 0;
   for (const FoldLayer& layer : layers) {
-    const std::int64_t each = std::max<std::int64_t>(1, layer.outer * layer.inner);
     const std::int64_t inner = std::max<std::int64_t>(1, layer.inner);
-    std::int64_t block = std::max(task_elements / each, long_inner / inner);
-    if (inner < long_inner) block = std::min(block, run_elements / inner);
-    block = std::max<std::int64_t>(1, block);
+    std::int64_t channels = std::max<std::int64_t>(1, task_elements / inner);
+    if (inner < long_inner) channels = std::min(channels, run_elements / inner);
+    channels = std::min(channels, std::max<std::int64_t>(1, layer.channels));
+    const std::int64_t rows = std::max<std::int64_t>(1, task_elements / (channels * inner));
     for (std::int64_t k = 0; k < layer.groups; ++k) {
-      for (std::int64_t c = 0; c < layer.channels; c += block) {
-        tasks.push_back({&layer, k, c, std::min(layer.channels, c + block)});
+      for (std::int64_t o = 0; o < layer.outer || o == 0; o += rows) {
+        for (std::int64_t c = 0; c < layer.channels; c += channels) {
+          const std::int64_t end = std::min(layer.channels, c + channels);
+          tasks.push_back({&layer, k, c, end, o, std::min(layer.outer, o + rows), partials});
+          partials += end - c;
+        }
       }
     }
-    elements += each * layer.groups * layer.channels;
+    elements += layer.groups * layer.outer * layer.channels * inner;
   }
   return tasks;
 }
@@ -96,52 +108,67 @@ void spread(const T* gate, std::int64_t channels, std::int64_t inner, T* target)
   for (std::int64_t c = 0; c < channels; ++c) target = std::fill_n(target, inner, gate[c]);
 }
 
+// First output channel of a task
+std::int64_t base(const Task& task) { return task.group * task.layer->channels + task.begin; }
+
+std::int64_t offset(const Task& task, std::int64_t row) {
+  const FoldLayer& layer = *task.layer;
+  return ((task.group * layer.outer + row) * layer.channels + task.begin) * layer.inner;
+}
+
+template <class T>
+const T* parameter(const void* values, const Task& task) {
+  return values == nullptr ? nullptr : static_cast<const T*>(values) + base(task);
+}
+
 template <class S, class T>
 void forward(const Task& task) {
   const FoldLayer& layer = *task.layer;
   const std::int64_t inner = layer.inner, channels = task.end - task.begin;
-  const std::int64_t base = task.group * layer.channels + task.begin;
-  const T* gate = static_cast<const T*>(layer.gate) + base;
+  const T* gate = parameter<T>(layer.gate, task);
   T spread_gate[run_elements];
   if (inner < long_inner && inner > 1) spread(gate, channels, inner, spread_gate);
-  for (std::int64_t o = 0; o < layer.outer; ++o) {
-    const std::int64_t offset = ((task.group * layer.outer + o) * layer.channels + task.begin) * inner;
-    const S* weight = static_cast<const S*>(layer.weight) + offset;
-    S* folded = static_cast<S*>(layer.folded) + offset;
+  for (std::int64_t o = task.first; o < task.last; ++o) {
+    const S* weight = static_cast<const S*>(layer.weight) + offset(task, o);
+    S* folded = static_cast<S*>(layer.folded) + offset(task, o);
     if (inner < long_inner) {
       multiply<S, T>(weight, folded, inner == 1 ? gate : spread_gate, channels * inner);
     } else {
       for (std::int64_t c = 0; c < channels; ++c) scale<S, T>(weight + c * inner, folded + c * inner, gate[c], inner);
     }
   }
-  if (layer.folded_bias == nullptr) return;
-  const T* bias = layer.bias == nullptr ? nullptr : static_cast<const T*>(layer.bias) + base;
-  const T* shift = layer.shift == nullptr ? nullptr : static_cast<const T*>(layer.shift) + base;
-  T* folded_bias = static_cast<T*>(layer.folded_bias) + base;
+  if (layer.folded_bias == nullptr || task.first > 0) return;
+  const T *bias = parameter<T>(layer.bias, task), *shift = parameter<T>(layer.shift, task);
+  T* folded_bias = static_cast<T*>(layer.folded_bias) + base(task);
   for (std::int64_t c = 0; c < channels; ++c) {
     folded_bias[c] = (bias == nullptr ? T(0) : gate[c] * bias[c]) + (shift == nullptr ? T(0) : shift[c]);
   }
 }
 
-// dot[c] = <dW', W> of each channel, and dW = g dW'
+// dW = g dW', and total[c] = <dW', W> over the task's part of each channel
 template <class S, class T>
-void backward_weight(const Task& task, const T* gate, double* total) {
+void backward(const Task& task, double* total) {
   const FoldLayer& layer = *task.layer;
   const std::int64_t inner = layer.inner, channels = task.end - task.begin;
+  const bool runs = inner < long_inner, want_dot = layer.grad_gate != nullptr, want_weight = layer.grad_weight != nullptr;
+  if (!want_dot && !want_weight) return;
+  const T* gate = parameter<T>(layer.gate, task);
   T spread_gate[run_elements], dot[run_elements];
-  const bool runs = inner < long_inner, want_dot = layer.grad_gate != nullptr;
   if (runs && inner > 1) spread(gate, channels, inner, spread_gate);
   if (runs) std::fill_n(dot, channels * inner, T(0));
-  for (std::int64_t o = 0; o < layer.outer; ++o) {
-    const std::int64_t offset = ((task.group * layer.outer + o) * layer.channels + task.begin) * inner;
-    const S* weight = static_cast<const S*>(layer.weight) + offset;
-    const S* grad = static_cast<const S*>(layer.grad) + offset;
-    S* out = layer.grad_weight == nullptr ? nullptr : static_cast<S*>(layer.grad_weight) + offset;
+  for (std::int64_t o = task.first; o < task.last; ++o) {
+    S* out = want_weight ? static_cast<S*>(layer.grad_weight) + offset(task, o) : nullptr;
+    if (layer.grad == nullptr) {
+      if (want_weight) std::fill_n(out, channels * inner, S{});
+      continue;
+    }
+    const S* weight = static_cast<const S*>(layer.weight) + offset(task, o);
+    const S* grad = static_cast<const S*>(layer.grad) + offset(task, o);
     if (!runs) {
       for (std::int64_t c = 0; c < channels; ++c) {
         const std::int64_t i = c * inner;
         if (want_dot) {
-          total[c] += scale_dot<S, T>(grad + i, weight + i, out == nullptr ? nullptr : out + i, gate[c], inner);
+          total[c] += scale_dot<S, T>(grad + i, weight + i, want_weight ? out + i : nullptr, gate[c], inner);
         } else {
           scale<S, T>(grad + i, out + i, gate[c], inner);
         }
@@ -154,40 +181,24 @@ void backward_weight(const Task& task, const T* gate, double* total) {
       continue;
     }
     multiply_dot<S, T>(grad, weight, out, factors, dot, channels * inner);
-    if ((o + 1) % flush != 0 && o + 1 < layer.outer) continue;
-    for (std::int64_t c = 0; c < channels; ++c) {
-      for (std::int64_t i = 0; i < inner; ++i) total[c] += dot[c * inner + i];
-    }
+    if ((o + 1 - task.first) % flush != 0 && o + 1 < task.last) continue;
+    add_channels(dot, channels, inner, total);
     std::fill_n(dot, channels * inner, T(0));
   }
 }
 
-template <class S, class T>
-void backward(const Task& task, std::vector<double>& total) {
-  const FoldLayer& layer = *task.layer;
-  const std::int64_t channels = task.end - task.begin, base = task.group * layer.channels + task.begin;
-  const T* gate = static_cast<const T*>(layer.gate) + base;
-  total.assign(channels, 0.0);
-  if (layer.grad != nullptr && (layer.grad_weight != nullptr || layer.grad_gate != nullptr)) {
-    backward_weight<S, T>(task, gate, total.data());
-  } else if (layer.grad_weight != nullptr) {
-    for (std::int64_t o = 0; o < layer.outer; ++o) {
-      const std::int64_t offset = ((task.group * layer.outer + o) * layer.channels + task.begin) * layer.inner;
-      std::fill_n(static_cast<S*>(layer.grad_weight) + offset, channels * layer.inner, S{});
-    }
+// dg = <dW', W> + db' b and db = g db', once the tasks' sums are there
+template <class T>
+void finish(const FoldLayer& layer, const double* total) {
+  const std::int64_t channels = layer.groups * layer.channels;
+  const T *gate = static_cast<const T*>(layer.gate), *bias = static_cast<const T*>(layer.bias);
+  const T* grad_bias = static_cast<const T*>(layer.grad_bias);
+  T *grad_gate = static_cast<T*>(layer.grad_gate), *target = static_cast<T*>(layer.grad_layer_bias);
+  for (std::int64_t c = 0; grad_gate != nullptr && c < channels; ++c) {
+    grad_gate[c] = T(total[c]) + (bias == nullptr || grad_bias == nullptr ? T(0) : grad_bias[c] * bias[c]);
   }
-  const T* grad_bias = layer.grad_bias == nullptr ? nullptr : static_cast<const T*>(layer.grad_bias) + base;
-  if (layer.grad_gate != nullptr) {
-    const bool biased = layer.bias != nullptr && grad_bias != nullptr;
-    const T* bias = biased ? static_cast<const T*>(layer.bias) + base : nullptr;
-    T* target = static_cast<T*>(layer.grad_gate) + base;
-    for (std::int64_t c = 0; c < channels; ++c) {
-      target[c] = T(total[c]) + (biased ? grad_bias[c] * bias[c] : T(0));
-    }
-  }
-  if (layer.grad_layer_bias != nullptr) {
-    T* target = static_cast<T*>(layer.grad_layer_bias) + base;
-    for (std::int64_t c = 0; c < channels; ++c) target[c] = grad_bias == nullptr ? T(0) : gate[c] * grad_bias[c];
+  for (std::int64_t c = 0; target != nullptr && c < channels; ++c) {
+    target[c] = grad_bias == nullptr ? T(0) : gate[c] * grad_bias[c];
   }
 }
 
@@ -198,8 +209,8 @@ std::int64_t grain(std::int64_t tasks, std::int64_t elements) {
 }  // namespace
 
 void fold_forward(const std::vector<FoldLayer>& layers) {
-  std::int64_t elements;
-  const std::vector<Task> tasks = cut(layers, elements);
+  std::int64_t elements, partials;
+  const std::vector<Task> tasks = cut(layers, elements, partials);
   const auto count = std::int64_t(tasks.size());
   at::parallel_for(0, count, grain(count, elements), [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t k = begin; k < end; ++k) {
@@ -213,12 +224,13 @@ void fold_forward(const std::vector<FoldLayer>& layers) {
 }
 
 void fold_backward(const std::vector<FoldLayer>& layers) {
-  std::int64_t elements;
-  const std::vector<Task> tasks = cut(layers, elements);
+  std::int64_t elements, partials;
+  const std::vector<Task> tasks = cut(layers, elements, partials);
   const auto count = std::int64_t(tasks.size());
+  std::vector<double> sums(partials);
   at::parallel_for(0, count, grain(count, elements), [&](std::int64_t begin, std::int64_t end) {
-    std::vector<double> total;
     for (std::int64_t k = begin; k < end; ++k) {
+      double* total = sums.data() + tasks[k].partial;
       switch (tasks[k].layer->storage) {
         case Storage::Float: backward<float, float>(tasks[k], total); break;
         case Storage::Double: backward<double, double>(tasks[k], total); break;
@@ -226,6 +238,16 @@ void fold_backward(const std::vector<FoldLayer>& layers) {
       }
     }
   });
+  std::vector<double> total;
+  std::size_t k = 0;
+  for (const FoldLayer& layer : layers) {
+    total.assign(layer.groups * layer.channels, 0.0);
+    for (; k < tasks.size() && tasks[k].layer == &layer; ++k) {
+      const double* from = sums.data() + tasks[k].partial;
+      for (std::int64_t c = tasks[k].begin; c < tasks[k].end; ++c) total[tasks[k].group * layer.channels + c] += *from++;
+    }
+    layer.storage == Storage::Double ? finish<double>(layer, total.data()) : finish<float>(layer, total.data());
+  }
 }
 
 }  // namespace mrvae::cpu

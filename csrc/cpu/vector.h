@@ -37,4 +37,17 @@ MRVAE_HOST_DEVICE void store(BFloat16& target, float value) {
   target.bits = std::uint16_t((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
 }
 
+// The sum of a short run, in eight lanes: a loop with `omp simd reduction` spends more on its set-up than on 16 numbers.
+template <class T>
+MRVAE_HOST_DEVICE T short_sum(const T* values, std::int64_t n) {
+  T lanes[8] = {};
+  std::int64_t i = 0;
+  for (; i + 8 <= n; i += 8) {
+    for (int k = 0; k < 8; ++k) lanes[k] += values[i + k];
+  }
+  T rest = 0;
+  for (; i < n; ++i) rest += values[i];
+  return ((lanes[0] + lanes[4]) + (lanes[1] + lanes[5])) + ((lanes[2] + lanes[6]) + (lanes[3] + lanes[7])) + rest;
+}
+
 }  // namespace mrvae::cpu

@@ -7,8 +7,9 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
-from .config import CHANGEABLE, TrainConfig
+from .config import CHANGEABLE, FROM_RECIPE, TrainConfig
 from .options import parse_setting
+from .recipes import RECIPES
 
 DESCRIPTION = """\
 Multi-Rate VAEs: train one VAE for a whole range of KL weights beta, draw its rate-distortion curve, and take out the
@@ -125,6 +126,8 @@ def _add_option(group: Any, name: str, annotation: str, default: Any, details: d
     if annotation == "bool":
         group.add_argument(flag, action=argparse.BooleanOptionalAction, **arguments)
         return
+    if default is FROM_RECIPE:
+        default = RECIPES["ranked"].get(name)
     if isinstance(default, (int, float, str)):
         arguments["help"] += f" (default: {default:g})" if isinstance(default, float) else f" (default: {default})"
     elif isinstance(default, tuple) and default:

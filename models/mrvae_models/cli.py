@@ -15,6 +15,7 @@ from typing import Any
 
 from .arguments import parser
 from .config import TrainConfig, changes_of_resume
+from .recipes import RECIPES
 
 ERROR, USAGE, INTERRUPTED = 1, 2, 130
 
@@ -59,10 +60,18 @@ def config_of(options: argparse.Namespace) -> TrainConfig:
     for name in ("beta_range", "margin"):
         if name in given:
             given[name] = tuple(given[name])
-    entries: dict[str, dict[str, Any]] = {name: dict(given.pop(name)) for name in ("network_options", "gates") if name in given}
+    entries: dict[str, dict[str, Any]] = {
+        name: dict(given.pop(name)) for name in ("network_options", "gates") if name in given
+    }
     try:
         if options.resume is None:
-            base = TrainConfig() if options.config is None else TrainConfig.load(options.config)
+            start = {name: given[name] for name in ("recipe", "network") if name in given}
+            if options.config is None:
+                base = TrainConfig(**start)
+            else:
+                base = TrainConfig.load(options.config)
+                if "recipe" in given:
+                    base = replace(base, **RECIPES[given["recipe"]])
             config = _changed(base, given, entries)
         else:
             if options.config is not None or options.force:

@@ -14,9 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from .options import check_format, check_type, expect, parse_duration, parse_gate, parse_setting, read_json
+from .recipes import RECIPES, default_recipe, gate_fields
 
 FORMAT = "mrvae-run/1"
 """Written to config.json of a run; another format is refused."""
+
+FROM_RECIPE: Any = object()
+"""Default of the options that a recipe sets together."""
 
 GATE_KINDS = ("sigmoid", "sqrt", "softplus")
 PRECISIONS = ("32-true", "64-true", "bf16-mixed", "16-mixed", "bf16-true")
@@ -121,8 +125,15 @@ class TrainConfig:
         metavar="BETA",
         parse=float,
     )
+    recipe: str = _option(
+        FROM_RECIPE,
+        "options chosen together, each of which can be given apart: 'ranked' (default; as good as retraining at every "
+        "beta), 'linear' (default of that network) or 'paper' (Algorithm 1 and Listing 1 as printed)",
+        "recipe",
+        choices=tuple(RECIPES),
+    )
     sample: str = _option(
-        "example",
+        FROM_RECIPE,
         "draw a beta for every 'example' of a batch or one for the 'step'",
         "beta",
         choices=("example", "step"),
@@ -131,14 +142,21 @@ class TrainConfig:
         False, "spread the betas of a batch evenly over the range (with --sample example)", "beta"
     )
     margin: tuple[float, float] = _option(
-        (1.0, 1.0),
+        FROM_RECIPE,
         "draw betas from [LOW / first, HIGH * second]: the ends of the range are learnt better when not at the edge",
         "beta",
         metavar=("FACTOR", "FACTOR"),
         parse=float,
     )
+    range_warmup: float = _option(
+        FROM_RECIPE,
+        "part of the run over which the range that betas are drawn from grows from its low end to the whole",
+        "beta",
+        metavar="PART",
+        parse=float,
+    )
     weight_power: float = _option(
-        0.0,
+        FROM_RECIPE,
         "weigh an example's loss by (1 + beta) to this power; above 0, high betas count more",
         "beta",
         metavar="POWER",
@@ -146,16 +164,18 @@ class TrainConfig:
     )
 
     gates: dict[str, str] = _option(
-        {"encoder": "sigmoid", "decoder": "sqrt"},
-        "gate of the layers under a module, as MODULE=KIND or, with a FiLM shift that depends on beta too, "
-        "MODULE=KIND+shift; the most specific module counts; kinds: " + ", ".join(GATE_KINDS),
+        FROM_RECIPE,
+        "gate of the layers under a module, as MODULE=KIND; the most specific module counts; kinds: "
+        + ", ".join(GATE_KINDS)
+        + "; +shift adds a FiLM shift, +ranked starts a sigmoid gate with a threshold in beta for each feature, +latent "
+        "gates the layer's inputs too",
         "gates",
         metavar="MODULE=KIND",
         many=True,
         parse=parse_gate,
     )
     gate_init: str = _option(
-        "open",
+        FROM_RECIPE,
         "gates start 'open' (near 1), or as in the 'paper' (U(-1, 1); many sqrt gates are dead then)",
         "gates",
         choices=("open", "paper"),
@@ -164,23 +184,27 @@ class TrainConfig:
         (), "layers to leave without a gate, by name", "gates", metavar="LAYER", many=True
     )
 
-    epochs: int = _option(100, "passes over the training data", "optimisation", metavar="N")
+    epochs: int = _option(FROM_RECIPE, "passes over the training data", "optimisation", metavar="N")
     batch_size: int = _option(128, "examples a step, over all devices together", "optimisation", metavar="N")
-    lr: float = _option(1e-3, "learning rate of Adam", "optimisation", metavar="LR", parse=float)
+    lr: float = _option(FROM_RECIPE, "learning rate of Adam", "optimisation", metavar="LR", parse=float)
     gate_lr_factor: float = _option(
-        10.0, "learning rate of the gates, as a multiple of --lr", "optimisation", metavar="FACTOR", parse=float
+        FROM_RECIPE, "learning rate of the gates, as a multiple of --lr", "optimisation", metavar="FACTOR", parse=float
     )
     schedule: str = _option(
-        "cosine",
+        FROM_RECIPE,
         "learning rate over the run: cosine down to --final-lr, linear down to it over the last 30 %, or constant",
         "optimisation",
         choices=("cosine", "linear", "constant"),
     )
     final_lr: float = _option(
-        1e-6, "learning rate at the end of a cosine or linear schedule", "optimisation", metavar="LR", parse=float
+        FROM_RECIPE, "learning rate at the end of a cosine or linear schedule", "optimisation", metavar="LR", parse=float
     )
-    warmup_epochs: float = _option(
-        0.0, "epochs over which the learning rate rises linearly from zero", "optimisation", metavar="N", parse=float
+    warmup: float = _option(
+        FROM_RECIPE,
+        "part of the run over which the learning rate rises linearly from zero",
+        "optimisation",
+        metavar="PART",
+        parse=float,
     )
     clip: float | None = _option(
         None, "clip the gradient's norm to this (default: no clipping)", "optimisation", metavar="NORM", parse=float
@@ -199,6 +223,11 @@ class TrainConfig:
     )
 
     def __post_init__(self) -> None:
+        if self.recipe is FROM_RECIPE:
+            self.recipe = default_recipe(self.network)
+        for name, value in RECIPES.get(self.recipe, RECIPES["ranked"]).items():  # check() refuses an unknown one
+            if getattr(self, name) is FROM_RECIPE:
+                setattr(self, name, dict(value) if isinstance(value, dict) else value)
         for name in ("log_to", "exclude", "beta_range", "margin"):
             value = getattr(self, name)
             if isinstance(value, (str, list)):  # JSON has lists only
@@ -208,7 +237,7 @@ class TrainConfig:
 
     @property
     def sampled_range(self) -> tuple[float, float]:
-        """[low / margin[0], high * margin[1]]: where training draws beta from, and what the gates standardise."""
+        """[low / margin[0], high * margin[1]]: where training draws beta from."""
         low, high = self.beta_range
         return low / self.margin[0], high * self.margin[1]
 
@@ -237,9 +266,8 @@ class TrainConfig:
         )
         expect(min(self.margin) >= 1, "margin", self.margin, "two factors of at least 1")
         for name, gate in self.gates.items():
-            kind, _, shift = gate.partition("+")
-            known = kind in GATE_KINDS and gate in (kind, f"{kind}+shift")
-            expect(known, f"the gate of {name}", gate, f"one of {', '.join(GATE_KINDS)}, with or without +shift")
+            kind = gate_fields(gate, self.gate_init)["kind"]
+            expect(kind in GATE_KINDS, f"the gate of {name}", gate, f"one of {', '.join(GATE_KINDS)}")
         for name in ("epochs", "batch_size", "validate_every", "validation_betas", "devices", "num_nodes"):
             expect(getattr(self, name) >= 1, name, getattr(self, name), "a positive integer")
         for name in ("latent", "patience", "checkpoint_every_steps", "threads", "resize"):
@@ -250,13 +278,11 @@ class TrainConfig:
         for name in ("clip", "max_time", "sigma"):
             value = getattr(self, name)
             expect(value is None or value > 0, name, value, "a positive number")
-        for name in ("warmup_epochs", "final_lr"):
-            expect(getattr(self, name) >= 0, name, getattr(self, name), "zero or more")
+        for name in ("warmup", "range_warmup"):
+            expect(0 <= getattr(self, name) < 1, name, getattr(self, name), "a part of the run: from 0 to less than 1")
+        expect(self.final_lr >= 0, "final_lr", self.final_lr, "zero or more")
         for name in ("seed", "data_seed"):
             expect(0 <= getattr(self, name) < 2**32, name, getattr(self, name), "a whole number from 0 to 2**32 - 1")
-        expect(
-            self.warmup_epochs < self.epochs, "warmup_epochs", self.warmup_epochs, f"less than epochs, {self.epochs}"
-        )
         expect(
             self.schedule == "constant" or self.final_lr <= self.lr, "final_lr", self.final_lr, f"at most lr, {self.lr}"
         )

@@ -196,8 +196,8 @@ def has_running_statistics(model: nn.Module) -> bool:
 def recalibration_noise(device: torch.device) -> Iterator[None]:
     """A block in which torch's global generators start from a fixed seed; they are put back at the end.
 
-    Recalibrating draws z. With the same draws each time, statistics are the same for baking as for evaluating, curves are
-    compared with common random numbers, and a validation leaves training's numbers alone.
+    Recalibrating draws z. With the same draws each time, statistics are the same for baking as for evaluating, curves
+    are compared with common random numbers, and a validation leaves training's numbers alone.
     """
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(0)

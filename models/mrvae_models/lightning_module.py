@@ -89,7 +89,7 @@ class TrainingModule(pl.LightningModule):
         beta: float | Tensor
         if config.beta is None:
             beta = sample_beta(
-                len(x), config.sampled_range, config.sample, stratified=config.stratified, device=self.device
+                len(x), self._range_now(), config.sample, stratified=config.stratified, device=self.device
             )
             output = self.model(x, beta=beta)
         else:
@@ -104,6 +104,16 @@ class TrainingModule(pl.LightningModule):
             self.recent_averages.add(step)
             self.epoch_averages.add(step)
         return loss
+
+    def _range_now(self) -> tuple[float, float]:
+        """Where betas are drawn from at this step: the whole range once `range_warmup` of the steps are done.
+
+        Small betas first: what the network learns to keep there is what larger betas then let go of.
+        """
+        low, high = self.config.sampled_range
+        warmup = self.config.range_warmup * self.steps
+        part = min(1.0, (self.global_step + 1) / warmup) if warmup else 1.0
+        return low, low * (high / low) ** part
 
     @property
     def betas_of_validation(self) -> list[float]:
@@ -162,8 +172,8 @@ class TrainingModule(pl.LightningModule):
 
 
 def learning_rate_factor(config: TrainConfig, steps: int) -> Callable[[int], float]:
-    """Step -> factor of the learning rate: a linear rise over warmup_epochs, then the schedule's fall."""
-    warmup = round(steps * config.warmup_epochs / config.epochs)
+    """Step -> factor of the learning rate: a linear rise over warmup, then the schedule's fall."""
+    warmup = round(steps * config.warmup)
     floor = config.final_lr / config.lr
 
     def factor(step: int) -> float:

@@ -28,6 +28,7 @@ from .config import FORMAT, TrainConfig
 from .data import ImageDataset, load
 from .networks import NETWORKS, build
 from .options import check_format, read_json
+from .recipes import gate_fields
 
 CONFIG = "config.json"
 MODEL = "model.safetensors"
@@ -51,11 +52,8 @@ def describe(config: TrainConfig, input_shape: tuple[int, ...]) -> dict[str, Any
         "options": config.network_options,
     }
     if config.beta is None:
-        description["beta_range"] = list(config.sampled_range)
-        description["gates"] = {
-            module: {"kind": gate.removesuffix("+shift"), "shift": gate.endswith("+shift"), "init": config.gate_init}
-            for module, gate in config.gates.items()
-        }
+        description["beta_range"] = list(config.beta_range)
+        description["gates"] = {module: gate_fields(gate, config.gate_init) for module, gate in config.gates.items()}
         description["exclude"] = list(config.exclude)
     else:
         description["beta"] = config.beta
@@ -76,10 +74,15 @@ def build_model(description: Mapping[str, Any]) -> nn.Module:
         return network
     return mk.multirate(
         network,
-        gates={part: mk.GateSpec(**spec) for part, spec in description["gates"].items()},
+        gates={part: _gate_spec(spec) for part, spec in description["gates"].items()},
         beta_range=tuple(description["beta_range"]),
         exclude=tuple(description["exclude"]),
     )
+
+
+def _gate_spec(fields: Mapping[str, Any]) -> mk.GateSpec:
+    inputs = fields.get("inputs")
+    return mk.GateSpec(**{**fields, "inputs": None if inputs is None else mk.GateSpec(**inputs)})
 
 
 def _fit_options(network: str, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.profilers import PassThroughProfiler
 from torch import Tensor, nn
 
 from .checkpoint import (
@@ -38,6 +39,7 @@ from .config import TrainConfig
 from .data import Batches, ImageDataset, batches
 from .lightning_module import OBJECTIVE, TrainingModule
 from .progress import METRICS, MetricsFile, ProgressLine
+from .networks import start_from
 from .run import (
     BEST,
     CONFIG,
@@ -48,6 +50,7 @@ from .run import (
     describe,
     first_lines,
     load_split,
+    plain_network,
     save_model,
     write_config,
 )
@@ -96,6 +99,7 @@ def train(config: TrainConfig, resume: bool = False, force: bool = False, progre
     description = describe(config, train_set.input_shape)
     pl.seed_everything(config.seed, verbose=False)
     model = build_model(description)
+    start_from(plain_network(model), train_set.images)
     share = config.batch_size // (config.devices * config.num_nodes)
     loader = batches(train_set, share, shuffle=True, seed=config.seed)
     last = directory / LAST
@@ -154,6 +158,7 @@ def _fit(
             callbacks=callbacks,
             plugins=[SafeCheckpointIO()],
             default_root_dir=directory,
+            profiler=_NoProfiler(),
             logger=TensorBoardLogger(directory, name="", version=TENSORBOARD)
             if "tensorboard" in config.log_to
             else False,
@@ -255,6 +260,15 @@ class _Views:
         return iter(self.views)
 
 
+class _NoProfiler(PassThroughProfiler):
+    """Lightning enters a profiler's context some 80 times a step; this one is entered for next to nothing."""
+
+    _nothing = nullcontext()
+
+    def profile(self, action_name: str) -> nullcontext:  # type: ignore[override]
+        return self._nothing
+
+
 class _StepTimer(pl.Callback):
     """Seconds a step of this session, validation and saving included."""
 
@@ -282,6 +296,8 @@ def _quiet() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"lightning\..*")
+            # the margin of the sampled range, which is there for the range's own end
+            warnings.filterwarnings("ignore", message="beta = .* lies outside the range")
             yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):

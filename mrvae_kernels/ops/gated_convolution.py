@@ -17,13 +17,14 @@ def gated_convolution(
 ) -> Tensor:
     """y = activation(g (conv(x, W) + b) + t) in 1, 2 or 3 dimensions.
 
-    x (N, C_in, ...); weight (C_out, C_in / groups, ...), transposed (C_in, C_out / groups, ...); bias (C_out,); gate and
-    shift (C_out,) or (N, C_out). stride, padding, dilation and output_padding: one number a spatial axis. strategy as in
-    gated_linear. ValueError for shapes that do not fit, TypeError for dtypes.
+    x (N, C_in, ...); weight (C_out, C_in / groups, ...), transposed (C_in, C_out / groups, ...); bias (C_out,); gate
+    and shift (C_out,) or (N, C_out). stride, padding, dilation and output_padding: one number a spatial axis. strategy
+    as in gated_linear. ValueError for shapes that do not fit, TypeError for dtypes.
     """
     require()
     return torch.ops.mrvae.gated_convolution.default(
-        x, weight, bias, gate, shift, stride, padding, dilation, transposed, output_padding, groups, activation, strategy
+        x, weight, bias, gate, shift, stride, padding, dilation, transposed, output_padding, groups, activation,
+        strategy,
     )
 
 

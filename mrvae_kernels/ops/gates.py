@@ -15,7 +15,8 @@ def gates(weight: Tensor, bias: Tensor, eta: Tensor, sizes: Sequence[int], kinds
 
     weight, bias: (sum of sizes,), any floating dtype. eta: 0-d, giving (size_i,), or (N,), giving (N, size_i).
     kinds: 0 sigmoid, 1 sqrt, 2 softplus, 3 identity. Results are float32, float64 for a float64 weight.
-    The backward pass recomputes the gates from w, c and eta: nothing else is kept. ValueError for shapes that do not fit.
+    The backward pass recomputes the gates from w, c and eta: nothing else is kept. ValueError for shapes that do not
+    fit.
     """
     require()
     return torch.ops.mrvae.gates.default(weight, bias, eta, sizes, kinds)
@@ -25,8 +26,8 @@ def gates(weight: Tensor, bias: Tensor, eta: Tensor, sizes: Sequence[int], kinds
 def _gates(weight: Tensor, bias: Tensor, eta: Tensor, sizes: Sequence[int], kinds: Sequence[int]) -> list[Tensor]:
     if weight.dim() != 1 or bias.dim() != 1 or eta.dim() > 1 or len(sizes) != len(kinds):
         raise ValueError(
-            f"gates: weight, bias and eta have shapes {tuple(weight.shape)}, {tuple(bias.shape)} and {tuple(eta.shape)} "
-            f"with {len(sizes)} sizes and {len(kinds)} kinds; expected (sum of sizes,) twice, () or (N,), one kind a size"
+            f"gates: weight, bias and eta have shapes {tuple(weight.shape)}, {tuple(bias.shape)}, {tuple(eta.shape)} "
+            f"with {len(sizes)} sizes and {len(kinds)} kinds; expected (sum of sizes,) twice, () or (N,), a kind a size"
         )
     torch._check(weight.shape[0] == sum(sizes))
     torch._check(bias.shape[0] == sum(sizes))

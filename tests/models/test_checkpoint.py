@@ -56,7 +56,7 @@ def config(images, tmp_path):
         validation_betas=2,
         log_to=(),
         binarize="dynamic",
-        warmup_epochs=1,
+        warmup=0.5,
         seed=3,
     )
 
@@ -209,7 +209,7 @@ class Malicious:
 
 @pytest.mark.parametrize("form", ["torch", "pickle"])
 def test_a_malicious_checkpoint_is_refused_and_nothing_runs(config, tmp_path, form):
-    run(replace(config, epochs=1, warmup_epochs=0))
+    run(replace(config, epochs=1, warmup=0.0))
     proof = tmp_path / "ran"
     saved = torch.load(config.directory / LAST, weights_only=True)
     saved["extra"] = Malicious(proof)
@@ -218,7 +218,7 @@ def test_a_malicious_checkpoint_is_refused_and_nothing_runs(config, tmp_path, fo
     else:
         (config.directory / LAST).write_bytes(pickle.dumps(saved["extra"]))
     with pytest.raises(CheckpointError, match="refused, nothing was run|truncated or no checkpoint"):
-        run(replace(config, epochs=1, warmup_epochs=0), resume=True)
+        run(replace(config, epochs=1, warmup=0.0), resume=True)
     assert not proof.exists()
     with pytest.raises(CheckpointError):
         SafeCheckpointIO().load_checkpoint(config.directory / LAST, weights_only=False)  # whatever Lightning asks for
@@ -231,7 +231,7 @@ def test_a_malicious_checkpoint_is_refused_and_nothing_runs(config, tmp_path, fo
 
 @pytest.mark.parametrize("kept", [0, 0.3, 0.7, 0.999])
 def test_a_truncated_checkpoint_is_refused(config, kept):
-    config = replace(config, epochs=1, warmup_epochs=0)
+    config = replace(config, epochs=1, warmup=0.0)
     run(config)
     path = config.directory / LAST
     os.truncate(path, int(kept * path.stat().st_size))
@@ -240,7 +240,7 @@ def test_a_truncated_checkpoint_is_refused(config, kept):
 
 
 def test_a_damaged_checkpoint_is_refused(config):
-    config = replace(config, epochs=1, warmup_epochs=0)
+    config = replace(config, epochs=1, warmup=0.0)
     run(config)
     path = config.directory / LAST
     content = bytearray(path.read_bytes())
@@ -262,7 +262,7 @@ def test_a_damaged_checkpoint_is_refused(config):
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused(config, change, message):
-    config = replace(config, epochs=1, warmup_epochs=0)
+    config = replace(config, epochs=1, warmup=0.0)
     run(config)
     before = (config.directory / LAST).read_bytes()
     with pytest.raises(CheckpointError, match=message):
@@ -271,7 +271,7 @@ def test_a_checkpoint_of_another_run_is_refused(config, change, message):
 
 
 def test_weights_of_another_network_are_refused(config):
-    config = replace(config, epochs=1, warmup_epochs=0)
+    config = replace(config, epochs=1, warmup=0.0)
     run(config)
     saved = read_checkpoint(config.directory / LAST)
     name = next(name for name in saved["state_dict"] if name.endswith("mean.weight"))
@@ -287,7 +287,7 @@ def test_resuming_what_is_not_there(config):
 
 
 def test_model_file_truncated_or_of_another_configuration(config):
-    config = replace(config, epochs=1, warmup_epochs=0)
+    config = replace(config, epochs=1, warmup=0.0)
     run(config)
     text = (config.directory / "config.json").read_text()
     (config.directory / "config.json").write_text(text.replace("0.01,", "0.1,"))

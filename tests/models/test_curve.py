@@ -220,13 +220,23 @@ def drawn(monkeypatch, curve, path, *more):
     return kept[0]
 
 
+def sketched(betas):
+    """A curve with the shape of a trained model's."""
+    points = []
+    for beta in betas:
+        rate = 60 / (1 + beta**0.7)
+        distortion = 75 + 90 * math.exp(-rate / 15)
+        objective = distortion + beta * rate
+        points.append(Point(beta, rate, 0.4, distortion, 1, -rate - distortion, 1, objective, 1, int(rate / 3), 0.2))
+    return Curve(tuple(points))
+
+
 @pytest.mark.parametrize("betas", [[0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10], [0.9, 1.0, 1.1], [0.5]])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_figure_has_labels_with_units_and_none_overlap(tmp_path, monkeypatch, betas, channels):
     shape = (channels, 5, 7)
     model, data = multirate(shape=shape), images(30, shape)
-    curve = evaluate(model, data, betas)
-    other = Curve(evaluate(model, data, [1.0]).points)
+    curve, other = sketched(betas), sketched([1.0])
     figure = drawn(
         monkeypatch, curve, tmp_path / "curve.png", pictures(model, data, betas[:6], count=6), {"separate": other}
     )

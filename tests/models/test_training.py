@@ -51,6 +51,8 @@ def config(images, tmp_path):
         validate_every=1,
         validation_betas=3,
         log_to=(),
+        margin=(1.0, 1.0),
+        weight_power=0.0,
     )
 
 
@@ -116,7 +118,7 @@ def test_betas_are_drawn_from_the_widened_range(config):
     config = replace(config, margin=(2.0, 4.0))
     assert config.sampled_range == (0.005, 40.0)
     module, _ = module_of(config)
-    assert tuple(module.model.beta_range) == (0.005, 40.0)
+    assert tuple(module.model.beta_range) == (0.01, 10.0)  # eta stays that of the range asked for
     assert (module.betas_of_validation[0], module.betas_of_validation[-1]) == (0.01, 10.0)
 
 
@@ -143,8 +145,30 @@ def test_weight_power_weighs_each_example(config, monkeypatch):
     assert module.epoch_averages.take().loss == pytest.approx(unweighted.mean().item())
 
 
+def test_range_grows_from_its_low_end(config, monkeypatch):
+    module, _ = module_of(replace(config, range_warmup=0.5, margin=(1.0, 2.0)))
+    module.steps = 100
+    ranges = []
+    for step in (0, 24, 49, 99):
+        monkeypatch.setattr(TrainingModule, "global_step", step)
+        ranges.append(module._range_now())
+    low = [low for low, _ in ranges]
+    high = [math.log(high / 0.01) / math.log(20 / 0.01) for _, high in ranges]
+    assert low == [0.01] * 4
+    assert high == pytest.approx([0.02, 0.5, 1.0, 1.0])
+
+
+def test_recipes_set_what_is_not_given():
+    assert TrainConfig().recipe == "ranked" and TrainConfig(network="linear").recipe == "linear"
+    paper = TrainConfig(recipe="paper", lr=0.5)
+    assert (paper.gates, paper.gate_init, paper.lr) == ({"encoder": "sigmoid", "decoder": "sqrt"}, "paper", 0.5)
+    model = build_model(describe(TrainConfig(), (1, 4, 4)))
+    assert list(model.inputs) == ["decoder.0"] and "encoder.mean" in model.shifts
+    assert (model.gate_weight[model.inputs["decoder.0"]] == -4).all()
+
+
 def test_schedule_warms_up_and_falls_to_the_final_rate(config):
-    factor = learning_rate_factor(replace(config, epochs=10, warmup_epochs=2, lr=1e-3, final_lr=1e-5), 100)
+    factor = learning_rate_factor(replace(config, warmup=0.2, schedule="cosine", lr=1e-3, final_lr=1e-5), 100)
     assert [factor(step) for step in (0, 9, 19)] == pytest.approx([0.05, 0.5, 1.0])
     assert factor(20) == 1.0
     assert factor(60) == pytest.approx(0.01 + 0.99 * 0.5)
@@ -155,7 +179,7 @@ def test_schedule_warms_up_and_falls_to_the_final_rate(config):
 
 
 def test_training_lowers_the_objective_and_writes_a_run(config):
-    result = run(replace(config, epochs=12, log_to=("csv", "tensorboard"), lr=1e-2))
+    result = run(replace(config, epochs=12, log_to=("csv", "tensorboard"), lr=1e-2, gate_lr_factor=1.0))
     rows = rows_of(result.directory / "metrics.csv")
     assert [int(row["epoch"]) for row in rows] == list(range(1, 13))
     assert int(rows[-1]["step"]) == result.steps == 12 * math.ceil(81 / 16)
@@ -340,9 +364,11 @@ def test_out_that_is_a_file(config):
         ({"lr": 0.0}, "lr is 0.0; expected a positive number"),
         ({"lr": math.nan}, "lr is nan"),
         ({"final_lr": 1.0}, "final_lr is 1.0; expected at most lr"),
-        ({"warmup_epochs": 2}, "warmup_epochs is 2; expected less than epochs, 2"),
+        ({"warmup": 1.0}, "warmup is 1.0; expected a part of the run"),
+        ({"range_warmup": -0.1}, "range_warmup is -0.1; expected a part of the run"),
         ({"gates": {"encoder": "relu"}}, "gate of encoder is 'relu'; expected one of sigmoid, sqrt, softplus"),
-        ({"gates": {"encoder": "sqrt+"}}, r"gate of encoder is 'sqrt\+'"),
+        ({"gates": {"encoder": "sqrt+"}}, r"gate is 'sqrt\+'; after its kind it may have \+shift"),
+        ({"gates": {"encoder": "sqrt+ranked"}}, "only sigmoid gates can be ranked"),
         ({"gates": {"encodr": "sqrt"}}, "encodr"),
         ({"sample": "batch"}, "sample is 'batch'"),
         ({"sample": "step", "stratified": True}, "stratified is True"),

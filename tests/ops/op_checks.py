@@ -1,4 +1,4 @@
-"""What the tests of the C++ operators share: comparison with mrvae_kernels.reference in float64, subsets, compilation."""
+"""What the tests of the C++ operators share: comparison with a float64 oracle, subsets, compilation."""
 
 from __future__ import annotations
 
@@ -17,6 +17,11 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 2e-2, to
 """Largest error allowed relative to the largest element, for results of at most a few thousand terms."""
 
 Outputs = Tensor | Sequence[Tensor]
+
+
+def reversed_strides(tensor: Tensor) -> Tensor:
+    """Random, of the same shape, with the first axis innermost."""
+    return torch.randn(tensor.shape[::-1], dtype=tensor.dtype).permute(*reversed(range(tensor.dim())))
 
 
 def leaf(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -3,7 +3,12 @@ from __future__ import annotations
 import pytest
 import torch
 from op_checks import (
-    agree, check_compiled, check_once_differentiable, check_subsets, leaf, requires_extension,
+    agree,
+    check_compiled,
+    check_once_differentiable,
+    check_subsets,
+    leaf,
+    requires_extension,
 )
 
 from mrvae_kernels import ops, reference

@@ -5,7 +5,13 @@ import math
 import pytest
 import torch
 from op_checks import (
-    agree, assert_close, check_compiled, check_once_differentiable, check_subsets, leaf, requires_extension,
+    agree,
+    assert_close,
+    check_compiled,
+    check_once_differentiable,
+    check_subsets,
+    leaf,
+    requires_extension,
     same_bits_for_any_threads,
 )
 

@@ -43,7 +43,7 @@ class LinearEncoder(nn.Module):
         self.first = nn.Linear(math.prod(shape), latent, bias=False)
         self.second = nn.Linear(latent, latent, bias=False)
         self.variance = nn.Linear(1, latent, bias=False)
-        nn.init.ones_(self.variance.weight)
+        nn.init.constant_(self.variance.weight, 0.02)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         mean = self.second(self.first(self.centre(x).flatten(1)))
