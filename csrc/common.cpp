@@ -58,10 +58,10 @@ variable_list once_differentiable(const char* op, variable_list gradients) {
                               "the layer with mrvae_kernels.reference";
   for (Tensor& gradient : gradients) {
     if (!gradient.defined()) continue;
-    auto node = c10::make_intrusive<torch::autograd::DelayedError>(message, 1);
+    torch::autograd::DelayedError node(message, 1);  // makes the node that raises; itself it stays out of the graph
     Tensor carrier = gradient.detach();
     carrier.set_requires_grad(true);  // so that the node is attached, and raises when it is reached
-    gradient = (*node)({carrier})[0];
+    gradient = node.apply({carrier})[0];
   }
   return gradients;
 }

@@ -31,8 +31,11 @@ void elementary_functions() {
     relative("tanh", x, elementary::tanh(x), std::tanh((long double)x), 4);
     const T fraction = T(std::fabs(step) / (1.2 * top));
     relative("log1p", fraction, elementary::log1p(fraction), std::log1p((long double)fraction), 4);
-    const T small = T(step / top * 6);
-    close("erf", double(small), double(elementary::erf(small)), double(std::erf((long double)small)), 1.5 * unit<T>);
+    const T z = T(step / top * 8);
+    T density;
+    close("normal", double(z), double(elementary::normal_cumulative(z, density)),
+          double(0.5L * std::erfc(-(long double)z / std::sqrt(2.0L))), 2 * unit<T>);
+    close("density", double(z), double(density), double(std::exp(-0.5L * z * z)), 2 * unit<T>);
   }
   for (double x = 1e-30; x < 1; x *= 3) {
     relative("expm1 near 0", T(-x), elementary::expm1(T(-x)), std::expm1((long double)T(-x)), 4);
