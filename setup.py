@@ -113,8 +113,8 @@ def optional_build():
                 for built in (Path(self.get_ext_fullpath(e.name)) for e in self.extensions):
                     built.unlink(missing_ok=True)  # of an earlier build, no longer what the sources say
                 self.extensions = []
-                sentence = f"mrvae installs without its C++ core, and runs slower, as building it failed: {self.reason}"
-                print(sentence, file=sys.stderr)
+                sentence = "mrvae_kernels installs without its C++ core, and runs slower, as building it failed"
+                print(f"{sentence}: {self.reason}", file=sys.stderr)
 
     return OptionalBuild
 

@@ -1,7 +1,7 @@
 """Train-step time and peak memory, gated over ungated: `python -m bench.overhead`.
 
-All variants of one network and batch run interleaved in one process; a figure is the median of the rounds' ratios to the
-ungated network (compiled variants: to the compiled ungated network), with a 95 % bootstrap interval.
+All variants of one network and batch run interleaved in one process; a figure is the median of the rounds' ratios to
+the ungated network (compiled variants: to the compiled ungated network), with a 95 % bootstrap interval.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ CASES: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {
     "cnn-small": ("cnn", (1, 28, 28), {"channels": (32, 64), "norm": "none"}),
     "cnn": ("cnn", (1, 28, 28), {}),
 }
-"""Name -> network, data shape, options. "cnn" is the paper's, "mlp" 784-300-16, "cnn-small" two stages without norms."""
+"""Name -> network, data shape, options. "cnn" is the paper's, "mlp" 784-300-16, "cnn-small" two stages without norms.
+"""
 
 EAGER = ("ungated", "gated", "per-sample", "listing1", "plain-fold")
 COMPILED = ("ungated", "gated", "listing1")
@@ -56,7 +57,8 @@ def measure(case: str, batch: int, rounds: int, compiled: bool) -> dict[str, Any
 def machine() -> dict[str, Any]:
     """What a result depends on: commit, versions, device."""
     commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
+        ["git", "describe", "--always", "--dirty"],
+        capture_output=True, text=True, cwd=Path(__file__).parent, check=False,
     ).stdout.strip()
     model = ""
     if Path("/proc/cpuinfo").exists():
@@ -89,7 +91,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.overhead", description=__doc__)
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--batch", nargs="+", type=int, default=[16, 128])
-    parser.add_argument("--rounds", type=int, default=40, help="rounds a case; the large CNN gets a quarter (default 40)")
+    parser.add_argument(
+        "--rounds", type=int, default=40, help="rounds a case; the large CNN gets a quarter (default 40)"
+    )
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile")
     parser.add_argument("--out", type=Path, help="write a JSON result file there")
     parser.add_argument("--table", type=Path, help="print the Markdown table of a result file and stop")

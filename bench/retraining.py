@@ -1,7 +1,7 @@
 """One multi-rate run against beta-VAEs retrained at every beta, equal steps each: `python -m bench.retraining`.
 
-For each seed: one run of `mrvae train` with its defaults, and one plain network trained at each of ten betas with the same
-options. Reported is D + beta R on held-out digits (nats), its mean over seeds, and the ratio of the two.
+For each seed: one run of `mrvae train` with its defaults, and one plain network trained at each of ten betas with the
+same options. Reported is D + beta R on held-out digits (nats), its mean over seeds, and the ratio of the two.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ SAMPLES = 8
 
 
 def run(directory: Path, options: dict[str, Any], betas: Sequence[float]) -> dict[str, list[float]]:
-    """Train (unless the run is there already) and evaluate on the test split: objective, rate and distortion by beta."""
+    """Train (unless the run is there) and evaluate on the test split: objective, rate and distortion by beta."""
     from mrvae_models.curve import evaluate
     from mrvae_models.training import calibration_images, load_split, train
 
-    config = TrainConfig(out=str(directory), threads=1, log=(), **options)
+    config = TrainConfig(out=str(directory), threads=1, log_to=(), validate_every=1000, **options)
     done = directory / "test.json"
     if done.exists() and json.loads(done.read_text())["config"] == config.to_dict():
         return json.loads(done.read_text())["curve"]
@@ -42,7 +42,9 @@ def run(directory: Path, options: dict[str, Any], betas: Sequence[float]) -> dic
     return columns
 
 
-def jobs(seeds: Sequence[int], options: dict[str, Any], out: Path) -> list[tuple[str, int, Path, dict[str, Any], Sequence[float]]]:
+def jobs(
+    seeds: Sequence[int], options: dict[str, Any], out: Path
+) -> list[tuple[str, int, Path, dict[str, Any], Sequence[float]]]:
     """(who, seed, directory, options, betas) of every run."""
     found = []
     for seed in seeds:
@@ -75,8 +77,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.retraining", description=__doc__)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--processes", type=int, default=2, help="runs at a time, one thread each (default 2)")
-    parser.add_argument("--set", nargs="*", default=[], metavar="OPTION=JSON", help='options of TrainConfig, such as epochs=20')
-    parser.add_argument("--runs", type=Path, default=Path("runs/retraining"), help="runs already there are not repeated")
+    parser.add_argument(
+        "--set", nargs="*", default=[], metavar="OPTION=JSON", help="options of TrainConfig, such as epochs=20"
+    )
+    parser.add_argument(
+        "--runs", type=Path, default=Path("runs/retraining"), help="runs already there are not repeated"
+    )
     parser.add_argument("--out", type=Path, help="write a JSON result file there")
     parser.add_argument("--table", type=Path, help="print the table of a result file and stop")
     arguments = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Interleaved timing in one process: the machine's drift hits every variant alike, and ratios are taken round by round."""
+"""Interleaved timing in one process: the machine's drift hits every variant alike; ratios are taken round by round."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ class Ratio(NamedTuple):
     high: float
 
 
-def interleave(variants: dict[str, Step], rounds: int, seconds: float = 0.02, warmup: int = 3) -> dict[str, list[float]]:
+def interleave(
+    variants: dict[str, Step], rounds: int, seconds: float = 0.02, warmup: int = 3
+) -> dict[str, list[float]]:
     """Seconds a step of every variant in every round.
 
     A round runs all variants, in an order drawn anew, each for as many steps as `seconds` takes (one at least).

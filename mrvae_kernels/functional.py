@@ -199,7 +199,10 @@ def gated_conv_transpose3d(
     padding: IntOrInts = 0, output_padding: IntOrInts = 0, groups: int = 1, dilation: IntOrInts = 1,
     activation: str | None = None, *, strategy: str | None = None,
 ) -> Tensor:
-    """y = act(g (conv_transpose3d(x, W) + b) + t): x (N, C_in, D, H, W) or (C_in, D, H, W); see gated_conv_transpose2d."""
+    """y = act(g (conv_transpose3d(x, W) + b) + t): x (N, C_in, D, H, W) or (C_in, D, H, W).
+
+    See gated_conv_transpose2d.
+    """
     return _gated_convolution(
         3, True, x, weight, bias, gate, shift, stride, padding, output_padding, groups, dilation, activation, strategy
     )
@@ -266,12 +269,16 @@ def _ints(value: IntOrInts, count: int) -> tuple[int, ...]:
     return values
 
 
-def _pad(x: Tensor, weight: Tensor, stride: Sequence[int], dilation: Sequence[int], padding: str) -> tuple[Tensor, tuple]:
+def _pad(
+    x: Tensor, weight: Tensor, stride: Sequence[int], dilation: Sequence[int], padding: str
+) -> tuple[Tensor, tuple]:
     """Padding "valid" and "same" as numbers; pads x itself where "same" needs one more element on the right."""
     if padding == "valid":
         return x, (0,) * len(stride)
     if padding != "same" or any(s != 1 for s in stride):
-        raise ValueError(f"padding is {padding!r} with stride {tuple(stride)}; expected numbers, 'valid', or 'same' with stride 1")
+        raise ValueError(
+            f"padding is {padding!r} with stride {tuple(stride)}; expected numbers, 'valid', or 'same' with stride 1"
+        )
     total = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
     if any(t % 2 for t in total):
         x = F.pad(x, [side for t in reversed(total) for side in (0, t % 2)])

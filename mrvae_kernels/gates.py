@@ -52,7 +52,9 @@ class BetaRange(NamedTuple):
         try:
             low, high = value if isinstance(value, cls) else (float(bound) for bound in value)
         except (TypeError, ValueError):
-            raise ValueError(f"beta_range is {value!r}; expected two numbers (low, high), such as (0.01, 10.0)") from None
+            raise ValueError(
+                f"beta_range is {value!r}; expected two numbers (low, high), such as (0.01, 10.0)"
+            ) from None
         if not (0 < low < high < math.inf):
             raise ValueError(f"beta_range is ({low}, {high}); expected 0 < low < high, both finite")
         return value if isinstance(value, cls) else cls(low, high)
@@ -62,15 +64,16 @@ class BetaRange(NamedTuple):
 class GateSpec:
     """What gates a layer gets.
 
-    kind    "sigmoid" (paper's encoder gate), "sqrt" (paper's decoder gate, sqrt(relu(1 - exp p))) or "softplus" (unbounded)
+    kind    "sigmoid" (paper's encoder gate), "sqrt" (paper's decoder gate, sqrt(relu(1 - exp p))) or "softplus"
+            (unbounded)
     shift   FiLM: also add t = w_t eta + c_t after the gate (Perez et al., 2018; the paper's ablation)
     hidden  sizes of hidden ReLU layers between eta and p; () is the paper's affine map, (64,) its 2-layer ablation
     shared  with hidden: the layers of a network share the hidden part (multirate only)
     init    "open": gates start near 1 at every beta; "paper": U(-1, 1) for w and c, which is nn.Linear(1, C)'s default
             in Listing 1 and leaves 14.5 % of sqrt gates dead for every beta; "ranked": features close one after another
             as beta grows, see init_gates_
-    inputs  a gate (a kind or a GateSpec) on the layer's input features too: y = g (W (g_in x) + b) + t. On the decoder's
-            first layer it switches latents off, noise and all, which a gate on the outputs cannot
+    inputs  a gate (a kind or a GateSpec) on the layer's input features too: y = g (W (g_in x) + b) + t. On the
+            decoder's first layer it switches latents off, noise and all, which a gate on the outputs cannot
     """
 
     kind: str = "sigmoid"
@@ -84,7 +87,9 @@ class GateSpec:
         if self.kind not in GATE_KINDS:
             raise ValueError(f"gate kind is {self.kind!r}; expected one of {', '.join(GATE_KINDS)}")
         if self.init not in INITS or (self.init == "ranked" and self.kind != "sigmoid"):
-            raise ValueError(f"gate init is {self.init!r}; expected one of {', '.join(INITS)} ('ranked' for sigmoid gates only)")
+            raise ValueError(
+                f"gate init is {self.init!r}; expected one of {', '.join(INITS)} ('ranked' for sigmoid gates only)"
+            )
         try:
             object.__setattr__(self, "hidden", tuple(self.hidden))
         except TypeError:
@@ -98,7 +103,9 @@ class GateSpec:
         if self.inputs is not None:
             inner = GateSpec.of(self.inputs)
             if inner.shift or inner.inputs is not None or inner.hidden or self.hidden:
-                raise ValueError(f"inputs={self.inputs!r}: a gate on inputs is an affine one, without shift or hidden layers")
+                raise ValueError(
+                    f"inputs={self.inputs!r}: a gate on inputs is an affine one, without shift or hidden layers"
+                )
             object.__setattr__(self, "inputs", inner)
 
     @classmethod
@@ -145,7 +152,9 @@ def standardize_number(beta: float, bounds: BetaRange) -> float:
     return (math.log(beta) - bounds.mean) / bounds.std
 
 
-def _standardize_tensor(beta: Tensor, bounds: BetaRange, device: torch.device | str | None, dtype: torch.dtype) -> Tensor:
+def _standardize_tensor(
+    beta: Tensor, bounds: BetaRange, device: torch.device | str | None, dtype: torch.dtype
+) -> Tensor:
     if beta.dim() > 1:
         raise ValueError(f"beta has shape {tuple(beta.shape)}; expected a number, or one a sample: shape (N,)")
     if not torch.compiler.is_compiling() and beta.numel() > 0:

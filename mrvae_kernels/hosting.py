@@ -66,7 +66,8 @@ class Hosted(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy or a pickle made during a call or within `at` waits for a beta of its own."""
-        inherited = getattr(super(), "__getstate__", None)  # torch's recurrent layers have one; object since Python 3.11
+        # torch's recurrent layers have one; object since Python 3.11
+        inherited = getattr(super(), "__getstate__", None)
         state = self.__dict__ if inherited is None else inherited()
         return {name: value for name, value in state.items() if name != "_last_strategy"} | {"_share": None}
 
@@ -78,7 +79,9 @@ class Hosted(nn.Module):
 
 
 HOSTED: dict[type[nn.Module], type[Hosted]] = {
-    plain: type(f"Hosted{plain.__name__}", (Hosted, plain), {"plain": plain, "adapter": adapter, "__module__": __name__})
+    plain: type(
+        f"Hosted{plain.__name__}", (Hosted, plain), {"plain": plain, "adapter": adapter, "__module__": __name__}
+    )
     for plain, adapter in ADAPTERS.items()
 }
 globals().update({hosted.__name__: hosted for hosted in HOSTED.values()})  # pickle finds them by name

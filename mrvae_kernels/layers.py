@@ -8,7 +8,8 @@ FiLM `shift_weight` and `shift_bias`, or `gate_network` for gates with hidden la
 
     gate        "sigmoid", "sqrt", "softplus" or a GateSpec
     beta_range  (a, b), the range that beta is sampled from in training; saved in the state_dict and checked on loading
-    activation  a pointwise non-linearity in the same pass (Linear and convolutions): relu, silu, gelu, tanh, leaky_relu, elu
+    activation  a pointwise non-linearity in the same pass (Linear and convolutions): relu, silu, gelu, tanh,
+                leaky_relu, elu
 
 beta is a positive number, a 0-d tensor, or one a sample, shape (N,) with N = x.shape[0].
 """
@@ -52,7 +53,7 @@ def check_state(own: dict[str, Any], loaded: object, owner: str) -> None:
 
 
 class Recorded(nn.Module):
-    """A module whose state_dict says what its gates are; a checkpoint of others is refused before anything is copied."""
+    """A module whose state_dict says what its gates are; a checkpoint of others is refused before any copying."""
 
     def _gate_state(self) -> dict[str, Any]:
         raise NotImplementedError
@@ -75,6 +76,8 @@ class GatedLayer(Recorded):
     plain: type[nn.Module]
     gate_weight: nn.Parameter
     gate_bias: nn.Parameter
+    shift_weight: nn.Parameter
+    shift_bias: nn.Parameter
 
     def __init__(
         self, *args: Any, gate: str | GateSpec = "sigmoid", beta_range: Sequence[float] = DEFAULT_BETA_RANGE,
@@ -90,10 +93,13 @@ class GatedLayer(Recorded):
             raise ValueError(f"{name} cannot be gated: {refusal}")
         if spec.shift and (refusal := adapter.shift_refusal(self)):
             raise ValueError(f"{name} cannot take a shift: {refusal}")
-        if spec.inputs is not None:
-            raise ValueError(f"{name}: inputs={spec.inputs.kind!r} gates the inputs of a network's layer; use multirate()")  # type: ignore[union-attr]
+        if isinstance(spec.inputs, GateSpec):
+            kind = spec.inputs.kind
+            raise ValueError(f"{name}: inputs={kind!r} gates the inputs of a network's layer; use multirate()")
         if spec.shared:
-            raise ValueError(f"{name}: shared=True shares hidden layers between the layers of a network; use multirate()")
+            raise ValueError(
+                f"{name}: shared=True shares hidden layers between the layers of a network; use multirate()"
+            )
         if activation is not None and (not adapter.product or activation not in reference.ACTIVATIONS):
             known = ", ".join(reference.ACTIVATIONS) if adapter.product else "None for this kind of layer"
             raise ValueError(f"activation is {activation!r}; expected {known}")
@@ -116,10 +122,13 @@ class GatedLayer(Recorded):
         cls, layer: nn.Module, gate: str | GateSpec = "sigmoid", beta_range: Sequence[float] = DEFAULT_BETA_RANGE,
         activation: str | None = None,
     ) -> Self:
-        """A gated layer around a plain one's own parameters and buffers (shared, not copied); TypeError for another class."""
+        """A gated layer around a plain one's own parameters and buffers (shared, not copied).
+
+        TypeError for another class.
+        """
         if type(layer) is not cls.plain:
             raise TypeError(f"{cls.__name__}.from_plain takes an nn.{cls.plain.__name__}, not a {type(layer).__name__}")
-        gated = copy.copy(layer)  # nn.Module.__copy__ would share the dictionaries; each is renewed below
+        gated: Any = copy.copy(layer)  # nn.Module.__copy__ would share the dictionaries; each is renewed below
         for name in ("_parameters", "_buffers", "_modules"):
             gated.__dict__[name] = dict(layer.__dict__[name])
         gated.__class__ = cls
@@ -130,7 +139,7 @@ class GatedLayer(Recorded):
         """The plain layer at one beta: a copy with the gate folded into weight and bias, without the `activation`."""
         with torch.no_grad():
             folded = self._fold(*self.gate(_one(beta)))
-        layer = copy.copy(self)
+        layer: Any = copy.copy(self)
         for name in ("_parameters", "_buffers", "_modules"):
             layer.__dict__[name] = dict(self.__dict__[name])
         for name in [n for n in (*layer._parameters, *layer._modules) if n.startswith(("gate_", "shift_"))]:
@@ -170,7 +179,8 @@ class GatedLayer(Recorded):
         return fold_layers([FoldJob(self, ADAPTERS[self.plain], gate, shift)])[0]
 
     def _gate_state(self) -> dict[str, Any]:
-        return {"beta_range": list(self.beta_range), "gate": self.gate_spec.kind + ("+shift" if self.gate_spec.shift else "")}
+        gate = self.gate_spec.kind + ("+shift" if self.gate_spec.shift else "")
+        return {"beta_range": list(self.beta_range), "gate": gate}
 
     def extra_repr(self) -> str:
         inherited = super().extra_repr()
@@ -184,7 +194,7 @@ def _one(beta: Beta) -> Beta:
 
 
 def write_folded(layer: nn.Module, folded: dict[str, Tensor | None]) -> None:
-    """Put folded tensors in a plain layer's parameters, keeping their requires_grad; a bias that a shift made is added."""
+    """Put folded tensors in a plain layer's parameters, keeping requires_grad; a bias that a shift made is added."""
     for name, value in folded.items():
         if value is not None:
             before = layer._parameters[name]

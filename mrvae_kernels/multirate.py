@@ -38,7 +38,7 @@ class GatedEntry(NamedTuple):
 
 
 class BankRows(NamedTuple):
-    """Consecutive rows of the flat gates: whose they are, in which role (gated, shifts or inputs), how many, which kind."""
+    """Consecutive rows of the flat gates: whose, in which role (gated, shifts or inputs), how many, which kind."""
 
     name: str
     role: str
@@ -116,11 +116,14 @@ class MultiRate(Recorded):
     def _add_gates(self, like: Tensor) -> None:
         specs = [e.spec for e in self._entries]
         if len({(s.hidden, s.shared) for s in specs}) > 1:
-            raise ValueError("gates differ in hidden or shared; all gates of a network have the same hidden layers, or none")
+            raise ValueError(
+                "gates differ in hidden or shared; all gates of a network have the same hidden layers, or none"
+            )
         self.gate_networks: nn.ModuleList | None = None
         self.register_parameter("gate_weight", None)
         self.register_parameter("gate_bias", None)
         if specs[0].hidden:
+            parts: list[tuple[Sequence[int], Sequence[str]]]
             if specs[0].shared:
                 parts = [(self._sizes, self._kinds)]
             else:
@@ -129,7 +132,8 @@ class MultiRate(Recorded):
             self.gate_networks = nn.ModuleList(built).to(device=like.device, dtype=like.dtype)
             return
         weight, bias = (torch.empty(sum(self._sizes), device=like.device, dtype=like.dtype) for _ in range(2))
-        for piece_weight, piece_bias, row in zip(weight.split(self._sizes), bias.split(self._sizes), self._rows, strict=True):
+        pieces = zip(weight.split(self._sizes), bias.split(self._sizes), self._rows, strict=True)
+        for piece_weight, piece_bias, row in pieces:
             init_gates_(piece_weight, piece_bias, row.kind, row.init)
         self.gate_weight, self.gate_bias = nn.Parameter(weight), nn.Parameter(bias)
 
@@ -158,7 +162,7 @@ class MultiRate(Recorded):
             yield self
 
     def gate_values(self, beta: Beta) -> dict[str, Tensor]:
-        """Layer name -> g at beta, (C,) or (N, C); shifts under "<name>.shift", gates on inputs under "<name>.inputs"."""
+        """Layer name -> g at beta, (C,) or (N, C); shifts under "<name>.shift", input gates under "<name>.inputs"."""
         suffix = {"gated": "", "shifts": ".shift", "inputs": ".inputs"}
         return {row.name + suffix[row.role]: g for row, g in zip(self._rows, self._bank(beta), strict=True)}
 
@@ -175,8 +179,8 @@ class MultiRate(Recorded):
 
         In training they mix the betas that were sampled, so that without this a network with batch norm is wrong at
         every single beta. `batches` gives the network's input: a tensor, or a tuple of positional arguments.
-        Each batch counts alike. Nothing happens for a network without running statistics. ValueError for no batch; after
-        an error the statistics are what they were.
+        Each batch counts alike. Nothing happens for a network without running statistics. ValueError for no batch;
+        after an error the statistics are what they were.
         """
         norms = running_norms(self.network)
         if not norms:
@@ -230,9 +234,10 @@ class MultiRate(Recorded):
                 return functional.gate_bank_at(weight, bias, beta, self.beta_range, self._sizes, self._kinds)
             eta = standardize(beta, self.beta_range, device=weight.device, dtype=reference.gate_dtype(weight.dtype))
             return functional.gate_bank(weight, bias, eta, self._sizes, self._kinds)
-        like = self.gate_networks[0].output.bias
+        networks: Any = self.gate_networks  # of GateNetwork
+        like = networks[0].output.bias
         eta = standardize(beta, self.beta_range, device=like.device, dtype=reference.gate_dtype(like.dtype))
-        p = torch.cat([net(eta.to(like.dtype)).to(eta.dtype) for net in self.gate_networks], -1)
+        p = torch.cat([net(eta.to(like.dtype)).to(eta.dtype) for net in networks], -1)
         return [
             reference.gate_activation(piece, kind)
             for piece, kind in zip(p.split(self._sizes, -1), self._kinds, strict=True)
@@ -253,8 +258,8 @@ class MultiRate(Recorded):
             for entry, layer in zip(self._entries, layers, strict=True):
                 if not isinstance(layer, Hosted):
                     raise RuntimeError(
-                        f"{entry.name!r} is a plain {type(layer).__name__}: it was replaced after multirate(); convert the "
-                        "network (SyncBatchNorm, quantisation, ...) first, then call multirate()"
+                        f"{entry.name!r} is a plain {type(layer).__name__}: it was replaced after multirate(); convert "
+                        "the network (SyncBatchNorm, quantisation, ...) first, then call multirate()"
                     )
             if not torch.compiler.is_compiling():
                 self._layers = layers
@@ -305,7 +310,9 @@ def checkpoint_context(model: MultiRate) -> Callable[[], tuple[AbstractContextMa
         layers = model._hosts()
         shares = [layer._share for layer in layers]
         if shares[0] is None:
-            raise RuntimeError("checkpoint_context(model) was used outside a forward of that model; there is no beta to keep")
+            raise RuntimeError(
+                "checkpoint_context(model) was used outside a forward of that model; there is no beta to keep"
+            )
         return nullcontext(), lend(layers, shares)
 
     return contexts
@@ -323,9 +330,9 @@ def multirate(
     include     gate only these layers (names or patterns with *); one that cannot be gated is an error
     exclude     leave these alone
 
-    Linear, Conv, ConvTranspose, LSTM, GRU and norms with an affine are gated; `model.left` says of every other layer why
-    not. A layer right before a batch norm is left to the norm's gate. The network itself is changed: its gated layers
-    now wait for a beta, so call the MultiRate. ValueError for names that are not there and for shared layers.
+    Linear, Conv, ConvTranspose, LSTM, GRU and norms with an affine are gated; `model.left` says of every other layer
+    why not. A layer right before a batch norm is left to the norm's gate. The network itself is changed: its gated
+    layers now wait for a beta, so call the MultiRate. ValueError for names that are not there and for shared layers.
     """
     return MultiRate(network, gates, beta_range, include, exclude)
 
@@ -349,8 +356,9 @@ def _present(value: Tensor | None) -> Tensor:
 def bake(model: MultiRate, beta: Beta, batches: Iterable[Any] | None = None) -> nn.Module:
     """The plain network at one beta: a copy, original classes, g W and g b + t as its weights, no gate left.
 
-    beta: one number. batches: inputs (as for `recalibrate`) that set the running statistics of batch norms for this beta;
-    without them a network that has some gets a warning, since theirs mix all betas. ValueError for a beta a sample.
+    beta: one number. batches: inputs (as for `recalibrate`) that set the running statistics of batch norms for this
+    beta; without them a network that has some gets a warning, since theirs mix all betas. ValueError for a beta a
+    sample.
     """
     if not isinstance(model, MultiRate):
         raise TypeError(f"bake takes the MultiRate that multirate() returned, not a {type(model).__name__}")
@@ -360,8 +368,8 @@ def bake(model: MultiRate, beta: Beta, batches: Iterable[Any] | None = None) -> 
         model.recalibrate(batches, beta)
     elif norms := running_norms(model.network):
         warnings.warn(
-            f"the running statistics of {len(norms)} batch norms mix the betas of training; give bake(model, beta, batches) "
-            "some training inputs to set them for this beta",
+            f"the running statistics of {len(norms)} batch norms mix the betas of training; give bake(model, beta, "
+            "batches) some training inputs to set them for this beta",
             stacklevel=2,
         )
     with torch.no_grad():
@@ -371,9 +379,9 @@ def bake(model: MultiRate, beta: Beta, batches: Iterable[Any] | None = None) -> 
             FoldJob(layer, entry.adapter, g.gate, g.shift)
             for layer, entry, g in zip(layers, model._entries, gates, strict=True)
         ]
-        for job, g, folded in zip(jobs, gates, fold_layers(jobs), strict=True):
+        for layer, job, g, folded in zip(layers, jobs, gates, fold_layers(jobs), strict=True):
             if g.inputs is not None:
-                folded["weight"] = job.adapter.fold_inputs(job.layer, _present(folded["weight"]), g.inputs)
-            job.layer.release()
-            write_folded(job.layer, folded)
+                folded["weight"] = job.adapter.fold_inputs(layer, _present(folded["weight"]), g.inputs)
+            layer.release()
+            write_folded(layer, folded)
     return model.network

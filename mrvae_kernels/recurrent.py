@@ -2,7 +2,8 @@
 
 torch's recurrent kernels take one weight for the whole batch, so that they serve a shared beta (folded) only. Here
     LSTM   i, f, c, o = split(g (W_ih x + b_ih + W_hh h + b_hh) + t)
-    GRU    r, z       = sigmoid(g (W_ih x + b_ih + W_hh h + b_hh) + t);  n = tanh(g (W_in x + b_in) + t + r g (W_hn h + b_hn))
+    GRU    r, z       = sigmoid(g (W_ih x + b_ih + W_hh h + b_hh) + t)
+           n          = tanh(g (W_in x + b_in) + t + r g (W_hn h + b_hn))
 with g and t of shape (N, rows). A Python step for each time step: slower than the folded kernel.
 """
 
@@ -44,7 +45,9 @@ def gated_recurrent(layer: Any, gate: Tensor, shift: Tensor | None, x: Tensor, h
     else:
         layer.check_forward_args(x, hx, None)
         hidden, cell = hx if is_lstm else (hx, None)
-    rows, last_hidden, last_cell = recurrent_rows(layer), [], []
+    rows = recurrent_rows(layer)
+    last_hidden: list[Tensor] = []
+    last_cell: list[Tensor] = []
     for k in range(layer.num_layers):
         if k and layer.dropout and layer.training:
             sequence = F.dropout(sequence, layer.dropout)
@@ -59,7 +62,8 @@ def gated_recurrent(layer: Any, gate: Tensor, shift: Tensor | None, x: Tensor, h
             )
             outputs.append(result.flip(0) if direction else result)
             last_hidden.append(h)
-            last_cell.append(c)
+            if c is not None:
+                last_cell.append(c)
         sequence = torch.cat(outputs, -1)
     output = sequence.transpose(0, 1) if layer.batch_first else sequence
     state = torch.stack(last_hidden)

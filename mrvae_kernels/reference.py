@@ -7,19 +7,19 @@ once, to the dtype of the product that they scale.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 SQRT_GATE_MAX_SLOPE = 8.0
-"""The sqrt gate's slope -exp(p) / (2 g) grows without bound as p -> 0-; backward uses max(g, 1/16) for g, which bounds it."""
+"""The sqrt gate's slope -exp(p) / (2 g) grows without bound as p -> 0-; backward bounds it with max(g, 1/16) for g."""
 
 ACTIVATIONS = ("none", "relu", "silu", "gelu", "tanh", "leaky_relu", "elu")
 
 
-CONVOLUTIONS = {
+CONVOLUTIONS: dict[bool, tuple[Callable[..., Tensor], ...]] = {
     False: (F.conv1d, F.conv2d, F.conv3d),
     True: (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d),
 }
@@ -74,7 +74,8 @@ def fold(
     """W' = g W, b' = g b + t for one beta a batch (gate (C,)).
 
     groups = 0: the output channel is axis 0 of W. groups >= 1: W is a transposed convolution's, (C_in, C_out / groups,
-    k...), and input row i belongs to group i // (C_in / groups). W' has the dtype of W; b' likewise. None for no b and t.
+    k...), and input row i belongs to group i // (C_in / groups). W' has the dtype of W; b' likewise; None for no b and
+    t.
     """
     if groups == 0:
         scaled = weight.to(gate.dtype) * gate.reshape(-1, *[1] * (weight.dim() - 1))
@@ -134,7 +135,7 @@ def gated_convolution(
     padding: Sequence[int], dilation: Sequence[int], transposed: bool, output_padding: Sequence[int], groups: int,
     activation: str = "none", strategy: str = "epilogue",
 ) -> Tensor:
-    """y = act(g (conv(x, W) + b) + t), 1-d to 3-d, transposed or not; x (N, C_in, ...), g and t (C_out,) or (N, C_out)."""
+    """y = act(g (conv(x, W) + b) + t), 1-d to 3-d, transposed or not: x (N, C_in, ...), g, t (C_out,) or (N, C_out)."""
     convolve = functools.partial(
         CONVOLUTIONS[transposed][x.dim() - 3], stride=stride, padding=padding, dilation=dilation, groups=groups,
         **({"output_padding": output_padding} if transposed else {}),

@@ -36,7 +36,9 @@ def select(network: nn.Module, gates: Gates | None, include: Sequence[str] | Non
     for option, patterns in (("exclude", exclude), ("include", include or ())):
         for pattern in patterns:
             if not any(_matches(name, pattern) for name in names):
-                raise ValueError(f"{option} names {pattern!r}, which is not in the network{_did_you_mean(pattern, names)}")
+                raise ValueError(
+                    f"{option} names {pattern!r}, which is not in the network{_did_you_mean(pattern, names)}"
+                )
     gated: dict[str, GateSpec] = {}
     left: dict[str, str] = {}
     before_norm = _before_batch_norm(network)
@@ -67,7 +69,9 @@ def select(network: nn.Module, gates: Gates | None, include: Sequence[str] | Non
     for pattern in include or ():
         if not any(_matches(name, pattern) for name in gated):
             reasons = "; ".join(f"{name}: {reason}" for name, reason in left.items() if _matches(name, pattern))
-            raise ValueError(f"include names {pattern!r}, where nothing can be gated: {reasons or 'it has no parameters'}")
+            raise ValueError(
+                f"include names {pattern!r}, where nothing can be gated: {reasons or 'it has no parameters'}"
+            )
     if not gated:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in left.items()) or "it has no layer with parameters"
         raise ValueError(f"nothing to gate in this {type(network).__name__}: {reasons}")
@@ -92,7 +96,8 @@ def _resolve(network: nn.Module, gates: Gates | None) -> dict[str, GateSpec]:
             raise ValueError(f"gates names {name!r}, which is not in the network{_did_you_mean(name, modules)}")
         kinds = tuple(ADAPTERS)
         if not any(type(module) in kinds for module in modules[name].modules()):
-            raise ValueError(f"gates names {name!r}, a {type(modules[name]).__name__} without any layer that can be gated")
+            kind = type(modules[name]).__name__
+            raise ValueError(f"gates names {name!r}, a {kind} without any layer that can be gated")
     if not gates:
         raise ValueError("gates is empty; give a gate for at least one module")
     return {name: GateSpec.of(spec) for name, spec in gates.items()}
@@ -126,7 +131,7 @@ def _refusal(module: nn.Module, spec: GateSpec) -> str | None:
 
 
 def _inside_opaque(network: nn.Module) -> dict[str, str]:
-    """Layers whose parent computes with their weights without calling them: always, or in its fast path in eval mode."""
+    """Layers whose parent computes with their weights without calling them: always, or in its fast path for eval."""
     return {
         f"{name}.{child}" if name else child: f"part of nn.{kind.__name__}, which uses its weight without calling it"
         for name, module in network.named_modules()
@@ -157,8 +162,8 @@ def _refuse_sharing(network: nn.Module, gated: Mapping[str, GateSpec]) -> None:
     for name, module in network.named_modules(remove_duplicate=False):
         if id(module) in modules and modules[id(module)] in gated:
             raise ValueError(
-                f"{modules[id(module)]!r} and {name!r} are one and the same layer; a shared layer cannot have a gate for "
-                f"each use: exclude {modules[id(module)]!r}, or copy it"
+                f"{modules[id(module)]!r} and {name!r} are one and the same layer; a shared layer cannot have a gate "
+                f"for each use: exclude {modules[id(module)]!r}, or copy it"
             )
         modules.setdefault(id(module), name)
     parameters: dict[int, str] = {}
@@ -167,6 +172,6 @@ def _refuse_sharing(network: nn.Module, gated: Mapping[str, GateSpec]) -> None:
         owners = {other.rpartition(".")[0], name.rpartition(".")[0]}
         if other != name and owners & gated.keys():
             raise ValueError(
-                f"{other!r} and {name!r} are one and the same parameter; exclude {' and '.join(sorted(map(repr, owners)))}, "
-                "or untie them"
+                f"{other!r} and {name!r} are one and the same parameter; "
+                f"exclude {' and '.join(sorted(map(repr, owners)))}, or untie them"
             )

@@ -94,15 +94,16 @@ def choose_strategy(weight_numel: int, output_numel: int, per_sample: bool, aske
     if asked is None:
         if per_sample:
             return "epilogue"
-        if torch.compiler.is_exporting():  # one program for every batch size: comparing them would pin the exported one's
+        # one program for every batch size: comparing them would pin the exported one's
+        if torch.compiler.is_exporting():
             return "fold"
         return "epilogue" if output_numel * EPILOGUE_PASSES < weight_numel * FOLD_PASSES else "fold"
     if asked not in STRATEGIES:
         raise ValueError(f"strategy is {asked!r}; expected one of {', '.join(STRATEGIES)}")
     if asked == "fold" and per_sample:
         raise ValueError(
-            "strategy 'fold' was asked for, but beta has one value a sample, and folding needs one weight for the whole "
-            "batch: use strategy 'epilogue', or one beta"
+            "strategy 'fold' was asked for, but beta has one value a sample, and folding needs one weight for the "
+            "whole batch: use strategy 'epilogue', or one beta"
         )
     return asked
 

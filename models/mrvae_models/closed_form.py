@@ -1,7 +1,7 @@
 """The best that any linear VAE can do: reverse water-filling on the eigenvalues of the data's covariance.
 
-For a Gaussian decoder with identity covariance, k latent variables and eigenvalues l_1 >= l_2 >= ... (Lucas et al., 2019;
-MR-VAE, Appendix A.1), in nats an example and without the constant d/2 log 2 pi of the distortion:
+For a Gaussian decoder with identity covariance, k latent variables and eigenvalues l_1 >= l_2 >= ... (Lucas et al.,
+2019; MR-VAE, Appendix A.1), in nats an example and without the constant d/2 log 2 pi of the distortion:
 
     R = 1/2 sum_{i<=k} max(0, log(l_i / beta))        D = 1/2 [sum_{i<=k} min(l_i, beta) + sum_{i>k} l_i]
 """

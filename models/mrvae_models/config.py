@@ -167,8 +167,8 @@ class TrainConfig:
         FROM_RECIPE,
         "gate of the layers under a module, as MODULE=KIND; the most specific module counts; kinds: "
         + ", ".join(GATE_KINDS)
-        + "; +shift adds a FiLM shift, +ranked starts a sigmoid gate with a threshold in beta for each feature, +latent "
-        "gates the layer's inputs too",
+        + "; +shift adds a FiLM shift, +ranked starts a sigmoid gate with a threshold in beta for each feature, "
+        "+latent gates the layer's inputs too",
         "gates",
         metavar="MODULE=KIND",
         many=True,
@@ -197,7 +197,8 @@ class TrainConfig:
         choices=("cosine", "linear", "constant"),
     )
     final_lr: float = _option(
-        FROM_RECIPE, "learning rate at the end of a cosine or linear schedule", "optimisation", metavar="LR", parse=float
+        FROM_RECIPE, "learning rate at the end of a cosine or linear schedule", "optimisation", metavar="LR",
+        parse=float,
     )
     warmup: float = _option(
         FROM_RECIPE,

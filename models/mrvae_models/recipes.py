@@ -66,8 +66,8 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 GATE_FEATURES = ("shift", "ranked", "latent")
-"""What may follow a gate's kind: a FiLM shift; thresholds in beta, one a feature, to start from; and a ranked sigmoid gate
-on the layer's inputs too, the latent variables where it is the decoder's first."""
+"""What may follow a gate's kind: a FiLM shift; thresholds in beta, one a feature, to start from; and a ranked sigmoid
+gate on the layer's inputs too, the latent variables where it is the decoder's first."""
 
 
 def default_recipe(network: str) -> str:

@@ -38,7 +38,7 @@ BEST = "best.ckpt"
 CALIBRATION_EXAMPLES = 2000
 """Training images on which BatchNorm statistics are recalibrated at each beta."""
 
-PACKAGES = ("torch", "lightning", "numpy", "safetensors", "mrvae")
+PACKAGES = ("torch", "lightning", "numpy", "safetensors", "mrvae-kernels")
 
 
 def describe(config: TrainConfig, input_shape: tuple[int, ...]) -> dict[str, Any]:

@@ -38,8 +38,8 @@ from .checkpoint import (
 from .config import TrainConfig
 from .data import Batches, ImageDataset, batches
 from .lightning_module import OBJECTIVE, TrainingModule
-from .progress import METRICS, MetricsFile, ProgressLine
 from .networks import start_from
+from .progress import METRICS, MetricsFile, ProgressLine
 from .run import (
     BEST,
     CONFIG,

@@ -1,7 +1,7 @@
-"""Short cuts to the operators for the hot path of an eager step: the same operators, without torch.ops reading arguments.
+"""Short cuts to the operators for the hot path of an eager step: the same, without torch.ops reading the arguments.
 
-On a layer of 16 x 32 the product and its gate take 6 us through torch.ops and half as much overhead less through here; under
-torch.compile they are invisible, so nothing there may use them.
+A gated layer of 16 x 32 takes 4.9 us through here and 6.2 us through torch.ops (the plain layer 3.6 us; one thread,
+EPYC). torch.compile cannot see them, so nothing that it traces may use them.
 """
 
 from __future__ import annotations

@@ -74,7 +74,8 @@ def test_bad_arguments_are_refused():
 def test_one_run_is_within_one_percent_of_the_optimum(tmp_path):
     from mrvae_models.training import train
 
-    result = train(TrainConfig(network="linear", out=str(tmp_path / "run"), log_to=(), validate_every=100), progress=False)
+    config = TrainConfig(network="linear", out=str(tmp_path / "run"), log_to=(), validate_every=100)
+    result = train(config, progress=False)
     images = load("digits", "train").images
     spectrum, x = eigenvalues(images), images.flatten(1).double()
     model = result.model.double()
@@ -88,7 +89,8 @@ def test_one_run_is_within_one_percent_of_the_optimum(tmp_path):
             found = objective_of(mean, log_variance, weight, offset[0], x, beta)
         optimum = linear_optimum(spectrum, vae.latent, beta)
         excess.append(found / (optimum.distortion + beta * optimum.rate) - 1)
-    print("excess over the optimum:", " ".join(f"{beta:.3g}: {100 * e:.2f} %" for beta, e in zip(BETAS, excess, strict=True)))
+    by_beta = zip(BETAS, excess, strict=True)
+    print("excess over the optimum:", " ".join(f"{beta:.3g}: {100 * e:.2f} %" for beta, e in by_beta))
     print(f"mean {100 * sum(excess) / len(excess):.3f} %, worst {100 * max(excess):.3f} %")
     assert min(excess) > -1e-6 and all(map(math.isfinite, excess))
     assert sum(excess) / len(excess) <= 0.01
