@@ -19,6 +19,7 @@ from .functional import (
     gated_linear,
 )
 from .gates import BetaRange, GateSpec, standardize
+from .hosting import checkpoint_context
 from .layers import (
     GatedBatchNorm1d,
     GatedBatchNorm2d,
@@ -35,7 +36,7 @@ from .layers import (
     GatedLinear,
     GatedLSTM,
 )
-from .multirate import MultiRate, bake, checkpoint_context, multirate
+from .multirate import MultiRate, bake, multirate
 from .strategy import override
 
 __version__ = "0.1.0"

@@ -9,7 +9,7 @@ assignment looks through three dictionaries.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -107,3 +107,24 @@ def lend(layers: Sequence[Hosted], shares: Sequence[Share | None]) -> Iterator[N
         yield
     finally:
         hand_out(layers, before)
+
+
+def checkpoint_context(model: Any) -> Callable[[], tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]]:
+    """context_fn for torch.utils.checkpoint inside a multi-rate network: the recomputation gets the forward's gates.
+
+        torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False, context_fn=checkpoint_context(model))
+
+    `model` is the MultiRate. A checkpoint around the whole model needs none of this. RuntimeError outside a forward
+    of the model.
+    """
+
+    def contexts() -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
+        layers = model._hosts()
+        shares = [layer._share for layer in layers]
+        if shares[0] is None:
+            raise RuntimeError(
+                "checkpoint_context(model) was used outside a forward of that model; there is no beta to keep"
+            )
+        return contextlib.nullcontext(), lend(layers, shares)
+
+    return contexts

@@ -12,19 +12,19 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import functional, reference, strategy
 from .adapters import ADAPTERS, Adapter, FoldJob, fold_layers
 from .gates import DEFAULT_BETA_RANGE, Beta, BetaRange, GateNetwork, GateSpec, init_gates_, standardize
 from .hosting import HOSTED, Hosted, Share, hand_out, lend
 from .layers import Recorded, _one, write_folded
+from .recalibration import recalibrate, running_norms
 from .selection import Gates, select
 
 
@@ -182,38 +182,7 @@ class MultiRate(Recorded):
         Each batch counts alike. Nothing happens for a network without running statistics. ValueError for no batch;
         after an error the statistics are what they were.
         """
-        norms = running_norms(self.network)
-        if not norms:
-            return 0
-        if isinstance(batches, Tensor):
-            raise TypeError("batches is one tensor; expected an iterable of inputs: [x]")
-        before = [{name: buffer.clone() for name, buffer in norm.named_buffers(recurse=False)} for norm in norms]
-        training = {module: module.training for module in self.modules()}
-        momenta = {norm: norm.momentum for norm in norms}
-        self.eval()
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None  # a cumulative average
-            norm.train()
-        count = 0
-        try:
-            with torch.no_grad():
-                for batch in batches:
-                    self(*(batch if isinstance(batch, (tuple, list)) else (batch,)), beta=beta)
-                    count += 1
-            if count == 0:
-                raise ValueError("batches is empty; running statistics need at least one batch")
-        except BaseException:
-            for norm, buffers in zip(norms, before, strict=True):
-                for name, buffer in buffers.items():
-                    norm.get_buffer(name).copy_(buffer)
-            raise
-        finally:
-            for module, mode in training.items():
-                module.training = mode
-            for norm, momentum in momenta.items():
-                norm.momentum = momentum
-        return count
+        return recalibrate(self, batches, beta)
 
     def _gate_state(self) -> dict[str, Any]:
         return {
@@ -298,26 +267,6 @@ class MultiRate(Recorded):
         )
 
 
-def checkpoint_context(model: MultiRate) -> Callable[[], tuple[AbstractContextManager, AbstractContextManager]]:
-    """context_fn for torch.utils.checkpoint inside a multi-rate network: the recomputation gets the forward's gates.
-
-        torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False, context_fn=checkpoint_context(model))
-
-    A checkpoint around the whole model needs none of this. RuntimeError outside a forward of the model.
-    """
-
-    def contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
-        layers = model._hosts()
-        shares = [layer._share for layer in layers]
-        if shares[0] is None:
-            raise RuntimeError(
-                "checkpoint_context(model) was used outside a forward of that model; there is no beta to keep"
-            )
-        return nullcontext(), lend(layers, shares)
-
-    return contexts
-
-
 def multirate(
     network: nn.Module, gates: Gates | None = None, beta_range: Sequence[float] = DEFAULT_BETA_RANGE,
     *, include: Sequence[str] | None = None, exclude: Sequence[str] = (),
@@ -335,11 +284,6 @@ def multirate(
     layers now wait for a beta, so call the MultiRate. ValueError for names that are not there and for shared layers.
     """
     return MultiRate(network, gates, beta_range, include, exclude)
-
-
-def running_norms(network: nn.Module) -> list[_BatchNorm]:
-    """The batch norms that keep running statistics."""
-    return [m for m in network.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
 
 
 def _saving_is_hooked() -> bool:

@@ -1,0 +1,56 @@
+"""Running statistics of batch norms, set for one beta.
+
+In training they mix the betas that were sampled, so that they are right for none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .gates import Beta
+
+
+def running_norms(network: nn.Module) -> list[_BatchNorm]:
+    """The batch norms that keep running statistics."""
+    return [m for m in network.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+
+
+def recalibrate(model: Any, batches: Iterable[Any], beta: Beta) -> int:
+    """What MultiRate.recalibrate does; `model` is the MultiRate."""
+    norms = running_norms(model.network)
+    if not norms:
+        return 0
+    if isinstance(batches, Tensor):
+        raise TypeError("batches is one tensor; expected an iterable of inputs: [x]")
+    before = [{name: buffer.clone() for name, buffer in norm.named_buffers(recurse=False)} for norm in norms]
+    training = {module: module.training for module in model.modules()}
+    momenta = {norm: norm.momentum for norm in norms}
+    model.eval()
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a cumulative average
+        norm.train()
+    count = 0
+    try:
+        with torch.no_grad():
+            for batch in batches:
+                model(*(batch if isinstance(batch, (tuple, list)) else (batch,)), beta=beta)
+                count += 1
+        if count == 0:
+            raise ValueError("batches is empty; running statistics need at least one batch")
+    except BaseException:
+        for norm, buffers in zip(norms, before, strict=True):
+            for name, buffer in buffers.items():
+                norm.get_buffer(name).copy_(buffer)
+        raise
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+        for norm, momentum in momenta.items():
+            norm.momentum = momentum
+    return count
