@@ -18,8 +18,8 @@ help: ## this list
 demo: $(VENV)/.installed ## train one Multi-Rate VAE on real digits, draw its curve, bake one beta
 	$(BIN)/mrvae train --out $(RUN) --force
 	$(BIN)/mrvae curve --run $(RUN)
-	$(BIN)/mrvae bake --run $(RUN) --beta 0.5
-	@echo && echo "The whole rate-distortion curve of one training run:" && ls $(RUN)/curve* $(RUN)/baked* $(RUN)/checkpoints*
+	$(BIN)/mrvae bake --run $(RUN) --beta 0.5 --force
+	@echo && echo "One training run, its whole curve, and the plain network at one beta:" && ls -d $(RUN)/*
 
 test: $(VENV)/.developed ## the whole test-suite
 	$(BIN)/python -m pytest

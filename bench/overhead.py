@@ -21,7 +21,7 @@ import torch
 import mrvae_kernels
 from mrvae_kernels import ops
 
-from .timing import interleave, peak_memory, ratio
+from .timing import interleave, keep_memory, peak_memory, ratio
 from .variants import training_step
 
 CASES: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {
@@ -101,6 +101,7 @@ def main() -> int:
     if options.table:
         print(table(json.loads(options.table.read_text())["results"]))
         return 0
+    keep_memory()
     results = []
     for case in options.cases:
         for batch in options.batch:

@@ -9,6 +9,7 @@ assignment looks through three dictionaries.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -87,6 +88,27 @@ HOSTED: dict[type[nn.Module], type[Hosted]] = {
 globals().update({hosted.__name__: hosted for hosted in HOSTED.values()})  # pickle finds them by name
 
 
+HOSTED_TYPES = frozenset(HOSTED.values())
+
+Contexts = Callable[[], tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]]
+
+
+class Turn:
+    """A lock for one thread at a time in a network, whose layers hold one beta's gates; copies get a lock of their own."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *error: object) -> None:
+        self._lock.release()
+
+    def __reduce__(self) -> tuple[type[Turn], tuple[()]]:
+        return Turn, ()
+
+
 def hand_out(layers: Sequence[Hosted], shares: Sequence[Share | None]) -> list[Share | None]:
     """Give each layer its share; returns what they held before."""
     before = [layer._share for layer in layers]
@@ -109,7 +131,7 @@ def lend(layers: Sequence[Hosted], shares: Sequence[Share | None]) -> Iterator[N
         hand_out(layers, before)
 
 
-def checkpoint_context(model: Any) -> Callable[[], tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]]:
+def checkpoint_context(model: Any) -> Contexts:
     """context_fn for torch.utils.checkpoint inside a multi-rate network: the recomputation gets the forward's gates.
 
         torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False, context_fn=checkpoint_context(model))

@@ -53,7 +53,7 @@ def check_state(own: dict[str, Any], loaded: object, owner: str) -> None:
 
 
 class Recorded(nn.Module):
-    """A module whose state_dict says what its gates are; a checkpoint of others is refused before any copying."""
+    """A module whose state_dict says what its gates are; one of others is refused before this module copies."""
 
     def _gate_state(self) -> dict[str, Any]:
         raise NotImplementedError

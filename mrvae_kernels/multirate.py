@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from . import functional, reference, strategy
 from .adapters import ADAPTERS, Adapter, FoldJob, fold_layers
 from .gates import DEFAULT_BETA_RANGE, Beta, BetaRange, GateNetwork, GateSpec, init_gates_, standardize
-from .hosting import HOSTED, Hosted, Share, hand_out, lend
+from .hosting import HOSTED, HOSTED_TYPES, Hosted, Share, Turn, hand_out, lend
 from .layers import Recorded, _one, write_folded
 from .recalibration import recalibrate, running_norms
 from .selection import Gates, select
@@ -110,7 +110,13 @@ class MultiRate(Recorded):
         places = {(row.name, row.role): i for i, row in enumerate(rows)}
         self._layout = [(places.get((e.name, "shifts")), places.get((e.name, "inputs"))) for e in self._entries]
         self._always_folded = tuple(i for i, entry in enumerate(self._entries) if not entry.adapter.product)
-        self._layers: tuple[Hosted, ...] = ()
+        self._turn = Turn()
+        self._origin = (network,)  # in a tuple: no second child
+        self._places: list[tuple[dict[str, nn.Module | None], str]] = []
+        for entry in self._entries:
+            parent, _, name = entry.name.rpartition(".")
+            # a network that is itself the one gated layer has no parent in it: it is the MultiRate's own child
+            self._places.append((network.get_submodule(parent)._modules, name) if name else (self._modules, "network"))
         self._plans: dict[Any, tuple[int, ...]] = {}
 
     def _add_gates(self, like: Tensor) -> None:
@@ -143,11 +149,12 @@ class MultiRate(Recorded):
         if not (torch.compiler.is_compiling() or _saving_is_hooked()):
             key = (strategy.current(), *(value.shape if isinstance(value, Tensor) else None for value in args))
         layers, shares = self._hosts(), self._shares(beta, key)
-        before = hand_out(layers, shares)
-        try:
-            result = self._modules["network"](*args, **kwargs)  # type: ignore[misc]
-        finally:
-            hand_out(layers, before)
+        with nullcontext() if torch.compiler.is_compiling() else self._turn:
+            before = hand_out(layers, shares)
+            try:
+                result = self._modules["network"](*args, **kwargs)  # type: ignore[misc]
+            finally:
+                hand_out(layers, before)
         if key is not None and key not in self._plans and shares[0].gate.dim() == 1:
             self._remember(key)
         return result
@@ -157,8 +164,9 @@ class MultiRate(Recorded):
         """Within the block the network's layers are gated for beta: `with model.at(0.5): z = model.network.encode(x)`.
 
         For one beta, give a number or a 0-d tensor; for one a sample, every call in the block takes that batch size.
+        Other threads that call the model wait for the block's end.
         """
-        with lend(self._hosts(), self._shares(beta, None)):
+        with self._turn, lend(self._hosts(), self._shares(beta, None)):
             yield self
 
     def gate_values(self, beta: Beta) -> dict[str, Tensor]:
@@ -220,19 +228,31 @@ class MultiRate(Recorded):
             for gate, (shift, inputs) in zip(values, self._layout, strict=False)
         ]
 
-    def _hosts(self) -> tuple[Hosted, ...]:
-        layers = () if torch.compiler.is_compiling() else self._layers  # which would change after the first call
-        if not layers:
-            layers = tuple(self.network.get_submodule(entry.name) for entry in self._entries)  # type: ignore[misc]
-            for entry, layer in zip(self._entries, layers, strict=True):
-                if not isinstance(layer, Hosted):
-                    raise RuntimeError(
-                        f"{entry.name!r} is a plain {type(layer).__name__}: it was replaced after multirate(); convert "
-                        "the network (SyncBatchNorm, quantisation, ...) first, then call multirate()"
-                    )
-            if not torch.compiler.is_compiling():
-                self._layers = layers
-        return layers
+    def _hosts(self) -> list[Hosted]:
+        """The gated layers, as the network holds them now."""
+        if torch.compiler.is_compiling():
+            layers = [self.network.get_submodule(entry.name) for entry in self._entries]
+        else:
+            if self._modules["network"] is not self._origin[0]:
+                raise RuntimeError(
+                    "model.network was replaced after multirate(); its gates belong to the network that multirate() got: "
+                    "call multirate() on the new one"
+                )
+            layers = [modules[name] for modules, name in self._places]  # type: ignore[misc]
+        for layer in layers:
+            if layer.__class__ not in HOSTED_TYPES:
+                self._refuse_changed_layer()
+        return layers  # type: ignore[return-value]
+
+    def _refuse_changed_layer(self) -> None:
+        for entry in self._entries:
+            layer = self.network.get_submodule(entry.name)
+            if type(layer) not in HOSTED_TYPES:
+                raise RuntimeError(
+                    f"{entry.name!r} is a {type(layer).__name__}: it was replaced or parametrized after multirate(), and "
+                    "would run without its gate; change the network (SyncBatchNorm, weight norm, quantisation, ...) "
+                    "first, then call multirate()"
+                )
 
     def _shares(self, beta: Beta, key: Any) -> list[Share]:
         """Each layer's gate, and its folded parameters where the plan for these input shapes folds it."""
@@ -282,6 +302,8 @@ def multirate(
     Linear, Conv, ConvTranspose, LSTM, GRU and norms with an affine are gated; `model.left` says of every other layer
     why not. A layer right before a batch norm is left to the norm's gate. The network itself is changed: its gated
     layers now wait for a beta, so call the MultiRate. ValueError for names that are not there and for shared layers.
+    A layer's gate acts where the layer is called: code that computes with its weight itself (F.linear(x, layer.weight))
+    goes past the gate, and `bake` would differ there.
     """
     return MultiRate(network, gates, beta_range, include, exclude)
 

@@ -11,7 +11,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .adapters import ADAPTERS, refusal
+from .conditional import ConditionalBatchNorm
 from .gates import GateSpec
+from .layers import GatedLayer
 from .hosting import Hosted
 
 Gates = str | GateSpec | Mapping[str, str | GateSpec]
@@ -31,6 +33,7 @@ def select(network: nn.Module, gates: Gates | None, include: Sequence[str] | Non
     network. include and exclude are names (of layers or parents) or patterns with *; a layer named in include that
     cannot be gated, a name that matches nothing, and a layer or parameter used twice are ValueErrors.
     """
+    _refuse_gated(network)
     specs = _resolve(network, gates)
     names = dict(network.named_modules())
     for option, patterns in (("exclude", exclude), ("include", include or ())):
@@ -77,6 +80,15 @@ def select(network: nn.Module, gates: Gates | None, include: Sequence[str] | Non
         raise ValueError(f"nothing to gate in this {type(network).__name__}: {reasons}")
     _refuse_sharing(network, gated)
     return Selection(gated, left)
+
+
+def _refuse_gated(network: nn.Module) -> None:
+    for name, module in network.named_modules():
+        if isinstance(module, (GatedLayer, ConditionalBatchNorm)):
+            raise ValueError(
+                f"{name or 'the network'!r} is a {type(module).__name__}, which takes beta itself; multirate() gates plain "
+                f"layers: put an nn.{module.plain.__name__} there, or pass beta to your own layers without multirate()"
+            )
 
 
 def _resolve(network: nn.Module, gates: Gates | None) -> dict[str, GateSpec]:

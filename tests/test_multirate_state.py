@@ -141,8 +141,11 @@ def test_a_layer_replaced_after_multirate_is_named():
     model = mk.multirate(ConvolutionalVAE(True))
     model.network = nn.SyncBatchNorm.convert_sync_batchnorm(model.network)
     with pytest.raises(
-        RuntimeError, match=r"'encoder.1' is a plain SyncBatchNorm: it was replaced after multirate\(\)"
+        RuntimeError, match=r"'encoder.1' is a SyncBatchNorm: it was replaced or parametrized after multirate\(\)"
     ):
+        model(images().float(), beta=0.5)
+    model.network = ConvolutionalVAE(True)
+    with pytest.raises(RuntimeError, match="model.network was replaced after multirate"):
         model(images().float(), beta=0.5)
 
 

@@ -136,7 +136,6 @@ def test_why_layers_are_left_alone():
         (nn.LazyLinear(4), "a LazyLinear, a subclass"),
         (normed, "its weight is not a parameter of its own but computed"),
         (pruned, "its weight is not a parameter of its own but computed"),
-        (mk.GatedLinear(4, 4), "a GatedLinear, a subclass of nn.Linear"),
         (mk.multirate(nn.Linear(4, 4), "sqrt").network, "it belongs to another multi-rate network"),
     ]
     for layer, reason in cases:
