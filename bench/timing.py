@@ -18,6 +18,8 @@ import torch
 
 Step = Callable[[], object]
 
+SECOND_STEP = "second step"
+
 
 class Ratio(NamedTuple):
     """A variant's time over the baseline's: the median of the rounds' ratios and its 95 % bootstrap interval."""
@@ -79,15 +81,21 @@ def ratio(times: dict[str, list[float]], variant: str, baseline: str) -> Ratio:
 
 
 def peak_memory(step: Step) -> int:
-    """Bytes that one step holds at its peak beyond what it started with, as torch's CPU allocator reports."""
+    """Bytes of gradients, activations and temporaries at a step's peak, as torch's CPU allocator reports.
+
+    The second of two steps is measured: the profiler does not see the end of what was there before it, the gradients.
+    """
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         step()
+        with torch.profiler.record_function(SECOND_STEP):
+            step()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         profile.export_chrome_trace(str(path))
         events = json.loads(path.read_text())["traceEvents"]
+    begin = next(event["ts"] for event in events if event.get("name") == SECOND_STEP)
     held = peak = 0
     for event in sorted((e for e in events if e.get("name") == "[memory]"), key=lambda e: e["ts"]):
         held += event["args"]["Bytes"]
-        peak = max(peak, held)
+        peak = max(peak, held) if event["ts"] >= begin else 0
     return peak

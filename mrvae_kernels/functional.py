@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -64,6 +65,11 @@ def gate_bank_at(
         return bank(sizes, _kind_codes(kinds)).gates_at(weight, bias, standardize_number(beta, beta_range))
     eta = standardize(beta, beta_range, device=weight.device, dtype=reference.gate_dtype(weight.dtype))
     return gate_bank(weight, bias, eta, sizes, kinds)
+
+
+def compiled_bank(sizes: tuple[int, ...], kinds: tuple[str, ...]) -> Any:
+    """The compiled gates of these slices, for a caller that keeps them; see ops.shortcuts.bank."""
+    return bank(sizes, _kind_codes(kinds))
 
 
 @functools.cache

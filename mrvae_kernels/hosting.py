@@ -94,7 +94,7 @@ Contexts = Callable[[], tuple[contextlib.AbstractContextManager, contextlib.Abst
 
 
 class Turn:
-    """A lock for one thread at a time in a network, whose layers hold one beta's gates; copies get a lock of their own."""
+    """A lock: one thread at a time in a network, whose layers hold one beta's gates. Copies have locks of their own."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()

@@ -13,8 +13,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .adapters import ADAPTERS, refusal
 from .conditional import ConditionalBatchNorm
 from .gates import GateSpec
-from .layers import GatedLayer
 from .hosting import Hosted
+from .layers import GatedLayer
 
 Gates = str | GateSpec | Mapping[str, str | GateSpec]
 
@@ -86,8 +86,8 @@ def _refuse_gated(network: nn.Module) -> None:
     for name, module in network.named_modules():
         if isinstance(module, (GatedLayer, ConditionalBatchNorm)):
             raise ValueError(
-                f"{name or 'the network'!r} is a {type(module).__name__}, which takes beta itself; multirate() gates plain "
-                f"layers: put an nn.{module.plain.__name__} there, or pass beta to your own layers without multirate()"
+                f"{name or 'the network'!r} is a {type(module).__name__}, which takes beta itself; multirate() gates "
+                f"plain layers: put an nn.{module.plain.__name__} there, or pass beta to your layers without multirate()"
             )
 
 

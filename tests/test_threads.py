@@ -75,3 +75,11 @@ def test_a_layer_changed_after_the_first_call_is_named(change):
 def test_layers_that_take_beta_themselves_are_refused(layer):
     with pytest.raises(ValueError, match=f"'1' is a {type(layer).__name__}, which takes beta itself"):
         mk.multirate(nn.Sequential(nn.Linear(4, 4), layer), "sigmoid")
+
+
+def test_plans_do_not_outlive_a_change_of_dtype():
+    model, x = network(), torch.randn(4, 32)
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float32):
+        model.to(dtype)
+        first, second = (model(x.to(dtype), beta=0.5) for _ in range(2))
+        assert first.dtype == dtype and torch.equal(first, second)

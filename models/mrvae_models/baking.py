@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import mrvae_kernels as mk
 
 from .config import TrainConfig
-from .curve import CALIBRATION_BATCH, at, calibrated, recalibration_noise
+from .curve import at, calibrated, calibration_batches, recalibration_noise
 from .run import CONFIG, MODEL, load_model, replace_file, save_model, write_config
 from .vae import VAE
 
@@ -78,7 +78,7 @@ def bake_run(
     model, document = load_model(run)
     if not isinstance(model, mk.MultiRate):
         raise ValueError(f"{run} holds a plain model, without gates; there is nothing to bake")
-    batches = None if calibration is None else calibration.split(CALIBRATION_BATCH)
+    batches = None if calibration is None else calibration_batches(calibration)
     with recalibration_noise(torch.device("cpu")):
         network: Any = mk.bake(model, beta, batches).eval()
     description = {

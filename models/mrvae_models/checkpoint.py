@@ -7,11 +7,13 @@ torch's weights-only unpickler reads it, which refuses everything that could run
 
 from __future__ import annotations
 
+import math
 import pickle
 import random
 import signal
 import threading
 import time
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,7 +28,7 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from .config import CHANGEABLE, TrainConfig
 from .data import Batches
-from .lightning_module import OBJECTIVE
+from .lightning_module import OBJECTIVE, TrainingModule
 from .run import BEST, LAST, first_lines, replace_file
 
 KEY = "mrvae"
@@ -35,6 +37,10 @@ KEY = "mrvae"
 
 class CheckpointError(RuntimeError):
     """A checkpoint that cannot be used: truncated, of another run, or holding more than tensors and plain types."""
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss or the weights are no longer finite; the checkpoint before that is kept."""
 
 
 class StopTraining(Exception):
@@ -138,7 +144,8 @@ class RunCheckpoint(Checkpoint):
 
     last.ckpt after every epoch and every `checkpoint_every_steps` steps; best.ckpt when the validation objective
     improves. Ctrl-C and SIGTERM let the step end, save and raise StopTraining; a second one stops at once. With several
-    processes the stop waits for the end of the epoch, where they agree on it.
+    processes the stop waits for the end of the epoch, where they agree on it. What is not finite is never saved:
+    TrainingDiverged instead, at the save.
     """
 
     def __init__(self, config: TrainConfig, description: Mapping[str, Any], directory: Path, loader: Batches) -> None:
@@ -190,17 +197,25 @@ class RunCheckpoint(Checkpoint):
         alone = trainer.world_size == 1
         every = self.config.checkpoint_every_steps
         if alone and self._wants_stop():
+            self._check_finite(trainer, pl_module)
             self._save(trainer, LAST)
             raise StopTraining(self._reason or "stopped")
         if every is not None and trainer.global_step % every == 0:
+            self._check_finite(trainer, pl_module)
             self._save(trainer, LAST)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         objective = trainer.callback_metrics[OBJECTIVE].item()
-        if self.best is None or objective < self.best:
+        if not math.isfinite(objective):  # every comparison with NaN is false: once best, it would stay so
+            warnings.warn(
+                f"the validation objective is {objective} in epoch {trainer.current_epoch + 1}; not counted as best",
+                stacklevel=1,
+            )
+        elif self.best is None or objective < self.best:
             self.best, self.best_epoch, self._improved = objective, trainer.current_epoch, True
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._check_finite(trainer, pl_module)
         if self._improved:
             self._improved = False
             self._save(trainer, BEST)
@@ -214,6 +229,22 @@ class RunCheckpoint(Checkpoint):
         if self._reason is None and limit is not None and time.monotonic() - self._started >= limit:
             self._reason = f"max_time of {limit:g} s reached"
         return self._reason is not None
+
+    def _check_finite(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Before a save, which waits for the device anyway; all processes raise together, or some would hang."""
+        assert isinstance(module, TrainingModule)
+        if not trainer.strategy.reduce_boolean_decision(not module.is_finite(), all=False):
+            return
+        averages = module.epoch_averages.means()
+        loss = "none yet" if averages is None else f"{averages.loss:g}"
+        last = self.directory / LAST
+        kept = f"{last} is kept as it was saved before" if last.exists() else "no checkpoint was saved before"
+        raise TrainingDiverged(
+            f"training diverged in epoch {trainer.current_epoch + 1} of {self.config.epochs}, by step "
+            f"{trainer.global_step}, at learning rate {trainer.optimizers[0].param_groups[0]['lr']:g} (--lr "
+            f"{self.config.lr:g}): the mean loss is {loss}, expected a finite loss and finite weights; train again "
+            f"(--force) with a smaller --lr, or with --clip, e.g. --clip 1; {kept}"
+        )
 
     def _save(self, trainer: pl.Trainer, name: str) -> None:
         trainer.save_checkpoint(self.directory / name, weights_only=False)

@@ -197,7 +197,10 @@ class TrainConfig:
         choices=("cosine", "linear", "constant"),
     )
     final_lr: float = _option(
-        FROM_RECIPE, "learning rate at the end of a cosine or linear schedule", "optimisation", metavar="LR",
+        FROM_RECIPE,
+        "learning rate at the end of a cosine or linear schedule",
+        "optimisation",
+        metavar="LR",
         parse=float,
     )
     warmup: float = _option(
@@ -319,6 +322,8 @@ class TrainConfig:
         if "format" in document:
             check_format(document, FORMAT, path)
             document = document.get("config", {})
+            if not isinstance(document, dict):
+                raise ValueError(f"{path}: entry 'config' is {document!r}; expected an object of options")
         return cls.from_dict(document, str(path))
 
 

@@ -137,7 +137,8 @@ def evaluate(
 
     model        a MultiRate around a VAE, or a plain (baked, or separately trained) VAE with the one beta it is for
     samples      draws of z an example that the distortion averages over; the rate is analytic
-    seed         of the noise, which is the same at every beta
+    seed         of the noise, which is the same at every beta; the noise depends on batch_size too, as each batch is
+                 seeded by `seed` and its place: compare curves of one batch_size
     calibration  training images, (n, *input_shape); needed by networks with BatchNorm, whose running statistics are
                  recalibrated at each beta and put back afterwards
     Standard errors are over examples: std / sqrt(N), and for active units the bootstrap's.
@@ -192,6 +193,11 @@ def has_running_statistics(model: nn.Module) -> bool:
     )
 
 
+def calibration_batches(images: Tensor) -> tuple[Tensor, ...]:
+    """Even parts of at most CALIBRATION_BATCH: each counts alike, and one of a single image has no variance."""
+    return images.tensor_split(max(1, math.ceil(len(images) / CALIBRATION_BATCH)))
+
+
 @contextlib.contextmanager
 def recalibration_noise(device: torch.device) -> Iterator[None]:
     """A block in which torch's global generators start from a fixed seed; they are put back at the end.
@@ -224,7 +230,7 @@ def calibrated(model: nn.Module, images: Tensor | None, beta: float) -> Iterator
     parameter = next(model.parameters())
     try:
         with recalibration_noise(parameter.device):
-            model.recalibrate((batch.to(parameter) for batch in images.split(CALIBRATION_BATCH)), beta)
+            model.recalibrate((batch.to(parameter) for batch in calibration_batches(images)), beta)
         yield
     finally:
         for name, buffer in buffers.items():

@@ -45,11 +45,15 @@ class RunningAverages:
         self._sums = step if self._sums is None else self._sums + step
         self._count += 1
 
+    def means(self) -> Averages | None:
+        """Means since the last take(), or None without a step; waits for the device."""
+        return None if self._sums is None else Averages(*(self._sums / self._count).tolist())
+
     def take(self) -> Averages | None:
-        """Means since the last call, or None without a step; waits for the device."""
-        sums, count = self._sums, self._count
+        """The same, and starts anew."""
+        means = self.means()
         self._sums, self._count = None, 0
-        return None if sums is None else Averages(*(sums / count).tolist())
+        return means
 
 
 class TrainingModule(pl.LightningModule):
@@ -71,7 +75,7 @@ class TrainingModule(pl.LightningModule):
         self.steps = 0  # optimiser steps of the whole run
         self._calibration = [calibration]  # in a list: a tensor attribute is no state, and is not moved to the device
         self.recent_averages = RunningAverages()  # for the progress line
-        self.epoch_averages = RunningAverages()
+        self.epoch_averages = RunningAverages()  # of the epoch so far
         self.validated_epoch: int | None = None
         self._validation: list[Tensor] = []
 
@@ -83,6 +87,19 @@ class TrainingModule(pl.LightningModule):
         images = self.loader.dataset.images
         if self.device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(self.device)[0] // 4:
             self.loader.dataset.images = images.to(self.device)
+
+    def on_train_epoch_start(self) -> None:
+        self.epoch_averages = RunningAverages()
+
+    def is_finite(self) -> bool:
+        """Whether the epoch's mean loss so far and all weights are finite; waits for the device.
+
+        The weights too: after a step whose gradient overflowed, only the next step's loss would show it.
+        """
+        averages = self.epoch_averages.means()
+        if averages is not None and not math.isfinite(averages.loss):
+            return False
+        return bool(torch.stack([parameter.isfinite().all() for parameter in self.parameters()]).all())
 
     def training_step(self, x: Tensor) -> Tensor:
         config = self.config

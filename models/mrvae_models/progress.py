@@ -121,7 +121,7 @@ class MetricsFile(Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, TrainingModule)
-        averages = pl_module.epoch_averages.take()
+        averages = pl_module.epoch_averages.means()
         if not trainer.is_global_zero or averages is None:
             return
         row: dict[str, Any] = {

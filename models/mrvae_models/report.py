@@ -14,7 +14,7 @@ import mrvae_kernels as mk
 from .baking import source_config
 from .config import TrainConfig
 from .curve import Curve, evaluate, has_running_statistics, pictures, round_betas
-from .run import calibration_images, load_model, load_split
+from .run import CURVE_FILES, calibration_images, load_model, load_split, plain_network
 
 PICTURED_BETAS = 6
 PICTURED_IMAGES = 10
@@ -35,7 +35,7 @@ def report(
     """Evaluate a run (and those to compare with, on the same images), write its curve, and return both with the files.
 
     betas: default round_betas over the run's range; a plain model's own beta. The data are the run's. ValueError when
-    the runs to compare with have gates, or images of another shape.
+    the runs to compare with have gates, or another image shape, likelihood, sigma, data or binarize.
     """
     out = run if out is None else out
     model, document = load_model(run)
@@ -52,18 +52,14 @@ def report(
         other, its_document = load_model(path)
         if isinstance(other, mk.MultiRate):
             raise ValueError(f"{path} has gates; --compare takes runs at one beta, trained with --beta or baked")
-        if its_document["model"]["input_shape"] != document["model"]["input_shape"]:
-            raise ValueError(
-                f"{path} is for images of shape {tuple(its_document['model']['input_shape'])}, "
-                f"and {run} for {tuple(document['model']['input_shape'])}; they have no curve in common"
-            )
+        _check_comparable(path, other, its_document, run, model, document)
         point = evaluate(_to(other, device), dataset, [its_document["model"]["beta"]], **settings)
         name = "baked" if "baked" in its_document else r"$\beta$-VAEs, one run each"
         others[name] = Curve((*others.get(name, Curve(())).points, *point.points))
     if others:
         about["compared"] = [str(path) for path in compare]
     curve = Curve(curve.points, {**curve.about, **about})
-    files = [out / "curve.csv", out / "curve.json", out / "curve.png"]
+    files = [out / name for name in CURVE_FILES]
     out.mkdir(parents=True, exist_ok=True)
     curve.write_csv(files[0])
     curve.write_json(files[1])
@@ -72,6 +68,35 @@ def report(
     grid = pictures(model, dataset, _spread(sorted(betas)), PICTURED_IMAGES, seed, calibration) if images else None
     draw(curve, files[2], grid, others)
     return curve, files
+
+
+def _check_comparable(
+    path: Path, other: nn.Module, its_document: dict[str, Any], run: Path, model: nn.Module, document: dict[str, Any]
+) -> None:
+    """ValueError where the numbers of two runs would be of different quantities, or of models of different data."""
+    its, own = source_config(its_document), source_config(document)
+    one, two = plain_network(other), plain_network(model)
+    pairs = [
+        ("input_shape", tuple(one.input_shape), tuple(two.input_shape)),
+        ("likelihood", repr(one.likelihood), repr(two.likelihood)),  # names sigma, and resolves what was left out
+        ("binarize", its.binarize, own.binarize),
+    ]
+    if not _same_source(its.data, own.data):
+        pairs.append(("data", its.data, own.data))
+    different = [f"{name} is {found} there and {wanted} here" for name, found, wanted in pairs if found != wanted]
+    if different:
+        raise ValueError(
+            f"{path} and {run} have no curve in common: {'; '.join(different)}; give --compare runs of the same data "
+            "and likelihood"
+        )
+
+
+def _same_source(one: str, other: str) -> bool:
+    """Whether two values of --data name the same: a file may be given by several paths."""
+    if one == other:
+        return True
+    first, second = Path(one).expanduser(), Path(other).expanduser()
+    return first.exists() and second.exists() and first.samefile(second)
 
 
 def betas_of(description: dict[str, Any], config: TrainConfig) -> list[float]:

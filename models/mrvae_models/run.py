@@ -17,6 +17,7 @@ import platform
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
@@ -34,6 +35,19 @@ CONFIG = "config.json"
 MODEL = "model.safetensors"
 LAST = "last.ckpt"
 BEST = "best.ckpt"
+CURVE_FILES = ("curve.csv", "curve.json", "curve.png")
+
+DESCRIPTION: dict[str, tuple[type, ...]] = {
+    "network": (str,),
+    "input_shape": (list,),
+    "latent": (int, NoneType),
+    "likelihood": (str, NoneType),
+    "sigma": (int, float, NoneType),
+    "options": (dict,),
+}
+GATED: dict[str, tuple[type, ...]] = {"gates": (dict,), "beta_range": (list,), "exclude": (list,)}
+PLAIN: dict[str, tuple[type, ...]] = {"beta": (int, float)}
+"""Entries of what describe() returns, and their JSON types; of a model with gates, and of a plain one."""
 
 CALIBRATION_EXAMPLES = 2000
 """Training images on which BatchNorm statistics are recalibrated at each beta."""
@@ -192,7 +206,12 @@ def load_model(directory: str | Path) -> tuple[nn.Module, dict[str, Any]]:
             f"{path} belongs to another configuration than {directory / CONFIG}: "
             + "; ".join(f"{key} is {header.get(key)!r} there and {description.get(key)!r} here" for key in different)
         )
-    model = build_model(description)
+    try:
+        model = build_model(description)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f"{directory / CONFIG}: its entry 'model' describes no network that can be built: {first_lines(error)}"
+        ) from None
     _add_biases(model, tensors)
     try:
         model.load_state_dict(tensors)
@@ -212,7 +231,29 @@ def read_description(directory: str | Path) -> dict[str, Any]:
     check_format(document, FORMAT, path)
     if not isinstance(document.get("model"), dict):
         raise ValueError(f"{path} has no entry 'model', which says how the network is built")
+    if not isinstance(document.get("config"), dict):
+        raise ValueError(f"{path} has no entry 'config', the options of the run; expected a JSON object")
+    _check_description(document["model"], path)
     return document
+
+
+def _check_description(description: Mapping[str, Any], path: Path) -> None:
+    """ValueError unless the description has what describe() writes, so that it can be read without surprises."""
+    expected = {**DESCRIPTION, **(GATED if "gates" in description else PLAIN)}
+    for name, types in expected.items():
+        value = description.get(name)
+        if name not in description or not isinstance(value, types) or isinstance(value, bool):
+            found = f"is {value!r}" if name in description else "is missing"
+            names = " or ".join("null" if kind is NoneType else kind.__name__ for kind in types)
+            raise ValueError(
+                f"{path}: entry {name!r} of 'model' {found}; expected {names}, as mrvae train writes it; restore the "
+                "file, or train again"
+            )
+    for part, spec in description.get("gates", {}).items():
+        if not isinstance(spec, dict) or not isinstance(spec.get("inputs"), (dict, NoneType)):
+            raise ValueError(
+                f"{path}: the gate of {part!r} is {spec!r}; expected an object of the fields of a GateSpec"
+            )
 
 
 def _read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -225,9 +266,14 @@ def _read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {}).get("model", "{}"))
-            return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118  # not a dict
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
     except (SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is truncated or no safetensors file: {error}") from None
+    if not isinstance(header, dict):
+        raise ValueError(
+            f"{path}: entry 'model' of its header is {header!r}; expected an object, as mrvae train writes it"
+        )
+    return tensors, header
 
 
 def _add_biases(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -39,12 +38,12 @@ from .config import TrainConfig
 from .data import Batches, ImageDataset, batches
 from .lightning_module import OBJECTIVE, TrainingModule
 from .networks import start_from
+from .preflight import TENSORBOARD, check_free, check_last_batch, check_splits, remove_run
 from .progress import METRICS, MetricsFile, ProgressLine
 from .run import (
     BEST,
     CONFIG,
     LAST,
-    MODEL,
     build_model,
     calibration_images,
     describe,
@@ -58,11 +57,6 @@ from .run import (
 __all__ = ["TrainConfig", "TrainResult", "TrainingInterrupted", "train"]
 
 VALIDATION_BATCH = 500
-
-TENSORBOARD = "tensorboard"
-
-OWNED = (CONFIG, MODEL, LAST, BEST, METRICS)
-"""Files of a run; --force removes these, and the logs, and nothing else."""
 
 
 class TrainingInterrupted(RuntimeError):
@@ -85,20 +79,23 @@ def train(config: TrainConfig, resume: bool = False, force: bool = False, progre
 
     Everything is checked before training starts. ValueError for options and data that make no sense; FileExistsError
     when the directory holds a run already (force=True removes it); CheckpointError for a checkpoint that cannot be
-    resumed; TrainingInterrupted after Ctrl-C, SIGTERM or max_time, with a checkpoint on the disk.
+    resumed; TrainingInterrupted after Ctrl-C, SIGTERM or max_time, with a checkpoint on the disk; TrainingDiverged, a
+    RuntimeError, when the loss or the weights are no longer finite.
     A resumed run ends with the same bits as one that was never stopped, on the CPU and, with `deterministic`, on a GPU.
     """
     config.check()
     directory = config.directory
     first = is_first_process()
     if first and not resume:
-        _check_free(directory, force)
+        check_free(directory, force)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     train_set, validation_set = load_split(config, "train"), load_split(config, "validation")
+    check_splits(train_set, validation_set, config.data)
     description = describe(config, train_set.input_shape)
     pl.seed_everything(config.seed, verbose=False)
     model = build_model(description)
+    check_last_batch(model, len(train_set), config)
     start_from(plain_network(model), train_set.images)
     share = config.batch_size // (config.devices * config.num_nodes)
     loader = batches(train_set, share, shuffle=True, seed=config.seed)
@@ -111,7 +108,7 @@ def train(config: TrainConfig, resume: bool = False, force: bool = False, progre
             return _finish(config, description, model, checkpoint, None)
         del checkpoint
     elif first and force:
-        _remove_run(directory)
+        remove_run(directory)
     if first:
         write_config(directory, description, config=config.to_dict())
     with _quiet():
@@ -196,8 +193,8 @@ def _finish(
     if config.keep == "best":
         if saved["best"] is None:
             warnings.warn(
-                f"no validation in {config.epochs} epochs, as validate_every is {config.validate_every}: "
-                "keeping the last weights",
+                f"no validation with a finite objective in {config.epochs} epochs, validate_every being "
+                f"{config.validate_every}: keeping the last weights",
                 stacklevel=3,
             )
         else:
@@ -228,23 +225,6 @@ def is_first_process() -> bool:
         if name in os.environ:
             return int(os.environ[name]) == 0
     return int(os.environ.get("LOCAL_RANK", 0)) == 0 and int(os.environ.get("NODE_RANK", 0)) == 0
-
-
-def _check_free(directory: Path, force: bool) -> None:
-    if directory.exists() and not directory.is_dir():
-        raise FileExistsError(f"{directory} is a file; give --out the directory to write the run to")
-    found = [name for name in OWNED if (directory / name).exists()]
-    if found and not force:
-        raise FileExistsError(
-            f"{directory} holds a run already ({', '.join(found)}): continue it with --resume {directory}, "
-            "replace it with --force, or choose another --out"
-        )
-
-
-def _remove_run(directory: Path) -> None:
-    for name in OWNED:
-        (directory / name).unlink(missing_ok=True)
-    shutil.rmtree(directory / TENSORBOARD, ignore_errors=True)
 
 
 class _Views:

@@ -18,13 +18,15 @@ from mrvae_models.checkpoint import (
     KEY,
     CheckpointError,
     SafeCheckpointIO,
+    TrainingDiverged,
     random_state,
     read_checkpoint,
     set_random_state,
 )
 from mrvae_models.config import TrainConfig
 from mrvae_models.lightning_module import TrainingModule
-from mrvae_models.run import LAST, MODEL, load_model, replace_file
+from mrvae_models.options import read_json
+from mrvae_models.run import BEST, CONFIG, LAST, MODEL, load_model, replace_file, save_model, write_json
 from mrvae_models.training import TrainingInterrupted, train
 
 STEPS_PER_EPOCH = 6
@@ -174,6 +176,56 @@ def test_a_signal_saves_and_says_how_to_resume(config, tmp_path, monkeypatch, nu
     assert_same_bits(config.out, whole.out)
 
 
+def spoil(monkeypatch, at):
+    """Make the loss NaN from optimiser step `at` on."""
+    step = TrainingModule.training_step
+
+    def spoiled(self, x):
+        return step(self, x * torch.nan if self.global_step >= at else x)
+
+    monkeypatch.setattr(TrainingModule, "training_step", spoiled)
+
+
+@pytest.mark.parametrize("every", [None, 1])
+def test_a_loss_that_is_not_finite_ends_training_and_keeps_the_checkpoint_before(config, monkeypatch, every):
+    config = replace(config, warmup=0.0, validate_every=1, checkpoint_every_steps=every)
+    spoil(monkeypatch, 8)
+    message = (
+        "diverged in epoch 2 of 4.*learning rate .*mean loss is nan.*smaller --lr, or with --clip.*last.ckpt is kept"
+    )
+    with pytest.raises(TrainingDiverged, match=message):
+        run(config)
+    saved = read_checkpoint(config.directory / LAST)
+    assert saved["global_step"] == (STEPS_PER_EPOCH if every is None else 8)
+    assert all(value.isfinite().all() for value in saved["state_dict"].values())
+    assert read_checkpoint(config.directory / BEST)["global_step"] == STEPS_PER_EPOCH
+    assert not (config.directory / MODEL).exists()
+
+
+def test_weights_that_are_not_finite_end_training_though_every_loss_was(config, monkeypatch):
+    config = replace(config, epochs=1, warmup=0.0)
+
+    def overflow(self, *hook):
+        if self.global_step == STEPS_PER_EPOCH - 1:
+            next(self.parameters()).grad.fill_(torch.inf)
+
+    monkeypatch.setattr(TrainingModule, "on_after_backward", overflow)
+    with pytest.raises(TrainingDiverged, match=r"mean loss is \d.*no checkpoint was saved before"):
+        run(config)
+    assert not (config.directory / LAST).exists()
+
+
+def test_a_validation_that_is_not_finite_is_never_best(config, monkeypatch):
+    values = iter([torch.nan, 3.0, -torch.inf, 4.0])
+    monkeypatch.setattr(
+        TrainingModule, "on_validation_epoch_end", lambda self: self.log("validation/objective", next(values))
+    )
+    with pytest.warns(UserWarning, match="validation objective is nan in epoch 1; not counted as best"):
+        result = run(replace(config, validate_every=1, warmup=0.0))
+    assert result.objective == 3.0
+    assert read_checkpoint(config.directory / BEST)["global_step"] == 2 * STEPS_PER_EPOCH
+
+
 def test_max_time_stops_and_resumes(config, tmp_path):
     whole = replace(config, out=str(tmp_path / "whole"))
     run(whole)
@@ -300,6 +352,51 @@ def test_model_file_truncated_or_of_another_configuration(config):
         load_model(config.directory)
     path.write_bytes(pickle.dumps({"a": 1}))
     with pytest.raises(ValueError, match="truncated or no safetensors file"):
+        load_model(config.directory)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda document: document["model"].pop("network"), "entry 'network' of 'model' is missing"),
+        (lambda document: document["model"].update(gates=["sigmoid"]), r"entry 'gates' of 'model' is \['sigmoid'\]"),
+        (lambda document: document["model"].update(gates={"encoder": "sigmoid"}), "the gate of 'encoder' is 'sigmoid'"),
+        (
+            lambda document: document["model"].update(latent="3"),
+            "entry 'latent' of 'model' is '3'; expected int or null",
+        ),
+        (lambda document: document.pop("config"), "no entry 'config'"),
+        (lambda document: document.update(model=[1]), "no entry 'model'"),
+    ],
+)
+def test_a_malformed_config_is_named(config, change, message):
+    run(replace(config, epochs=1, warmup=0.0))
+    path = config.directory / CONFIG
+    document = read_json(path)
+    change(document)
+    write_json(path, document)
+    with pytest.raises(ValueError, match=f"config.json.*{message}"):
+        load_model(config.directory)
+
+
+@pytest.mark.parametrize("change", [{"input_shape": ["a"]}, {"gates": {"encoder": {"kind": "sigmoid", "colour": 1}}}])
+def test_a_description_of_no_network_names_the_file(config, change):
+    run(replace(config, epochs=1, warmup=0.0))
+    model, document = load_model(config.directory)
+    document["model"].update(change)
+    write_json(config.directory / CONFIG, document)
+    save_model(config.directory, model, document["model"])
+    with pytest.raises(ValueError, match=r"config.json: its entry 'model' describes no network that can be built"):
+        load_model(config.directory)
+
+
+def test_a_malformed_header_is_named(config):
+    run(replace(config, epochs=1, warmup=0.0))
+    model, _ = load_model(config.directory)
+    save_model(config.directory, model, [1])
+    with pytest.raises(
+        ValueError, match=r"model.safetensors: entry 'model' of its header is \[1\]; expected an object"
+    ):
         load_model(config.directory)
 
 

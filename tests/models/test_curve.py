@@ -20,6 +20,7 @@ from mrvae_models.curve import (
     Point,
     active_units,
     calibrated,
+    calibration_batches,
     evaluate,
     log_spaced,
     pictures,
@@ -27,7 +28,7 @@ from mrvae_models.curve import (
     round_betas,
 )
 from mrvae_models.networks import build
-from mrvae_models.report import report
+from mrvae_models.report import _same_source, report
 from mrvae_models.run import build_model, describe, load_model, save_model, write_config
 from PIL import Image
 
@@ -164,6 +165,24 @@ def test_batch_norm_needs_calibration_and_gets_it_for_each_beta():
         baked = evaluate(mk.bake(model, 0.3, [train]), data, [0.3]).points
     assert points[0].distortion == pytest.approx(baked[0].distortion, rel=1e-5)
     assert points[0].rate == pytest.approx(baked[0].rate, rel=1e-4)
+
+
+@pytest.mark.parametrize(("n", "parts"), [(501, [251, 250]), (1000, [500, 500]), (1001, [334, 334, 333]), (3, [3])])
+def test_calibration_batches_are_even(n, parts):
+    assert [len(part) for part in calibration_batches(torch.zeros(n, 1))] == parts
+
+
+def test_calibration_with_one_image_over(tmp_path):
+    run = saved_run(tmp_path / "run", network="cnn", network_options={"channels": [4, 4, 4, 4]})  # maps of 1x1 inside
+    calibration = torch.rand(501, 1, 28, 28)
+    model, _ = load_model(run)
+    with calibrated(model, calibration, 0.5):
+        measured = next(value for name, value in model.named_buffers() if name.endswith("running_mean")).clone()
+    bake_run(run, 0.5, calibration=calibration)
+    convolution = next(module for module in model.modules() if isinstance(module, torch.nn.Conv2d))
+    with torch.no_grad():
+        exact = convolution(calibration).mean((0, 2, 3))
+    torch.testing.assert_close(measured, exact, rtol=1e-3, atol=1e-3)
 
 
 def test_betas():
@@ -303,6 +322,26 @@ def test_report_of_a_run_with_runs_to_compare(tmp_path):
     assert alone.points[0].objective == pytest.approx(curve.points[6].objective, rel=1e-5)
     with pytest.raises(ValueError, match="has gates; --compare takes runs at one beta"):
         report(single, compare=[run], out=tmp_path / "wrong")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"likelihood": "gaussian", "sigma": 0.5}, r"likelihood is Gaussian\(sigma=0.5\) there and Bernoulli\(\) here"),
+        ({"binarize": "fixed"}, "binarize is fixed there and none here"),
+        ({"data": "other.npz"}, "data is other.npz there and digits here"),
+    ],
+)
+def test_runs_that_cannot_be_compared_are_refused(tmp_path, options, message):
+    run = saved_run(tmp_path / "run", binarize="none")
+    single = saved_run(tmp_path / "single", **{"beta": 0.1, "binarize": "none", **options})
+    with pytest.raises(ValueError, match=f"no curve in common: {message}"):
+        report(run, betas=[1.0], compare=[single], out=tmp_path / "report")
+
+
+def test_one_file_by_two_paths_is_the_same_data(tmp_path):
+    (tmp_path / "data.npz").write_text("")
+    assert _same_source(str(tmp_path / "data.npz"), str(tmp_path / "." / ".." / tmp_path.name / "data.npz"))
 
 
 def test_baked_files_agree_with_the_gated_model(tmp_path):

@@ -14,7 +14,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from mrvae_models import lightning_module
+from mrvae_models import lightning_module, training
 from mrvae_models.config import TrainConfig, changes_of_resume
 from mrvae_models.data import DataError, ImageDataset, batches
 from mrvae_models.lightning_module import TrainingModule, learning_rate_factor
@@ -196,7 +196,7 @@ def test_training_lowers_the_objective_and_writes_a_run(config):
     assert document["model"]["input_shape"] == [1, 6, 6]
     assert document["versions"]["torch"] == torch.__version__
     assert TrainConfig.load(result.directory / "config.json") == replace(
-        config, epochs=12, log_to=("csv", "tensorboard"), lr=1e-2
+        config, epochs=12, log_to=("csv", "tensorboard"), lr=1e-2, gate_lr_factor=1.0
     )
     assert any(path.name.startswith("events") for path in (result.directory / "tensorboard").iterdir())
     loaded, _ = load_model(result.directory)
@@ -341,6 +341,56 @@ def test_a_run_is_not_overwritten_unless_forced(config):
     run(replace(config, seed=5), force=True)
     assert (config.directory / "last.ckpt").read_bytes() != before
     assert (config.directory / "notes.txt").read_text() == "mine"
+
+
+def test_force_removes_what_was_derived_from_the_replaced_run(config):
+    run(config)
+    directory = config.directory
+    for name in ("curve.csv", "curve.json", "curve.png"):
+        (directory / name).write_text("old")
+    for name in ("baked-0.5", "baked-1", "baked-mine"):
+        (directory / name).mkdir()
+        (directory / name / "model.pt2").write_text("old")
+    for name in ("baked-0.5", "baked-1"):
+        (directory / name / "config.json").write_text((directory / "config.json").read_text())
+    (directory / "baked-1" / "notes.txt").write_text("mine")
+    run(config, force=True)
+    assert not list(directory.glob("curve.*"))
+    assert sorted(path.name for path in directory.glob("baked-*")) == ["baked-1", "baked-mine"]
+    assert [path.name for path in (directory / "baked-1").iterdir()] == ["notes.txt"]
+    assert (directory / "baked-mine" / "model.pt2").exists()  # no config.json of ours: not ours
+
+
+def test_force_leaves_a_curve_that_is_of_no_run(config):
+    config.directory.mkdir()
+    (config.directory / "curve.csv").write_text("mine")
+    run(replace(config, epochs=1), force=True)
+    assert (config.directory / "curve.csv").read_text() == "mine"
+
+
+def test_splits_of_different_shapes_are_refused_before_training(config, monkeypatch):
+    def load(config, split):
+        return ImageDataset(torch.rand(4, 1, *((8, 8) if split == "train" else (10, 10))))
+
+    monkeypatch.setattr(training, "load_split", load)
+    with pytest.raises(DataError, match=r"training images have shape \(1, 8, 8\) and validation images \(1, 10, 10\)"):
+        run(config)
+    assert not config.directory.exists()
+
+
+def test_a_last_batch_of_one_is_refused_for_batch_norm_alone(config):
+    options = {"channels": [4, 64]}
+    normed = replace(config, network="cnn", network_options=options, batch_size=16, epochs=1)
+    message = "81 training images in batches of 16 leave a batch of 1 .* choose --batch-size 15 or 17, or a network"
+    with pytest.raises(ValueError, match=message):
+        run(normed)
+    assert not config.directory.exists()
+    with pytest.raises(ValueError, match="in batches of 1 leave a batch of 1"):
+        run(replace(normed, batch_size=1))
+    with pytest.raises(ValueError, match="shared by 2 processes"):  # 81 = 3 * 26 + 3: one row each, one left out
+        run(replace(normed, batch_size=26, devices=2))
+    run(replace(normed, network_options={**options, "norm": "group"}))
+    run(replace(normed, batch_size=17), force=True)
 
 
 def test_out_that_is_a_file(config):

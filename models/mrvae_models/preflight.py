@@ -1,0 +1,103 @@
+"""What is checked before a run starts, and what --force clears away: after this, nothing is found out mid-epoch."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from pathlib import Path
+
+from torch import nn
+
+from .baking import DECODER, PROGRAM
+from .config import FORMAT, TrainConfig
+from .curve import has_running_statistics
+from .data import DataError, ImageDataset
+from .options import check_format, read_json
+from .progress import METRICS
+from .run import BEST, CONFIG, CURVE_FILES, LAST, MODEL
+
+TENSORBOARD = "tensorboard"
+
+OWNED = (CONFIG, MODEL, LAST, BEST, METRICS)
+"""Files that make a directory a run; --force removes these, the logs, and what was derived from the run in it."""
+
+BAKED = (CONFIG, MODEL, PROGRAM, DECODER, *CURVE_FILES)
+
+
+def check_splits(train_set: ImageDataset, validation_set: ImageDataset, data: str) -> None:
+    """DataError unless both splits have images of one shape; otherwise the first validation would find it out."""
+    if train_set.input_shape != validation_set.input_shape:
+        raise DataError(
+            f"{data}: training images have shape {train_set.input_shape} and validation images "
+            f"{validation_set.input_shape}; expected one shape (C, H, W) in all splits: resize the images "
+            "(--resize for image files), or give data whose splits agree"
+        )
+
+
+def check_last_batch(model: nn.Module, n: int, config: TrainConfig) -> None:
+    """ValueError when a process would get a batch of one example for batch norm, which has no variance to divide by."""
+    if not has_running_statistics(model) or not _has_batch_of_one(n, config.batch_size, _processes(config)):
+        return
+    processes = _processes(config)
+    sizes = range(2 * processes, max(2 * config.batch_size, 4 * processes) + 1, processes)
+    works = sorted(
+        (size for size in sizes if size <= max(n, 2 * processes) and not _has_batch_of_one(n, size, processes)),
+        key=lambda size: abs(size - config.batch_size),
+    )[:2]
+    choose = f"choose --batch-size {' or '.join(map(str, sorted(works)))}, or " if works else "give more images, or "
+    shared = f" shared by {processes} processes" if processes > 1 else ""
+    raise ValueError(
+        f"{n} training images in batches of {config.batch_size}{shared} leave a batch of 1 example, on which the "
+        f"network's batch norm cannot train; expected at least 2 in each: {choose}a network without batch norm "
+        "(cnn: --set norm=group)"
+    )
+
+
+def _processes(config: TrainConfig) -> int:
+    return config.devices * config.num_nodes
+
+
+def _has_batch_of_one(n: int, batch_size: int, processes: int) -> bool:
+    # as Batches shares them: rows that do not divide at the end are left out
+    return (batch_size == processes and n >= processes) or n % batch_size // processes == 1
+
+
+def check_free(directory: Path, force: bool) -> None:
+    """FileExistsError when the directory holds a run and force does not allow to replace it."""
+    if directory.exists() and not directory.is_dir():
+        raise FileExistsError(f"{directory} is a file; give --out the directory to write the run to")
+    found = [name for name in OWNED if (directory / name).exists()]
+    if found and not force:
+        raise FileExistsError(
+            f"{directory} holds a run already ({', '.join(found)}): continue it with --resume {directory}, "
+            "replace it with --force, or choose another --out"
+        )
+
+
+def remove_run(directory: Path) -> None:
+    """Remove a run, and its curve and baked models, which would pass for those of the run that replaces it.
+
+    Only files that we write, by name; a curve or a baked model only beside or with a config.json of ours.
+    """
+    if _is_ours(directory):
+        for name in CURVE_FILES:
+            (directory / name).unlink(missing_ok=True)
+        for baked in directory.glob("baked-*"):
+            if baked.is_symlink() or not _is_ours(baked):
+                continue
+            for name in BAKED:
+                (baked / name).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # it holds files of the user's as well: they stay
+                baked.rmdir()
+    for name in OWNED:
+        (directory / name).unlink(missing_ok=True)
+    shutil.rmtree(directory / TENSORBOARD, ignore_errors=True)
+
+
+def _is_ours(directory: Path) -> bool:
+    path = directory / CONFIG
+    try:
+        check_format(read_json(path), FORMAT, path)
+    except (ValueError, OSError):
+        return False
+    return True
