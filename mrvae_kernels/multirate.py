@@ -268,8 +268,8 @@ class MultiRate(Recorded):
             layer = self.network.get_submodule(entry.name)
             if type(layer) not in HOSTED_TYPES:
                 raise RuntimeError(
-                    f"{entry.name!r} is a {type(layer).__name__}: it was replaced or parametrized after multirate(), "
-                    "and would run without its gate; change the network (SyncBatchNorm, weight norm, quantisation, ...) "
+                    f"{entry.name!r} is a {type(layer).__name__}: it was replaced or parametrized after multirate() "
+                    "and would run without its gate; change the network (SyncBatchNorm, weight norm, quantisation) "
                     "first, then call multirate()"
                 )
 

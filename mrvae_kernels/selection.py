@@ -87,7 +87,7 @@ def _refuse_gated(network: nn.Module) -> None:
         if isinstance(module, (GatedLayer, ConditionalBatchNorm)):
             raise ValueError(
                 f"{name or 'the network'!r} is a {type(module).__name__}, which takes beta itself; multirate() gates "
-                f"plain layers: put an nn.{module.plain.__name__} there, or pass beta to your layers without multirate()"
+                f"plain layers: put an nn.{module.plain.__name__} there, or pass beta to your layers without it"
             )
 
 

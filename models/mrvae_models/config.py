@@ -127,8 +127,8 @@ class TrainConfig:
     )
     recipe: str = _option(
         FROM_RECIPE,
-        "options chosen together, each of which can be given apart: 'ranked' (default; as good as retraining at every "
-        "beta), 'linear' (default of that network) or 'paper' (Algorithm 1 and Listing 1 as printed)",
+        "options chosen together, each of which can be given apart: 'ranked' (default; the best of those tried on "
+        "digits), 'linear' (default of that network) or 'paper' (Algorithm 1 and Listing 1 as printed)",
         "recipe",
         choices=tuple(RECIPES),
     )

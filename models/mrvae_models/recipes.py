@@ -1,6 +1,7 @@
 """Recipes: the options that make multi-rate training work, chosen together by measurement. No torch here.
 
-    ranked  the default: one run is as good as retraining at every beta (README, `python -m bench.retraining`)
+    ranked  the default: on the embedded digits one run's D + beta R is 0.5 % below retraining's on average over ten
+            betas and 1.4 % above it at worst (three seeds, `python -m bench.retraining`)
     linear  for the linear VAE, whose optimum is known in closed form
     paper   Algorithm 1 and Listing 1 of Bae et al. (2022) as printed
 

@@ -241,7 +241,7 @@ class _Views:
 
 
 class _NoProfiler(PassThroughProfiler):
-    """Lightning enters a profiler's context some 80 times a step; this one is entered for next to nothing."""
+    """Lightning enters a profiler's context many times a step; this one costs next to nothing."""
 
     _nothing = nullcontext()
 
