@@ -22,13 +22,14 @@ demo: $(VENV)/.installed ## train one Multi-Rate VAE on real digits, draw its cu
 	@echo && echo "One training run, its whole curve, and the plain network at one beta:" && ls -d $(RUN)/*
 
 test: $(VENV)/.developed ## the whole test-suite
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest
 
 lint: $(VENV)/.developed ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
 bench: $(VENV)/.developed ## train-step time, gated over ungated (CPU, a few minutes)
+	$(BIN)/python -m pytest bench
 	$(BIN)/python -m bench.overhead --out bench/results/cpu-overhead.json
 
 clean: ## remove the environment and everything built

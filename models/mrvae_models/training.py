@@ -71,7 +71,7 @@ class TrainResult:
     model: nn.Module
     steps: int
     objective: float | None  # of the best validation, nats an example; None without one
-    seconds_per_step: float | None  # of this session; None when there was nothing left to do
+    seconds_per_step: float | None  # of this call; None when there was nothing left to do
 
 
 def train(config: TrainConfig, resume: bool = False, force: bool = False, progress: bool = True) -> TrainResult:
@@ -250,7 +250,7 @@ class _NoProfiler(PassThroughProfiler):
 
 
 class _StepTimer(pl.Callback):
-    """Seconds a step of this session, validation and saving included."""
+    """Seconds a step of this call, validation and saving included."""
 
     def __init__(self) -> None:
         self._begun = self._ended = 0.0
