@@ -308,7 +308,8 @@ def _check_gate(
         shape = value.shape
         if shape[-1:] != (features,) or len(shape) > 2 or (len(shape) == 2 and (batch is None or shape[0] != batch)):
             rows = "" if batch is None else f", or ({batch}, {features}) for one beta a sample"
-            raise ValueError(f"{name} has shape {tuple(shape)}; expected ({features},){rows}")
+            betas = f"; beta has {shape[0]} values for {batch} samples" if len(shape) == 2 and shape[0] != batch else ""
+            raise ValueError(f"{name} has shape {tuple(shape)}; expected ({features},){rows}{betas}")
     if shift is not None and shift.dim() != gate.dim():
         raise ValueError(f"gate has shape {tuple(gate.shape)} and shift {tuple(shift.shape)}; expected the same")
     return gate, shift

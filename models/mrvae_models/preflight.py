@@ -68,9 +68,10 @@ def check_free(directory: Path, force: bool) -> None:
         raise FileExistsError(f"{directory} is a file; give --out the directory to write the run to")
     found = [name for name in OWNED if (directory / name).exists()]
     if found and not force:
+        resume = f"continue it with --resume {directory}, " if LAST in found else ""
         raise FileExistsError(
-            f"{directory} holds a run already ({', '.join(found)}): continue it with --resume {directory}, "
-            "replace it with --force, or choose another --out"
+            f"{directory} holds a run already ({', '.join(found)}): {resume}replace it with --force, or choose another "
+            "--out"
         )
 
 
