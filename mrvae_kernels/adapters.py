@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.instancenorm import _InstanceNorm
@@ -17,9 +18,9 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from . import functional
 from .gates import GateSpec
 from .ops.shortcuts import scaled_linear
+from .strategy import Product
 from .recurrent import gated_recurrent, recurrent_rows
 from .reference import along
-from .strategy import choose_strategy
 
 
 class FoldEntry(NamedTuple):
@@ -74,7 +75,11 @@ class Adapter:
 
     def choose(self, layer: Any, x: Tensor) -> str:
         """The strategy for this input and one beta."""
-        return choose_strategy(layer.weight.numel(), functional.linear_output_numel(x, layer.weight), False)
+        return functional.linear_strategy(x, layer.weight, False)
+
+    def measured_product(self, layer: Any, x: Tensor, device: torch.device) -> Product | None:
+        """The layer's product for an input like x on that device, as measurements know it."""
+        return functional.linear_product(x, layer.weight, device)
 
     def run(
         self, layer: Any, gate: Tensor, shift: Tensor | None, activation: str | None, strategy: str | None, x: Tensor,
@@ -123,15 +128,19 @@ class ConvolutionAdapter(Adapter):
 
     def choose(self, layer: Any, x: Tensor) -> str:
         x = x if x.dim() == self.spatial + 2 else x.unsqueeze(0)
-        if layer.padding == "same":
-            outputs = x.numel() // layer.in_channels * layer.out_channels
-        else:
-            padding = [0] * self.spatial if layer.padding == "valid" else layer.padding
-            outputs = functional.convolution_output_numel(
-                x, layer.weight, layer.stride, padding, layer.dilation, layer.transposed, layer.output_padding,
-                layer.groups,
-            )
-        return choose_strategy(layer.weight.numel(), outputs, False)
+        return functional.convolution_strategy(x, layer.weight, self._geometry(layer), False)
+
+    def measured_product(self, layer: Any, x: Tensor, device: torch.device) -> Product | None:
+        x, geometry = x if x.dim() == self.spatial + 2 else x.unsqueeze(0), self._geometry(layer)
+        outputs = functional.convolution_output_numel(x, layer.weight, *geometry)
+        return functional.convolution_product(x, layer.weight, outputs, geometry, device)
+
+    def _geometry(self, layer: Any) -> functional.Geometry:
+        padding = layer.padding
+        if isinstance(padding, str):
+            reach = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
+            padding = [0] * self.spatial if padding == "valid" else [r // 2 for r in reach]
+        return layer.stride, padding, layer.dilation, layer.transposed, layer.output_padding, layer.groups
 
     def run_direct(self, layer: Any, gate: Tensor, shift: Tensor | None, strategy: str | None, x: Tensor) -> Tensor:
         return self.run(layer, gate, shift, None, strategy, x)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import importlib.metadata
 import os
 import platform
 import sys
@@ -12,9 +13,9 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from . import __version__, ops
+from . import __version__, measurements, ops, strategy
 from .adapters import ADAPTERS, RecurrentAdapter
-from .strategy import explain
+from .strategy import NO_TRITON, TRITON_INSTALLED, explain
 
 EXAMPLES: tuple[tuple[str, tuple[int, ...]], ...] = (
     ("Linear(784, 300)", (128, 784)),
@@ -72,7 +73,10 @@ def describe(layer: nn.Module, text: str, shape: Sequence[int], per_sample: bool
         raise ValueError(f"{text} cannot be gated: {reason}")
     weights = sum(layer.get_parameter(entry.weight).numel() for entry in adapter.entries(layer))
     head = f"{text}, input {'x'.join(map(str, shape))}, {'one beta a sample' if per_sample else 'one beta'}, {device}"
-    choice = explain(weights, output.numel(), per_sample, device)
+    product = None
+    if adapter.product:
+        product = adapter.measured_product(layer, torch.empty(tuple(shape), device="meta"), torch.device(device))
+    choice = explain(weights, output.numel(), per_sample, device, product=product)
     if per_sample and isinstance(adapter, RecurrentAdapter):
         reason = "a Python step for each time step: torch's kernels take one weight a batch"
         return [head, f"  the recurrence written out, {reason}"]
@@ -96,13 +100,23 @@ def environment() -> list[str]:
     else:
         lines.append(f"C++ core       missing: {ops.EXTENSION_ERROR}; plain PyTorch runs instead, slower")
     if torch.cuda.is_available():
-        names = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
-        lines.append(f"GPU            {names}: gates run in plain PyTorch there, the C++ core takes CPU tensors")
+        lines += [f"GPU            {line}" for line in map(_gpu, range(torch.cuda.device_count()))]
     else:
         lines.append("GPU            none that torch can use")
+    lines.append(f"Triton         {importlib.metadata.version('triton') if TRITON_INSTALLED else NO_TRITON}")
     for name in ("MRVAE_STRATEGY", "MRVAE_BACKEND"):
         lines.append(f"{name} {os.environ.get(name, 'not set')}")
     return lines
+
+
+def _gpu(index: int) -> str:
+    device = torch.device("cuda", index)
+    known = measurements.records(device)
+    wins = [name for name in ("gates", "fold", "epilogue") if measurements.best_backend(device, name) == "triton"]
+    if not any(known.values()):
+        return f"{measurements.device_name(device)}: nothing measured, plain PyTorch runs; {strategy.HOW_TO_MEASURE}"
+    classes = len(known["strategies"])
+    return f"{measurements.device_name(device)}: Triton for {', '.join(wins) or 'none'}; {classes} shape classes measured"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -20,9 +21,11 @@ from torch import Tensor
 from . import ops, reference
 from .gates import DEFAULT_BETA_RANGE, GATE_KINDS, KINDS, Beta, BetaRange, standardize, standardize_number
 from .ops.shortcuts import bank
-from .strategy import choose_backend, choose_strategy
+from .strategy import Product, choose_backend, choose_strategy, current
 
 IntOrInts = int | Sequence[int]
+Geometry = tuple[Sequence[int], Sequence[int], Sequence[int], bool, Sequence[int], int]
+"""stride, padding, dilation, transposed, output_padding and groups of a convolution."""
 
 
 def gate_values(
@@ -49,12 +52,13 @@ def gate_bank(weight: Tensor, bias: Tensor, eta: Tensor, sizes: Sequence[int], k
     sizes: features of each, their sum being the length of weight; eta from `gates.standardize`: 0-d or (N,).
     Returns (C_i,) or (N, C_i) each.
     """
-    if choose_backend(weight.device, weight.dtype) == "cpp":
-        codes = _kind_codes(tuple(kinds))
-        if torch.compiler.is_compiling():
-            return ops.gates(weight, bias, eta, sizes, codes)
+    backend = choose_backend(weight.device, weight.dtype, "gates")
+    if backend == "reference":
+        return reference.gate_bank(weight, bias, eta, sizes, kinds)
+    codes = _kind_codes(tuple(kinds))
+    if backend == "cpp" and not torch.compiler.is_compiling():
         return bank(tuple(sizes), codes).gates(weight, bias, eta)
-    return reference.gate_bank(weight, bias, eta, sizes, kinds)
+    return _operators(backend).gates(weight, bias, eta, sizes, codes)
 
 
 def gate_bank_at(
@@ -86,8 +90,9 @@ def fold(
     groups: 0 where the output channel is axis 0 of the weight, the number of groups for a transposed convolution.
     A layer with neither bias nor shift gets None.
     """
-    if weights and choose_backend(weights[0].device, weights[0].dtype) == "cpp":
-        folded, folded_biases = ops.fold(weights, biases, gates, shifts, groups)
+    backend = choose_backend(weights[0].device, weights[0].dtype, "fold") if weights else "reference"
+    if backend != "reference":
+        folded, folded_biases = _operators(backend).fold(weights, biases, gates, shifts, groups)
         return folded, [
             None if bias is None and shift is None else out
             for bias, shift, out in zip(biases, shifts, folded_biases, strict=True)
@@ -105,14 +110,17 @@ def epilogue(
         raise ValueError(f"dim is {dim}; u has {u.dim()} axes")
     dim = dim % u.dim()
     gate, shift = _check_gate(gate, shift, bias, u.shape[dim], u, u.shape[0] if dim > 0 else None)
-    if choose_backend(u.device, u.dtype) == "cpp":
-        return ops.epilogue(u, bias, gate, shift, dim, activation or "none")
-    return reference.epilogue(u, bias, gate, shift, dim, activation or "none")
+    operators = _operators(choose_backend(u.device, u.dtype, "epilogue"))
+    return operators.epilogue(u, bias, gate, shift, dim, activation or "none")
 
 
-def linear_output_numel(x: Tensor, weight: Tensor) -> int:
-    """Elements of x W^T."""
-    return math.prod(x.shape[:-1]) * weight.shape[0]
+def _operators(backend: str) -> ModuleType:
+    """The backend's operators; triton, which is slow to import, only when it is first needed."""
+    if backend == "triton":
+        from .ops import triton
+
+        return triton
+    return ops if backend == "cpp" else reference
 
 
 def gated_linear(
@@ -122,7 +130,8 @@ def gated_linear(
     """y = act(g (x W^T + b) + t).
 
     x (..., K), weight (C, K), bias (C,) or None, gate and shift (C,), or (N, C) with x (N, ..., K); y (..., C).
-    activation: None, relu, silu, gelu, tanh, leaky_relu or elu. strategy: None (cost model), "fold" or "epilogue".
+    activation: None, relu, silu, gelu, tanh, leaky_relu or elu. strategy: None (measurements, then the
+    cost model), "fold", "epilogue" or "fused".
     ValueError for shapes that do not fit and for fold with one beta a sample.
     """
     if weight.dim() != 2 or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
@@ -130,10 +139,22 @@ def gated_linear(
             f"x has shape {tuple(x.shape)} and weight {tuple(weight.shape)}; expected x (..., K) and weight (C, K)"
         )
     gate, shift = _check_gate(gate, shift, bias, weight.shape[0], x, x.shape[0] if x.dim() > 1 else None)
-    outputs = 0 if strategy else linear_output_numel(x, weight)
-    how = choose_strategy(weight.numel(), outputs, gate.dim() == 2, strategy)
-    run = ops.gated_linear if choose_backend(x.device, x.dtype) == "cpp" else reference.gated_linear
-    return run(x, weight, bias, gate, shift, activation or "none", how)
+    how = linear_strategy(x, weight, gate.dim() == 2, strategy)
+    operators = _operators(choose_backend(x.device, x.dtype, how))
+    return operators.gated_linear(x, weight, bias, gate, shift, activation or "none", how)
+
+
+def linear_strategy(x: Tensor, weight: Tensor, per_sample: bool, asked: str | None = None) -> str:
+    """How x W^T is gated."""
+    if asked:
+        return choose_strategy(0, 0, per_sample, asked)
+    product = None if x.device.type == "cpu" else linear_product(x, weight, x.device)
+    return choose_strategy(weight.numel(), math.prod(x.shape[:-1]) * weight.shape[0], per_sample, None, product)
+
+
+def linear_product(x: Tensor, weight: Tensor, device: torch.device) -> Product:
+    """x W^T on this device as measurements know it."""
+    return Product("linear", device, x.dtype, math.prod(x.shape[:-1]), *weight.shape)
 
 
 def gated_conv1d(
@@ -156,7 +177,8 @@ def gated_conv2d(
 
     Arguments as torch's conv2d: x (N, C_in, H, W) or (C_in, H, W), weight (C_out, C_in / groups, kH, kW), bias (C_out,)
     or None, padding a number, a pair, "same" or "valid". gate and shift (C_out,), or (N, C_out) for one beta a sample.
-    activation: None, relu, silu, gelu, tanh, leaky_relu or elu. strategy: None (cost model), "fold" or "epilogue".
+    activation: None, relu, silu, gelu, tanh, leaky_relu or elu. strategy: None (measurements, then the
+    cost model), "fold", "epilogue" or "fused".
     """
     return _gated_convolution(
         2, False, x, weight, bias, gate, shift, stride, padding, 0, groups, dilation, activation, strategy
@@ -258,10 +280,35 @@ def _gated_convolution(
     channels = weight.shape[1] * groups if transposed else weight.shape[0]
     gate, shift = _check_gate(gate, shift, bias, channels, x, x.shape[0])
     geometry = (stride, padding, dilation, transposed, output_padding, groups)
-    outputs = 0 if strategy else convolution_output_numel(x, weight, *geometry)
-    how = choose_strategy(weight.numel(), outputs, gate.dim() == 2, strategy)
-    run = ops.gated_convolution if choose_backend(x.device, x.dtype) == "cpp" else reference.gated_convolution
-    return run(x, weight, bias, gate, shift, *geometry, activation or "none", how)
+    how = convolution_strategy(x, weight, geometry, gate.dim() == 2, strategy)
+    operators = _operators(choose_backend(x.device, x.dtype, how))
+    return operators.gated_convolution(x, weight, bias, gate, shift, *geometry, activation or "none", how)
+
+
+def convolution_strategy(
+    x: Tensor, weight: Tensor, geometry: Geometry, per_sample: bool, asked: str | None = None
+) -> str:
+    """How a convolution of a batch x is gated."""
+    if asked:
+        return choose_strategy(0, 0, per_sample, asked)
+    outputs = convolution_output_numel(x, weight, *geometry)
+    product = None if x.device.type == "cpu" else convolution_product(x, weight, outputs, geometry, x.device)
+    how = choose_strategy(weight.numel(), outputs, per_sample, None, product)
+    if how == "fused" and current().strategy is None and _operators("triton").refusal(x, weight, *geometry):
+        how = choose_strategy(weight.numel(), outputs, per_sample)
+    return how
+
+
+def convolution_product(
+    x: Tensor, weight: Tensor, outputs: int, geometry: Geometry, device: torch.device
+) -> Product | None:
+    """A convolution with that many outputs on this device as measurements know it; None unless it has 2 dimensions."""
+    if x.dim() != 4:
+        return None
+    *_, transposed, _, groups = geometry
+    columns = weight.shape[1] if transposed else weight.shape[0] // groups
+    rows, terms = (numel // max(1, columns * groups) for numel in (outputs, weight.numel()))
+    return Product("conv_transpose2d" if transposed else "conv2d", device, x.dtype, rows, columns, terms)
 
 
 def _ints(value: IntOrInts, count: int) -> tuple[int, ...]:

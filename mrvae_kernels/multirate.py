@@ -118,7 +118,7 @@ class MultiRate(Recorded):
         self.network = network
         places = {(row.name, row.role): i for i, row in enumerate(rows)}
         self._layout = [(places.get((e.name, "shifts")), places.get((e.name, "inputs"))) for e in self._entries]
-        self._always_folded = tuple(i for i, entry in enumerate(self._entries) if not entry.adapter.product)
+        self._unplanned = tuple(None if entry.adapter.product else "fold" for entry in self._entries)
         self._turn = Turn()
         self._origin = (network,)  # in a tuple: no second child
         self._places: list[tuple[dict[str, nn.Module | None], str]] = []
@@ -126,7 +126,7 @@ class MultiRate(Recorded):
             parent, _, name = entry.name.rpartition(".")
             # a network that is itself the one gated layer has no parent in it: it is the MultiRate's own child
             self._places.append((network.get_submodule(parent)._modules, name) if name else (self._modules, "network"))
-        self._plans: dict[Any, tuple[int, ...]] = {}
+        self._plans: dict[Any, tuple[str, ...]] = {}
         self._planned_banks: dict[Any, Any] = {}
 
     def _add_gates(self, like: Tensor) -> None:
@@ -276,15 +276,21 @@ class MultiRate(Recorded):
     def _shares(self, beta: Beta, key: Any) -> list[Share]:
         """Each layer's gate, and its folded parameters where the plan for these input shapes folds it."""
         gates = self._gates(beta)
-        per_sample = gates[0].gate.dim() == 2
-        planned = () if per_sample else None if key is None else self._plans.get(key)
-        decided = strategy.choose_strategy(0, 0, True) if per_sample else None if planned is None else "epilogue"
-        direct = decided is not None and not torch.compiler.is_compiling() and self._runs_compiled()
+        compiled = not torch.compiler.is_compiling() and self._runs_compiled()
+        plan: Sequence[str | None] = self._unplanned
+        if gates[0].gate.dim() == 2:
+            # with the compiled core there is one way, "epilogue", or an error for another that was asked for
+            plan = (strategy.choose_strategy(0, 0, True) if compiled else None,) * len(gates)
+        elif key is not None:
+            plan = self._plans.get(key, self._unplanned)
         shares = [
-            Share(g.gate, g.shift, None, decided, g.inputs, direct and g.inputs is None and entry.adapter.product)
-            for g, entry in zip(gates, self._entries, strict=True)
+            Share(
+                g.gate, g.shift, None, how, g.inputs,
+                compiled and how == "epilogue" and g.inputs is None and entry.adapter.product,
+            )
+            for g, how, entry in zip(gates, plan, self._entries, strict=True)
         ]
-        folding = self._always_folded if planned is None else planned
+        folding = [i for i, how in enumerate(plan) if how == "fold"]
         if folding:
             layers = self._hosts()
             jobs = [FoldJob(layers[i], self._entries[i].adapter, gates[i].gate, gates[i].shift) for i in folding]
@@ -297,15 +303,15 @@ class MultiRate(Recorded):
         return weight is not None and strategy.choose_backend(weight.device, weight.dtype) == "cpp"
 
     def _remember(self, key: Any) -> None:
-        """Plan for inputs of these shapes: the layers that the cost model folded, to be folded together next time."""
+        """Plan for inputs of these shapes: each layer's strategy, so that next time those that fold do so together."""
         if len(self._plans) > 32:
             self._plans.clear()
             self._planned_banks.clear()
         self._plans[key] = plan = tuple(
-            i for i, (layer, entry) in enumerate(zip(self._hosts(), self._entries, strict=True))
-            if not entry.adapter.product or layer._last_strategy == "fold"
+            (layer._last_strategy or "epilogue") if entry.adapter.product else "fold"
+            for layer, entry in zip(self._hosts(), self._entries, strict=True)
         )
-        if not plan and len(self._rows) == len(self._entries) and self._runs_compiled():
+        if set(plan) == {"epilogue"} and len(self._rows) == len(self._entries) and self._runs_compiled():
             self._planned_banks[key] = functional.compiled_bank(self._sizes, self._kinds)
 
     def _apply(self, *args: Any, **kwargs: Any) -> MultiRate:

@@ -36,7 +36,7 @@ def gate_activation(preactivation: Tensor, kind: str) -> Tensor:
 
     sigmoid   1 / (1 + exp(-p))
     sqrt      sqrt(-expm1(p)) for p < 0; exactly 0, with gradient 0, for p >= 0. The gradient near 0 is clipped to 8.
-    softplus  max(p, 0) + log1p(exp(-|p|))
+    softplus  log(1 + exp(p))
     identity  p (FiLM's shift)
     """
     limit = torch.finfo(preactivation.dtype).max
@@ -46,7 +46,7 @@ def gate_activation(preactivation: Tensor, kind: str) -> Tensor:
     if kind == "sigmoid":
         return torch.sigmoid(p)
     if kind == "softplus":
-        return p.clamp(min=0) + torch.log1p(torch.exp(-p.abs()))
+        return torch.logaddexp(p, torch.zeros_like(p))
     if kind == "sqrt":
         negative = p < 0
         square = torch.where(negative, -torch.expm1(torch.where(negative, p, -torch.ones_like(p))), 0.0)

@@ -1,32 +1,42 @@
-"""How a gated product is computed: the cost model, the overrides, and the reasons.
+"""How a gated product is computed: the cost model, what was measured, the overrides, and the reasons.
 
-Two strategies compute the same y = act(g (W x + b) + t):
+Three strategies compute the same y = act(g (W x + b) + t):
 
     fold       W' = g W, then the library's product. Moves the weights about five times (read and write in forward; read
                two and write one in backward). One beta a batch only.
     epilogue   the library's product, then one pass over the outputs. Moves the outputs about four times more than the
                ungated layer, whose bias gradient reads them once anyway. Any beta.
+    fused      one kernel for the product with bias, gate, shift and activation. Any beta; Linear, Conv2d and
+               ConvTranspose2d, by Triton.
 
-and two backends: "cpp" (the compiled operators) and "reference" (plain PyTorch; what torch.compile gets, so that it can
-fuse the gate into its neighbours). Precedence: argument, then `override(...)`, then MRVAE_STRATEGY and MRVAE_BACKEND,
-then the cost model. An explicit choice that cannot be honoured raises; the automatic one falls back, and `explain`
-says so.
+and three backends: "cpp" (the compiled operators, CPU), "triton" (GPUs, and CPU tensors in Triton's interpreter) and
+"reference" (plain PyTorch; what torch.compile gets, so that it can fuse the gate into its neighbours). Precedence:
+argument, then `override(...)`, then MRVAE_STRATEGY and MRVAE_BACKEND, then what was measured on this very device for
+this shape class (`measurements`), then the cost model with plain PyTorch. An explicit choice that cannot be honoured
+raises; the automatic one falls back, and `explain` says so.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 
-from . import ops
+from . import measurements, ops
+from .triton_kernels.device import DEVICE_TYPES as TRITON_DEVICE_TYPES
 
-STRATEGIES = ("fold", "epilogue")
-BACKENDS = ("cpp", "reference")
+STRATEGIES = ("fold", "epilogue", "fused")
+BACKENDS = ("cpp", "triton", "reference")
 CPP_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+HOW_TO_MEASURE = "mrvae_kernels.tune(model, ...) measures, and keeps the result"
+NO_TRITON = "triton is not installed; run: pip install 'triton>=3.6'"
 
 FOLD_PASSES = 5
 EPILOGUE_PASSES = 4
@@ -45,6 +55,29 @@ class Override:
                 raise ValueError(f"{name} is {value!r}; expected one of {', '.join(known)}")
         if self.backend == "cpp" and not ops.EXTENSION:
             raise RuntimeError(f"backend 'cpp' was asked for, but {ops.EXTENSION_ERROR}")
+        if self.backend == "triton" and not TRITON_INSTALLED:
+            raise RuntimeError(f"backend 'triton' was asked for, but {NO_TRITON}")
+        if self.strategy == "fused" and self.backend not in (None, "triton"):
+            raise ValueError(f"strategy 'fused' has kernels in Triton only; backend is {self.backend!r}")
+
+
+class Product(NamedTuple):
+    """A product as measurements know it: `operation` ("linear", "conv2d", "conv_transpose2d") with rows x columns results
+    of `terms` terms each, of tensors on this device and of this dtype."""
+
+    operation: str
+    device: torch.device
+    dtype: torch.dtype
+    rows: int
+    columns: int
+    terms: int
+
+    def measured(self, per_sample: bool) -> str | None:
+        """The strategy that won for products of this class on this device, None where none was measured."""
+        key = measurements.shape_class(
+            self.operation, self.dtype, per_sample, self.rows, self.columns, self.terms
+        )
+        return measurements.best_strategy(self.device, key)
 
 
 _override = Override()
@@ -56,7 +89,8 @@ def _from_environment() -> Override:
 
 @contextmanager
 def override(strategy: str | None = None, backend: str | None = None) -> Iterator[None]:
-    """Within the block, gated layers use this strategy ("fold", "epilogue") and backend ("cpp", "reference").
+    """Within the block, gated layers use this strategy ("fold", "epilogue", "fused") and backend ("cpp", "triton",
+    "reference").
 
     Nested blocks add up; the innermost wins. Process-wide, as torch's own backend flags are. ValueError for an unknown
     name, RuntimeError for a backend that is not installed.
@@ -76,22 +110,34 @@ def current() -> Override:
     return _override
 
 
-def choose_backend(device: torch.device, dtype: torch.dtype) -> str:
-    """The backend for a tensor; RuntimeError if the one asked for does not take it."""
+def choose_backend(device: torch.device, dtype: torch.dtype, operator: str = "epilogue") -> str:
+    """The backend for an operator ("gates", "fold", "epilogue", "fused"); RuntimeError if the one asked for refuses it."""
     asked = _override.backend
-    if asked == "reference" or (asked is None and torch.compiler.is_compiling()):
+    if operator == "fused":
+        asked = "triton"
+    elif asked == "reference" or (asked is None and torch.compiler.is_compiling()):
         return "reference"
-    if ops.EXTENSION and device.type == "cpu" and dtype in CPP_DTYPES:
+    if asked != "triton" and ops.EXTENSION and device.type == "cpu" and dtype in CPP_DTYPES:
         return "cpp"
     if asked is None:
-        return "reference"
-    raise RuntimeError(f"backend 'cpp' was asked for: {'; '.join(_cpp_refusals(device, dtype))}")
+        wins = device.type != "cpu" and measurements.best_backend(device, operator) == "triton"
+        return "triton" if wins and not triton_refusals(device, dtype) else "reference"
+    refusals = triton_refusals(device, dtype, operator) if asked == "triton" else _cpp_refusals(device, dtype)
+    if refusals:
+        raise RuntimeError(f"{'strategy' if operator == 'fused' else 'backend'} "
+                           f"'{operator if operator == 'fused' else asked}' was asked for: {'; '.join(refusals)}")
+    return asked
 
 
-def choose_strategy(weight_numel: int, output_numel: int, per_sample: bool, asked: str | None = None) -> str:
-    """"fold" or "epilogue" by bytes moved; ValueError if the one asked for cannot be done."""
+def choose_strategy(
+    weight_numel: int, output_numel: int, per_sample: bool, asked: str | None = None, product: Product | None = None
+) -> str:
+    """"fold", "epilogue" or "fused": what is asked for, else what was measured for `product` (where it was), else by
+    bytes moved; ValueError if the one asked for cannot be done."""
     asked = asked or _override.strategy
     if asked is None:
+        if product is not None and (won := _measured(product, per_sample)) is not None:
+            return won
         if per_sample:
             return "epilogue"
         # one program for every batch size: comparing them would pin the exported one's
@@ -106,6 +152,29 @@ def choose_strategy(weight_numel: int, output_numel: int, per_sample: bool, aske
             "whole batch: use strategy 'epilogue', or one beta"
         )
     return asked
+
+
+def _measured(product: Product, per_sample: bool) -> str | None:
+    if product.device.type == "cpu" or torch.compiler.is_compiling():
+        return None
+    won = product.measured(per_sample)
+    if won == "fused" and (_override.backend not in (None, "triton")
+                           or triton_refusals(product.device, product.dtype, "fused")):
+        return None
+    return None if won == "fold" and per_sample else won
+
+
+def triton_refusals(device: torch.device, dtype: torch.dtype, operator: str = "epilogue") -> list[str]:
+    """Why Triton's kernels do not take these tensors; empty if they do."""
+    reasons = []
+    if not TRITON_INSTALLED:
+        reasons.append(NO_TRITON)
+    if device.type not in TRITON_DEVICE_TYPES:
+        taken = " and ".join(TRITON_DEVICE_TYPES)
+        reasons.append(f"Triton takes {taken} tensors, this one is on {device}")
+    if dtype not in TRITON_DTYPES or (operator == "fused" and dtype == torch.float64):
+        reasons.append(f"Triton's kernels take float32, bfloat16 and float16, this one is {dtype}")
+    return reasons
 
 
 def _cpp_refusals(device: torch.device, dtype: torch.dtype) -> list[str]:
@@ -131,28 +200,47 @@ class Choice:
 
 def explain(
     weight_numel: int, output_numel: int, per_sample: bool = False, device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype = torch.float32, product: Product | None = None,
 ) -> Choice:
     """What would run for a layer with that many weights and outputs, and why not the others (for doctor)."""
     device = torch.device(device)
-    strategy = choose_strategy(weight_numel, output_numel, per_sample)
-    backend = choose_backend(device, dtype)
+    strategy = choose_strategy(weight_numel, output_numel, per_sample, None, product)
+    backend = choose_backend(device, dtype, strategy)
     fold_cost, epilogue_cost = weight_numel * FOLD_PASSES, output_numel * EPILOGUE_PASSES
+    measured = None if product is None or _override.strategy else _measured(product, per_sample)
     if _override.strategy:
         reason = "asked for by override or MRVAE_STRATEGY"
+    elif measured:
+        reason = f"measured fastest on {measurements.device_name(device)} for this shape class"
     elif per_sample:
         reason = "one beta a sample"
     else:
         reason = f"fold moves {fold_cost:,} elements, epilogue {epilogue_cost:,}"
     rejected = []
-    if strategy == "fold":
-        rejected.append(f"epilogue: {reason}")
-    else:
-        rejected.append("fold: needs one beta for the batch" if per_sample else f"fold: {reason}")
-    if backend == "reference":
-        asked = "asked for by override or MRVAE_BACKEND" if _override.backend else None
-        rejected.append(f"cpp: {asked or '; '.join(_cpp_refusals(device, dtype))}")
+    for other in ("fold", "epilogue"):
+        if other != strategy:
+            rejected.append(f"{other}: {'needs one beta for the batch' if other == 'fold' and per_sample else reason}")
+    if strategy != "fused":
+        refusals = triton_refusals(device, dtype, "fused")
+        rejected.append(f"fused: {'; '.join(refusals) or _unmeasured(device, measured)}")
+    if backend != "cpp":
+        refusals = _cpp_refusals(device, dtype)
+        rejected.append(f"cpp: {'; '.join(refusals) or 'asked for by override or MRVAE_BACKEND'}")
+    if backend != "triton":
+        refusals = triton_refusals(device, dtype)
+        if not refusals and _override.backend is None:
+            refusals = [_unmeasured(device, measurements.best_backend(device, strategy))]
+        rejected.append(f"triton: {'; '.join(refusals) or 'asked for by override or MRVAE_BACKEND'}")
     return Choice(strategy, backend, reason, tuple(rejected))
+
+
+def _unmeasured(device: torch.device, measured: str | None) -> str:
+    if device.type == "cpu":
+        return "on CPU tensors it is interpreted, for tests"
+    if measured:
+        return f"measured slower on {measurements.device_name(device)}"
+    return f"not measured on {measurements.device_name(device)}; {HOW_TO_MEASURE}"
+
 
 
 _override = _from_environment()

@@ -25,7 +25,7 @@ def epilogue(
 
 
 @fake("epilogue")
-def _epilogue(
+def fake_epilogue(
     u: Tensor, bias: Tensor | None, gate: Tensor, shift: Tensor | None, dim: int, activation: str
 ) -> Tensor:
     if gate.dim() not in (1, 2) or (shift is not None and shift.dim() != gate.dim()):
@@ -39,7 +39,7 @@ def _epilogue(
 
 
 @fake("epilogue_backward")
-def _epilogue_backward(
+def fake_epilogue_backward(
     grad: Tensor, u: Tensor, bias: Tensor | None, gate: Tensor, shift: Tensor | None, dim: int, activation: str,
     mask: Sequence[bool],
 ) -> tuple[Tensor, ...]:

@@ -26,7 +26,7 @@ def fold(
 
 
 @fake("fold")
-def _fold(
+def fake_fold(
     weights: Sequence[Tensor], biases: Sequence[Tensor | None], gates: Sequence[Tensor],
     shifts: Sequence[Tensor | None], groups: Sequence[int],
 ) -> tuple[list[Tensor], list[Tensor]]:
@@ -44,7 +44,7 @@ def _fold(
 
 
 @fake("fold_backward")
-def _fold_backward(
+def fake_fold_backward(
     grad_weights: Sequence[Tensor | None], grad_biases: Sequence[Tensor | None], weights: Sequence[Tensor],
     biases: Sequence[Tensor | None], gates: Sequence[Tensor], shifts: Sequence[Tensor | None], groups: Sequence[int],
     mask: Sequence[bool],

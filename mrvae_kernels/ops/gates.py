@@ -23,7 +23,7 @@ def gates(weight: Tensor, bias: Tensor, eta: Tensor, sizes: Sequence[int], kinds
 
 
 @fake("gates")
-def _gates(weight: Tensor, bias: Tensor, eta: Tensor, sizes: Sequence[int], kinds: Sequence[int]) -> list[Tensor]:
+def fake_gates(weight: Tensor, bias: Tensor, eta: Tensor, sizes: Sequence[int], kinds: Sequence[int]) -> list[Tensor]:
     if weight.dim() != 1 or bias.dim() != 1 or eta.dim() > 1 or len(sizes) != len(kinds):
         raise ValueError(
             f"gates: weight, bias and eta have shapes {tuple(weight.shape)}, {tuple(bias.shape)}, {tuple(eta.shape)} "
@@ -36,7 +36,7 @@ def _gates(weight: Tensor, bias: Tensor, eta: Tensor, sizes: Sequence[int], kind
 
 
 @fake("gates_backward")
-def _gates_backward(
+def fake_gates_backward(
     grads: Sequence[Tensor | None], weight: Tensor, bias: Tensor, eta: Tensor, sizes: Sequence[int],
     kinds: Sequence[int], eta_needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -33,9 +33,10 @@ def stream_of(tensor: Tensor) -> int:
     return int(stream.cuda_stream if tensor.device.type == "cuda" else stream.sycl_queue)
 
 
-def capturing(tensor: Tensor) -> bool:
+def capturing(where: Tensor | torch.device) -> bool:
     """True while the current stream records a CUDA graph."""
-    return tensor.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    device = where if isinstance(where, torch.device) else where.device
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 @functools.lru_cache(maxsize=None)

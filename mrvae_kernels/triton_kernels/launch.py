@@ -25,6 +25,9 @@ TRITON_NAMES = {
 }
 
 
+FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
 @dataclass(frozen=True)
 class Variant:
     """One kernel as it would be compiled, for checks without a GPU.
@@ -65,6 +68,13 @@ def check_device(name: str, *tensors: Tensor | None) -> None:
                 f"{name}: tensors are on {device}; Triton's kernels take {' and '.join(DEVICE_TYPES)} tensors"
                 + ("" if INTERPRETED else " (and CPU tensors where TRITON_INTERPRET=1 is set before Python starts)")
             )
+
+
+def check_floating(name: str, **tensors: Tensor | None) -> None:
+    """TypeError for a tensor whose dtype kernels do not compute in."""
+    for what, tensor in tensors.items():
+        if tensor is not None and tensor.dtype not in FLOATING:
+            raise TypeError(f"{name}: {what} has dtype {tensor.dtype}; expected float32, float64, bfloat16 or float16")
 
 
 def extent(*tensors: Tensor | None) -> int:

@@ -1,0 +1,223 @@
+"""Compiles every Triton kernel without a GPU and lists what it needs: `python -m bench.ahead_of_time`.
+
+Every variant that the kernels' modules name, for an A100, an H100 or H200, a B200 and an MI300: registers a thread,
+spills to memory and shared memory a program, from the compiler's own reports. The exit code is 1 where a variant does
+not compile, spills, or wants more shared memory than there is; the last lines name it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import inspect
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from mrvae_kernels.triton_kernels.device import INTERPRETED
+from mrvae_kernels.triton_kernels.launch import Variant
+
+MODULES = ("launch", "gates", "fold", "epilogue", "linear", "conv2d", "conv_transpose2d")
+"""The modules of mrvae_kernels.triton_kernels that have kernels."""
+
+SHARED_BYTES = {"sm_80": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+"""Shared memory a program, by target; sm_80's is that of sm_86 and sm_89, which take the same block sizes."""
+
+
+class Job(NamedTuple):
+    """The index-th variant of a module, for a target."""
+
+    target: str
+    module: str
+    index: int
+
+
+def gpu_target(name: str) -> GPUTarget:
+    """Triton's target for "sm_90" or "gfx942"."""
+    return GPUTarget("cuda", int(name[len("sm_") :]), 32) if name.startswith("sm_") else GPUTarget("hip", name, 64)
+
+
+def variants_of(module: str, target: str) -> list[Variant]:
+    """The module's variants with the block sizes of the target's architecture."""
+    variants = importlib.import_module(f"mrvae_kernels.triton_kernels.{module}").variants
+    return variants(target) if inspect.signature(variants).parameters else variants()
+
+
+def source(variant: Variant) -> ASTSource:
+    """What triton.compile takes. ValueError where a variant's names are not the kernel's."""
+    names = list(variant.kernel.arg_names)
+    if sorted(names) != sorted([*variant.types, *variant.constants]):
+        wrong = set(names) ^ {*variant.types, *variant.constants} or {*variant.types} & {*variant.constants}
+        raise ValueError(f"{variant.label}: arguments that the kernel or the variant lacks: {', '.join(sorted(wrong))}")
+    signature = {name: variant.types.get(name, "constexpr") for name in names}
+    aligned = [i for i, name in enumerate(names) if signature[name].startswith("*") or name in variant.divisible]
+    return ASTSource(variant.kernel, signature, variant.constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
+
+
+def nvidia_resources(target: GPUTarget, compiled: Any) -> dict[str, int]:
+    """Registers and spilled bytes (stored and loaded) a thread.
+
+    The machine code's header gives registers and the stack frame, not spills: a frame may also hold an array. Only
+    ptxas tells them apart, so it runs again, verbosely, where there is a frame. (The header's LOCAL is 0 even where
+    registers spill.)
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        code, assembly = Path(folder, "kernel.cubin"), Path(folder, "kernel.ptx")
+        code.write_bytes(compiled.asm["cubin"])
+        dump = subprocess.run(
+            [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(code)], capture_output=True, text=True, check=True
+        ).stdout
+        registers, stack = (int(re.search(rf"{name}:(\d+)", dump)[1]) for name in ("REG", "STACK"))  # type: ignore[index]
+        if stack == 0:
+            return {"registers": registers, "spill": 0}
+        assembly.write_text(compiled.asm["ptx"])
+        tool = knobs.nvidia.ptxas_blackwell if target.arch >= 100 else knobs.nvidia.ptxas
+        name = f"sm_{target.arch}" + ("a" if target.arch >= 90 else "")
+        command = [tool.path, "-v", "--regAllocOptLevel=2", f"--gpu-name={name}", str(assembly), "-o", os.devnull]
+        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        return {"registers": registers, "spill": sum(map(int, re.findall(r"(\d+) bytes spill", log)))}
+
+
+def amd_resources(compiled: Any) -> dict[str, int]:
+    """Registers and spilled ones. Scalar registers spill into lanes of vector registers, not into memory: not counted.
+
+    Vector registers spill into accumulation registers first, which is counted; the compiler does not tell them apart.
+    """
+    found = {name: int(value) for name, value in re.findall(r"\.(\w+_count):\s+(\d+)", compiled.asm["amdgcn"])}
+    return {"registers": found["vgpr_count"], "spill": found["vgpr_spill_count"]}
+
+
+def compile_variant(job: Job) -> dict[str, Any]:
+    """Label, registers, spill, shared bytes and seconds of one variant, or the error."""
+    variant = variants_of(job.module, job.target)[job.index]
+    result: dict[str, Any] = {
+        "target": job.target, "module": job.module, "variant": variant.label, "warps": variant.warps,
+        "stages": variant.stages,
+    }
+    started, target = time.perf_counter(), gpu_target(job.target)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # Triton prints the whole assembly where ptxas fails
+            compiled = triton.compile(
+                source(variant), target=target, options={"num_warps": variant.warps, "num_stages": variant.stages}
+            )
+        found = amd_resources(compiled) if target.backend == "hip" else nvidia_resources(target, compiled)
+        result |= {**found, "shared": int(compiled.metadata.shared)}
+    except Exception as error:
+        result["error"] = f"{type(error).__name__}: {error}"
+    return result | {"seconds": round(time.perf_counter() - started, 2)}
+
+
+def jobs_of(modules: Sequence[str], targets: Sequence[str], contains: str = "") -> list[Job]:
+    """One job for each different variant: modules share kernels."""
+    jobs, seen = [], set()
+    for target in targets:
+        for module in modules:
+            for index, variant in enumerate(variants_of(module, target)):
+                kernel = (variant.kernel.__module__, variant.kernel.__name__)
+                content = (sorted(variant.types.items()), sorted(variant.constants.items()), sorted(variant.divisible))
+                key = (target, kernel, repr(content), variant.warps, variant.stages)
+                if key not in seen and contains in variant.label:
+                    seen.add(key)
+                    jobs.append(Job(target, module, index))
+    return jobs
+
+
+def compile_all(jobs: Sequence[Job], processes: int) -> Iterator[dict[str, Any]]:
+    """Results in the order of jobs. A crash of the compiler, which ends its process, becomes that variant's error."""
+    left = list(jobs)
+    while left:
+        with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+            futures = [pool.submit(compile_variant, job) for job in left]
+            try:
+                for future in futures:
+                    result = future.result()
+                    left.pop(0)
+                    yield result
+            except BrokenProcessPool:
+                if processes == 1:  # then it was the first of those left
+                    job = left.pop(0)
+                    label = variants_of(job.module, job.target)[job.index].label
+                    yield {"target": job.target, "module": job.module, "variant": label, "error": "compiler crashed"}
+                processes = 1
+
+
+def problem(result: dict[str, Any]) -> str | None:
+    """What is wrong with a variant, or None."""
+    if "error" in result:
+        return f"does not compile: {result['error']}"
+    if result["spill"]:
+        return f"spills {result['spill']} {'registers' if result['target'].startswith('gfx') else 'bytes a thread'}"
+    limit = SHARED_BYTES.get(result["target"])
+    if limit is not None and result["shared"] > limit:
+        return f"needs {result['shared']} bytes of shared memory; {limit} are there"
+    return None
+
+
+def line(result: dict[str, Any]) -> str:
+    numbers = (str(result.get(name, "-")) for name in ("registers", "spill", "shared", "warps", "stages", "seconds"))
+    registers, spill, shared, warps, stages, seconds = numbers
+    return (
+        f"{result['target']:7} {registers:>9} {spill:>6} {shared:>7} {warps:>5} {stages:>6} {seconds:>7}  "
+        f"{result['module']}: {result['variant']}"
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(prog="python -m bench.ahead_of_time", description=__doc__)
+    parser.add_argument("--out", type=Path, help="write a JSON result file there")
+    parser.add_argument("--only", nargs="+", choices=MODULES, default=list(MODULES), metavar="MODULE")
+    parser.add_argument("--contains", default="", help="only variants whose label contains this")
+    parser.add_argument("--targets", nargs="+", default=list(SHARED_BYTES), help="sm_90, gfx942, ...")
+    parser.add_argument("--jobs", type=int, default=2, help="processes (default 2)")
+    options = parser.parse_args(arguments)
+    if INTERPRETED:
+        parser.error("TRITON_INTERPRET is set: kernels would be interpreted, not compiled; unset it")
+    started = time.perf_counter()
+    with contextlib.ExitStack() as stack:
+        if "TRITON_CACHE_DIR" not in os.environ:  # its own, so that it measures the compiler and leaves nothing behind
+            os.environ["TRITON_CACHE_DIR"] = stack.enter_context(tempfile.TemporaryDirectory())
+            stack.callback(os.environ.pop, "TRITON_CACHE_DIR", None)
+        jobs = jobs_of(options.only, options.targets, options.contains)
+        print(f"{len(jobs)} variants; spill: bytes stored and loaded a thread (gfx: registers)")
+        print("target  registers  spill  shared warps stages seconds  variant", flush=True)
+        results = []
+        for result in compile_all(jobs, options.jobs):
+            results.append(result)
+            print(line(result), flush=True)
+    seconds = time.perf_counter() - started
+    problems = [(result, found) for result in results if (found := problem(result))]
+    print(f"\n{len(results)} variants in {seconds:.0f} s, {len(problems)} with a problem")
+    for result, found in problems:
+        print(f"{result['target']} {result['module']}: {result['variant']}: {found}")
+    if options.out:
+        from .overhead import machine
+
+        for result in results:
+            result.pop("seconds", None)
+        versions = {**machine(), "triton": triton.__version__}
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps({"machine": versions, "results": results}, indent=1) + "\n")
+        print(f"written: {options.out}")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,46 @@
+"""Defining the operators of torch.ops.mrvae_triton, and deciding when to go past them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LIBRARY = torch.library.Library("mrvae_triton", "DEF")
+
+
+def define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """The operator mrvae_triton::<name of the schema>, on whatever device the kernel takes; returns its overload."""
+    name = schema.partition("(")[0]
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"mrvae_triton::{name}", fake, lib=LIBRARY)
+    return getattr(torch.ops.mrvae_triton, name).default
+
+
+def traced() -> bool:
+    """True where the operators have to be seen: torch.compile, torch.export, fake tensors, any dispatch mode.
+
+    Otherwise kernels are launched without torch's dispatcher, which takes several microseconds to reach Python code.
+    """
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+
+
+def recording(*tensors: Tensor | None) -> bool:
+    """True where autograd has to record: grad mode is on and one of the tensors requires a gradient."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def autocast(tensor: Tensor) -> Tensor:
+    """In autocast's dtype, where autocast is on for the tensor's device and it is a float32, float16 or bfloat16."""
+    kind = tensor.device.type
+    if torch.is_autocast_enabled(kind) and tensor.dtype in (torch.float32, torch.float16, torch.bfloat16):
+        return tensor.to(torch.get_autocast_dtype(kind))
+    return tensor
+
+
+def unwanted(gradient: Tensor, wanted: bool) -> Tensor | None:
+    """Operators return an empty tensor for a gradient that nobody asked for; autograd takes None."""
+    return gradient if wanted else None

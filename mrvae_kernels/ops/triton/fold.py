@@ -1,0 +1,92 @@
+"""torch.ops.mrvae_triton.fold: all weights and biases of a model scaled in one launch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ...triton_kernels import fold as kernels
+from ..fold import fake_fold, fake_fold_backward
+from .define import LIBRARY, autocast, define, recording, traced
+
+FOLD = define(
+    "fold(Tensor[] weights, Tensor?[] biases, Tensor[] gates, Tensor?[] shifts, int[] groups) -> (Tensor[], Tensor[])",
+    kernels.fold, fake_fold,
+)
+FOLD_BACKWARD = define(
+    "fold_backward(Tensor?[] grad_weights, Tensor?[] grad_biases, Tensor[] weights, Tensor?[] biases, Tensor[] gates, "
+    "Tensor?[] shifts, int[] groups, bool[] mask) -> (Tensor[], Tensor[], Tensor[], Tensor[])",
+    kernels.fold_backward, fake_fold_backward,
+)
+
+Optional = Sequence[Tensor | None]
+
+
+def fold(
+    weights: Sequence[Tensor], biases: Optional, gates: Sequence[Tensor], shifts: Optional, groups: Sequence[int]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """W' = g W and b' = g b + t for every layer; as mrvae_kernels.ops.fold.
+
+    Under autocast the weights of products take its dtype; a norm's affine stays as it is, as autocast leaves norms.
+    """
+    weights = [autocast(weight) if weight.dim() > 1 else weight for weight in weights]
+    if traced():
+        return FOLD(weights, biases, gates, shifts, groups)
+    if recording(*weights, *biases, *gates, *shifts):
+        count = len(weights)
+        results = _Fold.apply(count, tuple(groups), *weights, *biases, *gates, *shifts)  # type: ignore[no-untyped-call]
+        return list(results[:count]), list(results[count:])
+    return kernels.fold(weights, biases, gates, shifts, groups)
+
+
+def _gradients(
+    ctx: Any, grad_weights: Optional, grad_biases: Optional, tensors: Optional, wanted: Sequence[bool]
+) -> tuple[list[Tensor | None], ...]:
+    """Gradients of weights, biases, gates and shifts; `tensors` and `wanted` list the four one after the other."""
+    count = len(ctx.groups)
+    weights, biases, gates, shifts = (tensors[i * count : (i + 1) * count] for i in range(4))
+    mask = [wanted[part * count + layer] for layer in range(count) for part in range(4)]
+    run = FOLD_BACKWARD if traced() else kernels.fold_backward
+    results = run(list(grad_weights), list(grad_biases), weights, biases, gates, shifts, ctx.groups, mask)
+    return tuple(
+        [grad if wanted[part * count + layer] else None for layer, grad in enumerate(result)]
+        for part, result in enumerate(results)
+    )
+
+
+class _Fold(torch.autograd.Function):
+    @staticmethod
+    def forward(count: int, groups: tuple[int, ...], *tensors: Any) -> tuple[Tensor, ...]:
+        folded, biases = kernels.fold(*(tensors[i * count : (i + 1) * count] for i in range(4)), groups)
+        return (*folded, *biases)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        count, ctx.groups = inputs[:2]
+        ctx.save_for_backward(*inputs[2:])
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*(bias for bias in output[count:] if bias.numel() == 0))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        count = len(ctx.groups)
+        lists = _gradients(ctx, grads[:count], grads[count:], ctx.saved_tensors, ctx.needs_input_grad[2:])
+        return (None, None, *(grad for part in lists for grad in part))
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    *lists, ctx.groups = inputs
+    ctx.wanted = [value is not None and value.requires_grad for values in lists for value in values]
+    ctx.save_for_backward(*(value for values in lists for value in values))
+
+
+def _backward(ctx: Any, grad_weights: Optional, grad_biases: Optional) -> tuple[Any, ...]:
+    return (*_gradients(ctx, grad_weights, grad_biases, ctx.saved_tensors, ctx.wanted), None)
+
+
+torch.library.register_autograd("mrvae_triton::fold", _backward, setup_context=_setup, lib=LIBRARY)

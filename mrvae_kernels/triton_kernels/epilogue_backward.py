@@ -1,0 +1,360 @@
+"""Backward pass of y = act(z), z = g (u + b) + t, in one pass over u and dy.
+
+    s = act'(z) dy;  du = g s;  dt = sum s;  dg = sum s (u + b);  db = sum g s
+
+The sums run over whatever a parameter is shared by: b by all samples, g and t by all or by none.
+
+Memory: as in epilogue.py. s is had from z, from u and the parameters, or, for sums alone, from the activation's result.
+
+Grid: with one gate for all, a program for each tile of channels and each part of the positions; it adds up in registers
+and writes its part's sums, which a second small launch adds in order (left out where there is one part). With one gate a
+sample, a program for each tile of samples and channels runs over their positions; only db needs the second launch.
+
+Bytes: reads u and dy and writes du, each once, and only where they are needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .activations import activation_slope, activation_slope_of_result
+from .device import on_device, processors
+from .launch import accumulation_dtype, block, wide
+from .views import (
+    Layout,
+    laid_out,
+    layout,
+    offsets,
+    parameters,
+    remembered,
+    restored,
+    result_of,
+    sample_and_position,
+    tile_of,
+)
+
+REAL = {torch.float32: tl.float32, torch.float64: tl.float64}
+TILE = 2048
+"""Elements of a step; the sums of each stay in registers."""
+STEPS_A_PART = 8
+"""A part of the positions has at least so many steps: fewer are done sooner than a second launch starts."""
+PROGRAMS_A_PROCESSOR = 4
+
+STRIDES = [f"{tensor}_{axis}" for tensor in "vrd" for axis in ("sample", "channel", "position")]
+
+# What `values` holds
+INPUT = tl.constexpr(0)  # u
+ARGUMENT = tl.constexpr(1)  # z
+RESULT = tl.constexpr(2)  # y
+
+
+@triton.jit
+def slope_times(dy, value, b, g, t, VALUES: tl.constexpr, ACTIVATION: tl.constexpr):
+    """s = act'(z) dy."""
+    if ACTIVATION == 0:
+        return dy
+    elif VALUES == RESULT:
+        return dy * activation_slope_of_result(value, ACTIVATION)
+    elif VALUES == ARGUMENT:
+        return dy * activation_slope(value, ACTIVATION)
+    else:
+        return dy * activation_slope(g * (value + b) + t, ACTIVATION)
+
+
+@triton.jit
+def store_if_wanted(target, places, values, mask):
+    if target is not None:
+        tl.store(target + places, values.to(target.dtype.element_ty), mask=mask)
+
+
+@triton.jit(
+    do_not_specialize=["channel_units", "position_units", "sample_units", "magic", "magic_shift", "steps"],
+    do_not_specialize_on_alignment=STRIDES,
+)
+def backward_shared(
+    grad, values, bias, gate, shift, grad_u, grad_bias, grad_gate, grad_shift, partial,
+    v_sample, v_channel, v_position, r_sample, r_channel, r_position, d_sample, d_channel, d_position,
+    channel_units, position_units, sample_units, magic, magic_shift, steps,
+    CHANNEL_UNIT: tl.constexpr, LANES: tl.constexpr, V_UNIT: tl.constexpr, R_UNIT: tl.constexpr, D_UNIT: tl.constexpr,
+    CHANNELS_FASTEST: tl.constexpr, ONE_SAMPLE: tl.constexpr, GATE_BY_SAMPLE: tl.constexpr, ACTIVATION: tl.constexpr,
+    VALUES: tl.constexpr, READ_VALUES: tl.constexpr, SUM: tl.constexpr, DOT: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_J: tl.constexpr, REAL: tl.constexpr, WIDE: tl.constexpr,
+):
+    """One gate for all samples, or one for each position (GATE_BY_SAMPLE): then the gradients of g and t are elements.
+
+    partial: (parts, 2, C), the sums of s and of s (u + b); with GATE_BY_SAMPLE of g s; None where there is one part.
+    """
+    program = tl.program_id(0)
+    if WIDE:
+        program = tl.cast(program, tl.int64)
+    channels = channel_units * CHANNEL_UNIT
+    tiles = tl.cdiv(channels, BLOCK_C)
+    c = program % tiles * BLOCK_C + tl.arange(0, BLOCK_C)
+    part = program // tiles
+    in_c = c < channels
+    total = tl.zeros((BLOCK_C, BLOCK_J, LANES), REAL)
+    dot = tl.zeros((BLOCK_C, BLOCK_J, LANES), REAL)
+    if not GATE_BY_SAMPLE:
+        b, g, t = parameters(bias, gate, shift, c, c, channels, in_c, in_c, False, REAL)
+    for step in range(steps):
+        j = (part * steps + step) * BLOCK_J + tl.arange(0, BLOCK_J)
+        n, m = sample_and_position(j, sample_units, magic, magic_shift, ONE_SAMPLE, WIDE)
+        in_tile = in_c[:, None, None] & (j < position_units)[None, :, None]
+        if GATE_BY_SAMPLE:
+            b, g, t = parameters(bias, gate, shift, c, m, channels, in_c, in_tile, True, REAL)
+        d_places = offsets(c, n, m, d_sample, d_channel, d_position, D_UNIT, LANES, CHANNELS_FASTEST)
+        dy = tl.load(grad + d_places, mask=in_tile, other=0.0).to(REAL)
+        value = dy
+        if READ_VALUES:
+            v_places = offsets(c, n, m, v_sample, v_channel, v_position, V_UNIT, LANES, CHANNELS_FASTEST)
+            value = tl.load(values + v_places, mask=in_tile, other=0.0).to(REAL)
+        s = slope_times(dy, value, b, g, t, VALUES, ACTIVATION)
+        if grad_u is not None:
+            r_places = offsets(c, n, m, r_sample, r_channel, r_position, R_UNIT, LANES, CHANNELS_FASTEST)
+            tl.store(grad_u + r_places, (g * s).to(grad_u.dtype.element_ty), mask=in_tile)
+        if GATE_BY_SAMPLE:
+            places = (m * channels)[None, :, None] + c[:, None, None]
+            store_if_wanted(grad_shift, places, s, in_tile)
+            store_if_wanted(grad_gate, places, s * (value + b), in_tile)
+            if SUM:
+                total += g * s
+        else:
+            if SUM:
+                total += s
+            if DOT:
+                dot += s * (value + b)
+    if SUM:
+        sums = tl.sum(tl.sum(total, 2), 1)
+        if partial is not None:
+            tl.store(partial + part * 2 * channels + c, sums, mask=in_c)
+        elif GATE_BY_SAMPLE:
+            store_if_wanted(grad_bias, c, sums, in_c)
+        else:
+            store_if_wanted(grad_shift, c, sums, in_c)
+            if grad_bias is not None:
+                own_gate = tl.load(gate + c, mask=in_c, other=0.0).to(REAL)
+                store_if_wanted(grad_bias, c, own_gate * sums, in_c)
+    if DOT:
+        dots = tl.sum(tl.sum(dot, 2), 1)
+        if partial is not None:
+            tl.store(partial + (part * 2 + 1) * channels + c, dots, mask=in_c)
+        else:
+            store_if_wanted(grad_gate, c, dots, in_c)
+
+
+@triton.jit(
+    do_not_specialize=["channel_units", "samples", "sample_units"], do_not_specialize_on_alignment=STRIDES
+)
+def backward_by_sample(
+    grad, values, bias, gate, shift, grad_u, grad_bias, grad_gate, grad_shift, partial,
+    v_sample, v_channel, v_position, r_sample, r_channel, r_position, d_sample, d_channel, d_position,
+    channel_units, samples, sample_units,
+    CHANNEL_UNIT: tl.constexpr, LANES: tl.constexpr, V_UNIT: tl.constexpr, R_UNIT: tl.constexpr, D_UNIT: tl.constexpr,
+    CHANNELS_FASTEST: tl.constexpr, ACTIVATION: tl.constexpr, READ_VALUES: tl.constexpr, SUM: tl.constexpr,
+    DOT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, REAL: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """A program sums BLOCK_N samples of BLOCK_C channels; axis 1 of a tile is samples x units of positions.
+
+    partial: (tiles of samples, 2, C), the sums of g s over the tile's samples in [:, 0].
+    """
+    program = tl.program_id(0)
+    if WIDE:
+        program = tl.cast(program, tl.int64)
+    channels = channel_units * CHANNEL_UNIT
+    tiles = tl.cdiv(channels, BLOCK_C)
+    c = program % tiles * BLOCK_C + tl.arange(0, BLOCK_C)
+    part = program // tiles
+    in_c = c < channels
+    lane = tl.arange(0, BLOCK_N * BLOCK_M)
+    n = part * BLOCK_N + lane // BLOCK_M
+    in_n = in_c[:, None, None] & (n < samples)[None, :, None]
+    b, g, t = parameters(bias, gate, shift, c, n, channels, in_c, in_n, True, REAL)
+    total = tl.zeros((BLOCK_C, BLOCK_N * BLOCK_M, LANES), REAL)
+    dot = tl.zeros((BLOCK_C, BLOCK_N * BLOCK_M, LANES), REAL)
+    for start in range(0, sample_units, BLOCK_M):
+        m = start + lane % BLOCK_M
+        if WIDE:
+            m = m.to(tl.int64)
+        in_tile = in_n & (m < sample_units)[None, :, None]
+        d_places = offsets(c, n, m, d_sample, d_channel, d_position, D_UNIT, LANES, CHANNELS_FASTEST)
+        dy = tl.load(grad + d_places, mask=in_tile, other=0.0).to(REAL)
+        value = dy
+        if READ_VALUES:
+            v_places = offsets(c, n, m, v_sample, v_channel, v_position, V_UNIT, LANES, CHANNELS_FASTEST)
+            value = tl.load(values + v_places, mask=in_tile, other=0.0).to(REAL)
+        s = slope_times(dy, value, b, g, t, INPUT, ACTIVATION)
+        if grad_u is not None:
+            r_places = offsets(c, n, m, r_sample, r_channel, r_position, R_UNIT, LANES, CHANNELS_FASTEST)
+            tl.store(grad_u + r_places, (g * s).to(grad_u.dtype.element_ty), mask=in_tile)
+        if SUM:
+            total += s
+        if DOT:
+            dot += s * (value + b)
+    own_n = part * BLOCK_N + tl.arange(0, BLOCK_N)
+    places = (own_n * channels)[None, :] + c[:, None]
+    in_own = in_c[:, None] & (own_n < samples)[None, :]
+    if SUM:
+        sums = tl.sum(tl.reshape(tl.sum(total, 2), (BLOCK_C, BLOCK_N, BLOCK_M)), 2)
+        store_if_wanted(grad_shift, places, sums, in_own)
+        if grad_bias is not None or partial is not None:
+            own_gate = tl.load(gate + places, mask=in_own, other=0.0).to(REAL)
+            scaled = tl.sum(own_gate * sums, 1)
+            store_if_wanted(grad_bias, c, scaled, in_c)
+            store_if_wanted(partial, part * 2 * channels + c, scaled, in_c)
+    if DOT:
+        dots = tl.sum(tl.reshape(tl.sum(dot, 2), (BLOCK_C, BLOCK_N, BLOCK_M)), 2)
+        store_if_wanted(grad_gate, places, dots, in_own)
+
+
+@triton.jit(do_not_specialize=["parts", "channels"])
+def finish(
+    partial, gate, grad_bias, grad_gate, grad_shift, parts, channels,
+    SUM: tl.constexpr, DOT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, REAL: tl.constexpr,
+):
+    """Adds up partial (parts, 2, C). gate None: the sums of g s, which are db; else those of s and s (u + b)."""
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    in_c = c < channels
+    total = tl.zeros((BLOCK_P, BLOCK_C), REAL)
+    dot = tl.zeros((BLOCK_P, BLOCK_C), REAL)
+    for start in range(0, parts, BLOCK_P):
+        part = start + tl.arange(0, BLOCK_P)
+        in_tile = (part < parts)[:, None] & in_c[None, :]
+        places = (part * 2 * channels)[:, None] + c[None, :]
+        if SUM:
+            total += tl.load(partial + places, mask=in_tile, other=0.0)
+        if DOT:
+            dot += tl.load(partial + places + channels, mask=in_tile, other=0.0)
+    if SUM:
+        sums = tl.sum(total, 0)
+        store_if_wanted(grad_shift, c, sums, in_c)
+        if gate is None:
+            store_if_wanted(grad_bias, c, sums, in_c)
+        elif grad_bias is not None:
+            store_if_wanted(grad_bias, c, tl.load(gate + c, mask=in_c, other=0.0).to(REAL) * sums, in_c)
+    if DOT:
+        store_if_wanted(grad_gate, c, tl.sum(dot, 0), in_c)
+
+
+class Wanted(NamedTuple):
+    """Which gradients to compute."""
+
+    u: bool
+    bias: bool
+    gate: bool
+    shift: bool
+
+
+class Plan(NamedTuple):
+    layout: Layout
+    kernel: Any
+    grid: tuple[int]
+    parts: int  # 0 where no second launch is needed
+    numbers: tuple[int, ...]
+    constants: dict[str, Any]
+    finish_grid: tuple[int]
+    finish_constants: dict[str, Any]
+
+
+def make_plan(
+    values: Tensor, grad: Tensor, axis: int, per_sample: bool, activation: int, kind: int, wanted: Wanted
+) -> Plan:
+    found = layout(values, (grad,), axis, per_sample)
+    view, lanes = found.view, found.lanes
+    by_row = per_sample and view.samples == 1
+    total, dot = wanted.bias or (wanted.shift and not by_row), wanted.gate and not by_row
+    real = REAL[accumulation_dtype(values.dtype)]
+    constants = {
+        "CHANNEL_UNIT": found.channel_unit, "LANES": lanes,
+        **dict(zip(("V_UNIT", "R_UNIT", "D_UNIT"), found.tensor_units, strict=True)),
+        "CHANNELS_FASTEST": found.channels_fastest, "ACTIVATION": activation,
+        "READ_VALUES": activation != 0 or wanted.gate, "SUM": total, "DOT": dot, "REAL": real,
+        "WIDE": wide(values, grad, slack=4 * TILE),
+    }
+    target = PROGRAMS_A_PROCESSOR * processors(values.device)
+    channel_units = view.channels // found.channel_unit
+    numbers: tuple[int, ...]
+    if per_sample and not by_row:
+        kernel, block_c, block_n, block_m = backward_by_sample, *blocks_by_sample(found, target)
+        parts = triton.cdiv(view.samples, block_n)
+        numbers = (channel_units, view.samples, found.division()[0])
+        constants.update(BLOCK_C=block_c, BLOCK_N=block_n, BLOCK_M=block_m)
+        second = wanted.bias and parts > 1
+    else:
+        kernel, (block_c, block_j) = backward_shared, tile_of(found, TILE, lanes)
+        steps = triton.cdiv(found.position_units, block_j)
+        most = triton.cdiv(target, triton.cdiv(view.channels, block_c))
+        parts = max(1, min(triton.cdiv(steps, STEPS_A_PART), most)) if total or dot else steps
+        steps = triton.cdiv(steps, parts)
+        parts = triton.cdiv(found.position_units, block_j * steps)
+        numbers = (channel_units, found.position_units, *found.division(), steps)
+        constants.update(
+            BLOCK_C=block_c, BLOCK_J=block_j, GATE_BY_SAMPLE=by_row, ONE_SAMPLE=view.samples == 1, VALUES=kind
+        )
+        second = (total or dot) and parts > 1
+    finish_c = block(view.channels, 1, 16)
+    return Plan(
+        found, kernel, (triton.cdiv(view.channels, block_c) * parts,), parts if second else 0,
+        (*found.stride_arguments, *numbers), constants, (triton.cdiv(view.channels, finish_c),),
+        {"SUM": total, "DOT": dot and not per_sample, "BLOCK_C": finish_c, "BLOCK_P": block(parts, 1, 256), "REAL": real},
+    )
+
+
+def blocks_by_sample(found: Layout, target: int) -> tuple[int, int, int]:
+    """(BLOCK_C, BLOCK_N, BLOCK_M), a full tile where that leaves enough programs."""
+    view, lanes = found.view, found.lanes
+    least = block(view.channels, 1, 32) if found.channels_fastest else 1
+    block_c = block(view.channels, 1, 128) if found.channels_fastest else least
+    block_m = block(view.positions // lanes, 1, TILE // (block_c * lanes))
+    block_c = max(block_c, block(view.channels, 1, TILE // (block_m * lanes)))
+    block_n = block(view.samples, 1, max(1, TILE // (block_c * block_m * lanes)))
+    while triton.cdiv(view.channels, block_c) * triton.cdiv(view.samples, block_n) < target:
+        if block_n > 1:
+            block_n //= 2
+        elif block_c > least:
+            block_c //= 2
+        else:
+            break
+    return block_c, block_n, block_m
+
+
+def backward(
+    grad: Tensor, values: Tensor, bias: Tensor | None, gate: Tensor | None, shift: Tensor | None, axis: int,
+    per_sample: bool, activation: int, kind: int, wanted: Wanted, results: Sequence[Tensor | None],
+) -> Tensor | None:
+    """Launches; du, where it is wanted. results: empty tensors for db, dg and dt, None where not wanted.
+
+    kind: what `values`, of grad's shape, holds: INPUT, ARGUMENT or RESULT. Without a gate g counts as unused.
+    """
+    key = (
+        values.shape, values.stride(), grad.stride(), values.dtype, values.device, axis, per_sample, activation, kind,
+        wanted,
+    )
+    plan: Plan = remembered(
+        key, lambda: make_plan(values, grad, axis, per_sample, activation, kind, wanted)
+    )
+    grad_u = result_of(values, plan.layout) if wanted.u else None
+    db, dg, dt = results
+    partial = None
+    if plan.parts:
+        shape = (plan.parts, 2, plan.layout.view.channels)
+        partial = torch.empty(shape, dtype=accumulation_dtype(values.dtype), device=values.device)
+    first_db = None if plan.parts else db
+    with on_device(values):
+        plan.kernel[plan.grid](
+            laid_out(grad, plan.layout), laid_out(values, plan.layout), bias, gate, shift, grad_u, first_db, dg, dt,
+            partial, *plan.numbers, **plan.constants,
+        )
+        if partial is not None:
+            summed = (None, None) if per_sample else (dg, dt)
+            finish[plan.finish_grid](
+                partial, None if per_sample else gate, db, *summed, plan.parts, plan.layout.view.channels,
+                **plan.finish_constants,
+            )
+    return None if grad_u is None else restored(grad_u, values, plan.layout)
