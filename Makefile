@@ -6,11 +6,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 TORCH := torch==2.13.0
 RUN ?= runs/demo
+GPU_OUT ?= bench/results
 # Everything that the compiled extension or the list of dependencies depends on; the Python code is installed in place.
 BUILD_INPUTS := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lint bench kernels gpu clean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /\1\t/' | expand -t 10
@@ -31,6 +32,14 @@ lint: $(VENV)/.developed ## ruff and mypy
 bench: $(VENV)/.developed ## train-step time, gated over ungated (CPU, a few minutes)
 	$(BIN)/python -m pytest bench
 	$(BIN)/python -m bench.overhead --out bench/results/cpu-overhead.json
+
+kernels: $(VENV)/.developed ## compile every Triton kernel for every target, list registers and spills (no GPU)
+	$(BIN)/python -m bench.ahead_of_time --out bench/results/triton-resources.json
+
+# On the GPU with the environment that is there (PYTHON), whose torch and driver fit each other; nothing is installed.
+gpu: ## test and measure the kernels on this machine's GPU (10 minutes); results in GPU_OUT
+	PYTHONPATH=.:models $(PYTHON) -m pytest -q tests/triton_kernels tests/ops/test_triton_ops.py tests/test_measuring.py -m 'not ahead_of_time'
+	PYTHONPATH=.:models $(PYTHON) -m bench.gpu --out $(GPU_OUT) $(GPU_FLAGS)
 
 clean: ## remove the environment and everything built
 	rm -rf $(VENV) build dist *.egg-info mrvae_kernels/*.so

@@ -14,6 +14,7 @@ import inspect
 import io
 import json
 import os
+import pkgutil
 import re
 import subprocess
 import sys
@@ -31,22 +32,31 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from mrvae_kernels import triton_kernels
 from mrvae_kernels.triton_kernels.device import INTERPRETED
 from mrvae_kernels.triton_kernels.launch import Variant
 
-MODULES = ("launch", "gates", "fold", "epilogue", "linear", "conv2d", "conv_transpose2d")
-"""The modules of mrvae_kernels.triton_kernels that have kernels."""
+MODULES = tuple(module.name for module in pkgutil.iter_modules(triton_kernels.__path__))
+"""All modules of mrvae_kernels.triton_kernels; those with kernels have a function `variants`."""
 
 SHARED_BYTES = {"sm_80": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
 """Shared memory a program, by target; sm_80's is that of sm_86 and sm_89, which take the same block sizes."""
 
 
 class Job(NamedTuple):
-    """The index-th variant of a module, for a target."""
+    """The index-th variant that a module names, for a target; kernels do not travel between processes, their names do."""
 
     target: str
     module: str
     index: int
+
+    def about(self) -> dict[str, Any]:
+        """The result's first columns."""
+        variant = variants_of(self.module, self.target)[self.index]
+        return {
+            "target": self.target, "module": variant.kernel.__module__.rpartition(".")[2], "variant": variant.label,
+            "warps": variant.warps, "stages": variant.stages,
+        }
 
 
 def gpu_target(name: str) -> GPUTarget:
@@ -55,9 +65,9 @@ def gpu_target(name: str) -> GPUTarget:
 
 
 def variants_of(module: str, target: str) -> list[Variant]:
-    """The module's variants with the block sizes of the target's architecture."""
-    variants = importlib.import_module(f"mrvae_kernels.triton_kernels.{module}").variants
-    return variants(target) if inspect.signature(variants).parameters else variants()
+    """The module's variants with the block sizes of the target's architecture; none where it has no kernel."""
+    variants = getattr(importlib.import_module(f"{triton_kernels.__name__}.{module}"), "variants", list)
+    return variants(target) if "architecture" in inspect.signature(variants).parameters else variants()
 
 
 def source(variant: Variant) -> ASTSource:
@@ -81,9 +91,8 @@ def nvidia_resources(target: GPUTarget, compiled: Any) -> dict[str, int]:
     with tempfile.TemporaryDirectory() as folder:
         code, assembly = Path(folder, "kernel.cubin"), Path(folder, "kernel.ptx")
         code.write_bytes(compiled.asm["cubin"])
-        dump = subprocess.run(
-            [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(code)], capture_output=True, text=True, check=True
-        ).stdout
+        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(code)]
+        dump = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         registers, stack = (int(re.search(rf"{name}:(\d+)", dump)[1]) for name in ("REG", "STACK"))  # type: ignore[index]
         if stack == 0:
             return {"registers": registers, "spill": 0}
@@ -96,29 +105,30 @@ def nvidia_resources(target: GPUTarget, compiled: Any) -> dict[str, int]:
 
 
 def amd_resources(compiled: Any) -> dict[str, int]:
-    """Registers and spilled ones. Scalar registers spill into lanes of vector registers, not into memory: not counted.
+    """Vector registers, and how often one is spilled, to memory or to an accumulation register.
 
-    Vector registers spill into accumulation registers first, which is counted; the compiler does not tell them apart.
+    Scalar registers are spilled to lanes of vector registers, which costs no memory access: not counted.
     """
     found = {name: int(value) for name, value in re.findall(r"\.(\w+_count):\s+(\d+)", compiled.asm["amdgcn"])}
     return {"registers": found["vgpr_count"], "spill": found["vgpr_spill_count"]}
 
 
+def resources(target: GPUTarget, compiled: Any) -> dict[str, int]:
+    """Registers and spill a thread."""
+    return amd_resources(compiled) if target.backend == "hip" else nvidia_resources(target, compiled)
+
+
 def compile_variant(job: Job) -> dict[str, Any]:
     """Label, registers, spill, shared bytes and seconds of one variant, or the error."""
     variant = variants_of(job.module, job.target)[job.index]
-    result: dict[str, Any] = {
-        "target": job.target, "module": job.module, "variant": variant.label, "warps": variant.warps,
-        "stages": variant.stages,
-    }
+    result = job.about()
     started, target = time.perf_counter(), gpu_target(job.target)
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # Triton prints the whole assembly where ptxas fails
             compiled = triton.compile(
                 source(variant), target=target, options={"num_warps": variant.warps, "num_stages": variant.stages}
             )
-        found = amd_resources(compiled) if target.backend == "hip" else nvidia_resources(target, compiled)
-        result |= {**found, "shared": int(compiled.metadata.shared)}
+        result |= {**resources(target, compiled), "shared": int(compiled.metadata.shared)}
     except Exception as error:
         result["error"] = f"{type(error).__name__}: {error}"
     return result | {"seconds": round(time.perf_counter() - started, 2)}
@@ -152,9 +162,7 @@ def compile_all(jobs: Sequence[Job], processes: int) -> Iterator[dict[str, Any]]
                     yield result
             except BrokenProcessPool:
                 if processes == 1:  # then it was the first of those left
-                    job = left.pop(0)
-                    label = variants_of(job.module, job.target)[job.index].label
-                    yield {"target": job.target, "module": job.module, "variant": label, "error": "compiler crashed"}
+                    yield left.pop(0).about() | {"error": "the compiler crashed"}
                 processes = 1
 
 

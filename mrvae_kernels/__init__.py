@@ -36,6 +36,7 @@ from .layers import (
     GatedLinear,
     GatedLSTM,
 )
+from .measuring import tune, warm_up
 from .multirate import MultiRate, bake, multirate
 from .strategy import override
 
@@ -47,5 +48,5 @@ __all__ = [
     "GatedConvTranspose1d", "GatedConvTranspose2d", "GatedConvTranspose3d", "GatedGRU", "GatedGroupNorm",
     "GatedLSTM", "GatedLayerNorm", "GatedLinear", "MultiRate", "bake", "checkpoint_context", "gate_values",
     "gated_conv1d", "gated_conv2d", "gated_conv3d", "gated_conv_transpose1d", "gated_conv_transpose2d",
-    "gated_conv_transpose3d", "gated_linear", "multirate", "override", "standardize",
+    "gated_conv_transpose3d", "gated_linear", "multirate", "override", "standardize", "tune", "warm_up",
 ]

@@ -18,9 +18,9 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from . import functional
 from .gates import GateSpec
 from .ops.shortcuts import scaled_linear
-from .strategy import Product
 from .recurrent import gated_recurrent, recurrent_rows
 from .reference import along
+from .strategy import Product
 
 
 class FoldEntry(NamedTuple):

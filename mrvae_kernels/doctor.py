@@ -113,10 +113,10 @@ def _gpu(index: int) -> str:
     device = torch.device("cuda", index)
     known = measurements.records(device)
     wins = [name for name in ("gates", "fold", "epilogue") if measurements.best_backend(device, name) == "triton"]
+    name = measurements.device_name(device)
     if not any(known.values()):
-        return f"{measurements.device_name(device)}: nothing measured, plain PyTorch runs; {strategy.HOW_TO_MEASURE}"
-    classes = len(known["strategies"])
-    return f"{measurements.device_name(device)}: Triton for {', '.join(wins) or 'none'}; {classes} shape classes measured"
+        return f"{name}: nothing measured, plain PyTorch runs; {strategy.HOW_TO_MEASURE}"
+    return f"{name}: Triton for {', '.join(wins) or 'none'}; {len(known['strategies'])} shape classes measured"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -3,12 +3,12 @@
 A record is one JSON file a device,
 
     {"device": "NVIDIA H200", "versions": {...},
-     "backends": {"gates": {"reference": 1.0, "triton": 0.2}, "fold": ..., "epilogue": ...},
-     "strategies": {"linear float32 shared 7 9 10": {"fold": 1.04, "epilogue": 1.01, "fused": 0.98}}}
+     "backends": {"gates": {"reference": 3.0, "triton": 2.0}, "fold": ..., "epilogue": ...},
+     "strategies": {"linear float32 shared 7 9 10": {"fold": 3, "epilogue": 2, "fused": 1}}}
 
-whose numbers are times relative to anything that is the same within one entry: the smallest wins. Records that come with
-the package lie in mrvae_kernels/measured/, those of `mrvae_kernels.tune` in the user's cache folder, and win over them.
-Without an entry nothing is known, and the caller keeps to its cost model and to plain PyTorch.
+whose numbers are times relative to anything that is the same within one entry: the smallest wins. Records that come
+with the package lie in mrvae_kernels/measured/, those of `mrvae_kernels.tune` in the user's cache folder, and win over
+them. Without an entry nothing is known, and the caller keeps to its cost model and to plain PyTorch.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mrvae_kernels"
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def device_name(device: torch.device) -> str:
     """The device as records name it, such as "NVIDIA H200"; its type where there is no name to ask for."""
     if device.type not in ("cuda", "xpu") or not torch.get_device_module(device).is_available():
@@ -79,7 +79,7 @@ def best_backend(device: torch.device, operator: str) -> str | None:
     return min(times, key=times.__getitem__) if times else None
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def records(device: torch.device) -> Record:
     """Everything known of the device: the package's record, and the user's over it; read once."""
     name = file_name(device_name(device))

@@ -62,8 +62,8 @@ class Override:
 
 
 class Product(NamedTuple):
-    """A product as measurements know it: `operation` ("linear", "conv2d", "conv_transpose2d") with rows x columns results
-    of `terms` terms each, of tensors on this device and of this dtype."""
+    """A product as measurements know it: `operation` ("linear", "conv2d", "conv_transpose2d") with rows x columns
+    results of `terms` terms each, of tensors on this device and of this dtype."""
 
     operation: str
     device: torch.device
@@ -72,12 +72,11 @@ class Product(NamedTuple):
     columns: int
     terms: int
 
-    def measured(self, per_sample: bool) -> str | None:
-        """The strategy that won for products of this class on this device, None where none was measured."""
-        key = measurements.shape_class(
+    def key(self, per_sample: bool) -> str:
+        """The shape class."""
+        return measurements.shape_class(
             self.operation, self.dtype, per_sample, self.rows, self.columns, self.terms
         )
-        return measurements.best_strategy(self.device, key)
 
 
 _override = Override()
@@ -111,7 +110,7 @@ def current() -> Override:
 
 
 def choose_backend(device: torch.device, dtype: torch.dtype, operator: str = "epilogue") -> str:
-    """The backend for an operator ("gates", "fold", "epilogue", "fused"); RuntimeError if the one asked for refuses it."""
+    """The backend for "gates", "fold", "epilogue" or "fused"; RuntimeError if the one asked for refuses the tensors."""
     asked = _override.backend
     if operator == "fused":
         asked = "triton"
@@ -157,7 +156,7 @@ def choose_strategy(
 def _measured(product: Product, per_sample: bool) -> str | None:
     if product.device.type == "cpu" or torch.compiler.is_compiling():
         return None
-    won = product.measured(per_sample)
+    won = measurements.best_strategy(product.device, product.key(per_sample))
     if won == "fused" and (_override.backend not in (None, "triton")
                            or triton_refusals(product.device, product.dtype, "fused")):
         return None

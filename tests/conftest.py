@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +11,9 @@ from pathlib import Path
 import hypothesis
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before mrvae_kernels reads it: Triton's kernels on CPU tensors
 
 import mrvae_kernels as mk
 from mrvae_kernels import ops
@@ -24,7 +29,8 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("mrvae")
 
-BACKENDS = ["reference", "cpp"] if ops.EXTENSION else ["reference"]
+TRITON = importlib.util.find_spec("triton") is not None
+BACKENDS = ["reference", *(["cpp"] if ops.EXTENSION else []), *(["triton"] if TRITON else [])]
 
 
 def pytest_configure(config: pytest.Config) -> None:

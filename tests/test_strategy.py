@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import mrvae_kernels as mk
-from mrvae_kernels import ops, strategy
-from mrvae_kernels.strategy import EPILOGUE_PASSES, FOLD_PASSES, choose_backend, choose_strategy, explain
+from mrvae_kernels import measurements, ops, strategy
+from mrvae_kernels.strategy import EPILOGUE_PASSES, FOLD_PASSES, Product, choose_backend, choose_strategy, explain
 
 CPU = torch.device("cpu")
 
@@ -67,12 +67,12 @@ def test_an_error_in_the_block_restores():
 
 def test_unknown_names_are_value_errors():
     with (
-        pytest.raises(ValueError, match="strategy is 'fused'; expected one of fold, epilogue"),
-        mk.override(strategy="fused"),
+        pytest.raises(ValueError, match="strategy is 'magic'; expected one of fold, epilogue, fused"),
+        mk.override(strategy="magic"),
     ):
         pass
     with (
-        pytest.raises(ValueError, match="backend is 'gpu'; expected one of cpp, reference"),
+        pytest.raises(ValueError, match="backend is 'gpu'; expected one of cpp, triton, reference"),
         mk.override(backend="gpu"),
     ):
         pass
@@ -120,7 +120,7 @@ def test_explain_gives_the_reason_and_what_was_rejected_why():
     with mk.override(strategy="epilogue", backend="reference"):
         asked = explain(10, 1000)
     assert asked.strategy == "epilogue" and asked.reason == "asked for by override or MRVAE_STRATEGY"
-    assert asked.rejected[-1] == "cpp: asked for by override or MRVAE_BACKEND"
+    assert "cpp: asked for by override or MRVAE_BACKEND" in asked.rejected
     assert any("it takes CPU tensors" in line for line in explain(10, 1000, device="cuda").rejected)
 
 
@@ -134,5 +134,78 @@ def test_environment_variables(monkeypatch):
     monkeypatch.setenv("MRVAE_STRATEGY", "")
     assert strategy._from_environment() == strategy.Override(None, "reference")
     monkeypatch.setenv("MRVAE_STRATEGY", "magic")
-    with pytest.raises(ValueError, match="strategy is 'magic'; expected one of fold, epilogue"):
+    with pytest.raises(ValueError, match="strategy is 'magic'; expected one of fold, epilogue, fused"):
         strategy._from_environment()
+
+
+CUDA = torch.device("cuda")
+PRODUCT = Product("linear", CUDA, torch.float32, 128, 300, 784)
+
+
+@pytest.fixture
+def measured(monkeypatch, tmp_path):
+    """Triton as on a GPU, and a function that makes a record of it the user's."""
+    monkeypatch.setattr(strategy, "TRITON_DEVICE_TYPES", ("cuda", "xpu"))
+    monkeypatch.setattr(strategy, "TRITON_INSTALLED", True)
+    monkeypatch.setenv("MRVAE_CACHE", str(tmp_path))
+
+    def record(**found):
+        path = tmp_path / measurements.file_name(measurements.device_name(CUDA))
+        measurements.write(path, "cuda", {}, found)
+
+    measurements.records.cache_clear()
+    yield record
+    measurements.records.cache_clear()
+
+
+def test_triton_is_chosen_only_where_it_was_measured_to_win(measured):
+    assert choose_backend(CUDA, torch.float32, "gates") == "reference"
+    measured(backends={"gates": {"reference": 2.0, "triton": 1.0}, "fold": {"reference": 1.0, "triton": 2.0}})
+    assert choose_backend(CUDA, torch.float32, "gates") == "triton"
+    assert choose_backend(CUDA, torch.float32, "fold") == choose_backend(CUDA, torch.float32) == "reference"
+    assert choose_backend(CUDA, torch.int32, "gates") == "reference", "a dtype that Triton's kernels do not take"
+    assert choose_backend(CPU, torch.float16, "gates") == "reference", "another device"
+    with mk.override(backend="reference"):
+        assert choose_backend(CUDA, torch.float32, "gates") == "reference"
+
+
+def test_the_measured_strategy_wins_over_the_cost_model_in_its_shape_class(measured):
+    assert choose_strategy(300 * 784, 128 * 300, False, None, PRODUCT) == "epilogue"
+    measured(strategies={PRODUCT.key(False): {"fold": 3.0, "epilogue": 2.0, "fused": 1.0},
+                         PRODUCT.key(True): {"epilogue": 1.0, "fused": 2.0}})
+    assert choose_strategy(300 * 784, 128 * 300, False, None, PRODUCT) == "fused"
+    assert choose_backend(CUDA, torch.float32, "fused") == "triton"
+    assert choose_strategy(300 * 784, 128 * 300, True, None, PRODUCT) == "epilogue"
+    far = PRODUCT._replace(rows=16)
+    assert choose_strategy(300 * 784, 16 * 300, False, None, far) == "epilogue", "another shape class: cost model"
+    near = PRODUCT._replace(rows=130, columns=310)
+    assert choose_strategy(310 * 784, 130 * 310, False, None, near) == "fused", "the same class"
+    assert choose_strategy(300 * 784, 128 * 300, False, None, PRODUCT._replace(device=CPU)) == "epilogue"
+    with mk.override(strategy="fold"):
+        assert choose_strategy(300 * 784, 128 * 300, False, None, PRODUCT) == "fold"
+    with mk.override(backend="reference"):
+        assert choose_strategy(300 * 784, 128 * 300, False, None, PRODUCT) == "epilogue", "fused needs Triton"
+    choice = explain(300 * 784, 128 * 300, False, "cuda", product=PRODUCT)
+    assert (choice.strategy, choice.backend) == ("fused", "triton")
+    assert choice.reason == "measured fastest on cuda for this shape class"
+
+
+def test_fused_needs_triton(measured, monkeypatch):
+    with pytest.raises(ValueError, match="'fused' has kernels in Triton only; backend is 'reference'"):
+        strategy.Override("fused", "reference")
+    with mk.override(strategy="fused"), pytest.raises(RuntimeError, match="'fused' was asked for: .* is on cpu"):
+        choose_backend(CPU, torch.float32, "fused")
+    with pytest.raises(RuntimeError, match="float32, bfloat16 and float16, this one is torch.float64"):
+        choose_backend(CUDA, torch.float64, "fused")
+    monkeypatch.setattr(strategy, "TRITON_INSTALLED", False)
+    with pytest.raises(RuntimeError, match="'triton' was asked for, but triton is not installed; run: pip install"):
+        strategy.Override(None, "triton")
+    with pytest.raises(RuntimeError, match="'fused' was asked for: triton is not installed"):
+        choose_backend(CUDA, torch.float32, "fused")
+
+
+def test_explain_says_what_was_not_measured(measured):
+    lines = explain(10, 1000, device="cuda", product=PRODUCT).rejected
+    assert "triton: not measured on cuda; mrvae_kernels.tune(model, ...) measures, and keeps the result" in lines
+    measured(backends={"fold": {"reference": 1.0, "triton": 2.0}})
+    assert "triton: measured slower on cuda" in explain(10, 1000, device="cuda").rejected

@@ -4,8 +4,8 @@
 
 b is (C,); g and t are (C,), or (N, C) with one row a sample. Arithmetic in float32 (float64 for float64).
 
-Memory: u and y are addressed as strided [samples, channels, positions] arrays (views.py), whatever their layout; tensors
-that have no such view are copied first.
+Memory: u and y are addressed as strided [samples, channels, positions] arrays (views.py), whatever their layout;
+tensors that have no such view are copied first.
 
 Grid: tiles of channels x positions, the positions of all samples in one row, so that small images fill a tile too; one
 division for each 16 bytes finds the sample. Bytes: reads u and writes y, each once.
@@ -21,10 +21,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .activations import NEEDS_ARGUMENT, activate, activation_code
+from .activations import ACTIVATIONS, NEEDS_ARGUMENT, activate, activation_code
 from .device import on_device, processors
 from .epilogue_backward import ARGUMENT, INPUT, REAL, RESULT, Wanted, backward
-from .launch import accumulation_dtype, check_device, wide
+from .launch import TRITON_NAMES, Variant, accumulation_dtype, check_device, wide
 from .views import (
     Layout,
     laid_out,
@@ -41,13 +41,12 @@ from .views import (
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 TILE, SMALL_TILE = 4096, 1024
 """Elements a program computes; the small one where tensors are too small to give each processor a program."""
+STRIDES = [f"{tensor}_{axis}" for tensor in "uy" for axis in ("sample", "channel", "position")]
 
 
 @triton.jit(
     do_not_specialize=["channel_units", "position_units", "sample_units", "magic", "magic_shift"],
-    do_not_specialize_on_alignment=[
-        "u_sample", "u_channel", "u_position", "y_sample", "y_channel", "y_position"
-    ],
+    do_not_specialize_on_alignment=STRIDES,
 )
 def forward(
     u, bias, gate, shift, y,
@@ -84,15 +83,15 @@ class Plan(NamedTuple):
     dense: bool
 
 
-def make_plan(u: Tensor, problem: Problem, activation: int) -> Plan:
-    found = layout(u, (), problem.axis, problem.per_sample)
+def make_plan(u: Tensor, axis: int, per_sample: bool, activation: int) -> Plan:
+    found = layout(u, (), axis, per_sample)
     elements = TILE if u.numel() >= 2 * TILE * processors(u.device) else SMALL_TILE
     block_c, block_j = tile_of(found, elements, found.lanes)
     units_of = dict(zip(("U_UNIT", "Y_UNIT"), found.tensor_units, strict=True))
     constants = {
         "CHANNEL_UNIT": found.channel_unit, "LANES": found.lanes, **units_of,
         "CHANNELS_FASTEST": found.channels_fastest, "ONE_SAMPLE": found.view.samples == 1,
-        "GATE_BY_SAMPLE": problem.per_sample, "ACTIVATION": activation, "BLOCK_C": block_c, "BLOCK_J": block_j,
+        "GATE_BY_SAMPLE": per_sample, "ACTIVATION": activation, "BLOCK_C": block_c, "BLOCK_J": block_j,
         "REAL": REAL[accumulation_dtype(u.dtype)], "WIDE": wide(u, slack=2 * elements),
     }
     channels = found.view.channels
@@ -105,8 +104,8 @@ def make_plan(u: Tensor, problem: Problem, activation: int) -> Plan:
 
 def check(
     name: str, u: Tensor, bias: Tensor | None, gate: Tensor, shift: Tensor | None, dim: int
-) -> Problem:
-    """ValueError, TypeError or RuntimeError where the arguments do not fit."""
+) -> tuple[int, bool]:
+    """The channel axis and whether there are several samples with a gate each; errors where arguments do not fit."""
     if not -u.dim() <= dim < u.dim():
         raise ValueError(f"{name}: dim is {dim} for u of shape {tuple(u.shape)}; expected an axis of u")
     axis = dim % u.dim()
@@ -125,23 +124,24 @@ def check(
         if tensor is not None and tensor.dtype not in DTYPES:
             raise TypeError(f"{name}: {what} has dtype {tensor.dtype}; expected float32, float64, bfloat16 or float16")
     check_device(name, u, bias, gate, shift)
-    return Problem(axis, channels, not shared and u.shape[0] != 1)
+    return axis, not shared and u.shape[0] != 1
 
 
 def epilogue(
-    u: Tensor, bias: Tensor | None, gate: Tensor, shift: Tensor | None, dim: int, activation: str, in_place: bool = False
+    u: Tensor, bias: Tensor | None, gate: Tensor, shift: Tensor | None, dim: int, activation: str,
+    in_place: bool = False,
 ) -> Tensor:
     """y = act(g (u + b) + t) along channel axis `dim` of u.
 
-    u of any strides in float32, bfloat16, float16 or float64; bias (C,); gate and shift (C,), or (N, C) with the samples
-    in axis 0 of u. y has u's dtype and the strides of torch.empty_like(u). in_place: y is u itself, overwritten, where u
-    is dense; where it is not, y is a new tensor and u stays as it is. ValueError for shapes, TypeError for dtypes,
-    RuntimeError for devices.
+    u of any strides in float32, bfloat16, float16 or float64; bias (C,); gate and shift (C,), or (N, C) with the
+    samples in axis 0 of u. y has u's dtype and the strides of torch.empty_like(u). in_place: y is u itself,
+    overwritten, where u is dense; where it is not, y is a new tensor and u stays as it is. ValueError for shapes,
+    TypeError for dtypes, RuntimeError for devices.
     """
-    problem = check("epilogue", u, bias, gate, shift, dim)
+    axis, per_sample = check("epilogue", u, bias, gate, shift, dim)
     code = activation_code(activation)
-    key = ("forward", u.shape, u.stride(), u.dtype, u.device, problem, code)
-    plan: Plan = remembered(key, lambda: make_plan(u, problem, code))
+    key = ("forward", u.shape, u.stride(), u.dtype, u.device, axis, per_sample, code)
+    plan: Plan = remembered(key, lambda: make_plan(u, axis, per_sample, code))
     in_place = in_place and plan.dense
     if u.numel() == 0:
         return u if in_place else torch.empty_like(u)
@@ -171,7 +171,7 @@ def epilogue_backward(
     torch.empty_like(u); db, dg and dt are contiguous, in the dtypes of bias, gate and shift. Sums are taken in a fixed
     order. With activation "none" and without dg the values of u do not matter. Errors as for `epilogue`.
     """
-    problem = check("epilogue_backward", u, bias, gate, shift, dim)
+    axis, per_sample = check("epilogue_backward", u, bias, gate, shift, dim)
     code = activation_code(activation)
     check_gradient("epilogue_backward", grad, u)
     want_u, want_bias, want_gate, want_shift = mask
@@ -187,8 +187,8 @@ def epilogue_backward(
                 result.zero_()
     elif any(wanted):
         du = backward(
-            grad, u, contiguous(bias), contiguous(gate), contiguous(shift), problem.axis, problem.per_sample, code, INPUT,
-            wanted, (db, dg, dt),
+            grad, u, contiguous(bias), contiguous(gate), contiguous(shift), axis, per_sample, code, INPUT, wanted,
+            (db, dg, dt),
         )
     return (
         u.new_empty(0) if du is None or not wanted.u else du,
@@ -202,8 +202,8 @@ def channel_sums(grad: Tensor, saved: Tensor | None, dim: int, activation: str) 
     """The sum of s = act'(z) dy over every axis but the channel axis `dim`: (C,) in float32 (float64 for float64).
 
     grad: dy, of any strides. saved, of its shape: the result y = act(z), or the argument z for the activations in
-    NEEDS_ARGUMENT; None for "none". Two launches at most, and the same bits each time. ValueError for shapes or a missing
-    `saved`, TypeError for dtypes, RuntimeError for devices.
+    NEEDS_ARGUMENT; None for "none". Two launches at most, and the same bits each time. ValueError for shapes or a
+    missing `saved`, TypeError for dtypes, RuntimeError for devices.
     """
     code = activation_code(activation)
     if saved is None and code != 0:
@@ -230,3 +230,34 @@ def check_gradient(name: str, grad: Tensor, like: Tensor) -> None:
     if grad.dtype not in DTYPES:
         raise TypeError(f"{name}: grad has dtype {grad.dtype}; expected float32, float64, bfloat16 or float16")
     check_device(name, grad, like)
+
+
+def variants(architecture: str = "sm_90") -> list[Variant]:
+    """Each dtype in each layout, each activation once, and 64-bit offsets; on any architecture."""
+    found: list[Variant] = []
+    for dtype in DTYPES:
+        for where in ("positions fastest", "channels fastest"):
+            for by_sample in (False, True):
+                code = len(found) % len(ACTIVATIONS)
+                found.append(_variant(dtype, where, by_sample, code, wide=False))
+    return [*found, _variant(torch.float32, "strided", True, 0, wide=True)]
+
+
+def _variant(dtype: torch.dtype, where: str, by_sample: bool, code: int, wide: bool) -> Variant:
+    name, real = TRITON_NAMES[dtype], accumulation_dtype(dtype)
+    unit = 1 if where == "strided" else 16 // dtype.itemsize
+    channels_fastest = where == "channels fastest"
+    fastest = {"strided": {}, "channels fastest": {"channel": 1}, "positions fastest": {"position": 1}}[where]
+    constants: dict[str, Any] = {f"{tensor}_{axis}": value for tensor in "uy" for axis, value in fastest.items()}
+    types = {"u": f"*{name}", "bias": f"*{name}", "y": f"*{name}"}
+    types.update({tensor: f"*{TRITON_NAMES[real]}" for tensor in ("gate", "shift")})
+    numbers = [*STRIDES, "channel_units", "position_units", "sample_units", "magic", "magic_shift"]
+    types.update({name: "i64" if name == "magic" or wide else "i32" for name in numbers if name not in constants})
+    constants.update(
+        CHANNEL_UNIT=unit if channels_fastest else 1, LANES=1 if channels_fastest else unit, U_UNIT=unit, Y_UNIT=unit,
+        CHANNELS_FASTEST=channels_fastest, ONE_SAMPLE=channels_fastest, GATE_BY_SAMPLE=by_sample, ACTIVATION=code,
+        BLOCK_C=128 if channels_fastest else 8, BLOCK_J=TILE // 128 if channels_fastest else TILE // (8 * unit),
+        REAL=REAL[real], WIDE=wide,
+    )
+    label = f"epilogue.forward {name} {where} {'by sample' if by_sample else 'shared'} {ACTIVATIONS[code]}"
+    return Variant(label, forward, types, constants)

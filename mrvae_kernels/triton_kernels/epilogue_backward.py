@@ -6,9 +6,10 @@ The sums run over whatever a parameter is shared by: b by all samples, g and t b
 
 Memory: as in epilogue.py. s is had from z, from u and the parameters, or, for sums alone, from the activation's result.
 
-Grid: with one gate for all, a program for each tile of channels and each part of the positions; it adds up in registers
-and writes its part's sums, which a second small launch adds in order (left out where there is one part). With one gate a
-sample, a program for each tile of samples and channels runs over their positions; only db needs the second launch.
+Grid: with one gate for all, a program for each tile of channels and each part of the positions; it adds up in
+registers and writes its part's sums, which a second small launch adds in order (left out where there is one part). With
+one gate a sample, a program for each tile of samples and channels runs over their positions, and only db needs the
+second launch.
 
 Bytes: reads u and dy and writes du, each once, and only where they are needed.
 """
@@ -23,9 +24,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .activations import activation_slope, activation_slope_of_result
+from .activations import ACTIVATIONS, activation_slope, activation_slope_of_result
 from .device import on_device, processors
-from .launch import accumulation_dtype, block, wide
+from .launch import TRITON_NAMES, Variant, accumulation_dtype, block, wide
 from .views import (
     Layout,
     laid_out,
@@ -266,7 +267,7 @@ def make_plan(
     values: Tensor, grad: Tensor, axis: int, per_sample: bool, activation: int, kind: int, wanted: Wanted
 ) -> Plan:
     found = layout(values, (grad,), axis, per_sample)
-    view, lanes = found.view, found.lanes
+    view, lanes, tile = found.view, found.lanes, tile_elements(values.dtype)
     by_row = per_sample and view.samples == 1
     total, dot = wanted.bias or (wanted.shift and not by_row), wanted.gate and not by_row
     real = REAL[accumulation_dtype(values.dtype)]
@@ -281,13 +282,13 @@ def make_plan(
     channel_units = view.channels // found.channel_unit
     numbers: tuple[int, ...]
     if per_sample and not by_row:
-        kernel, block_c, block_n, block_m = backward_by_sample, *blocks_by_sample(found, target)
+        kernel, block_c, block_n, block_m = backward_by_sample, *blocks_by_sample(found, tile, target)
         parts = triton.cdiv(view.samples, block_n)
         numbers = (channel_units, view.samples, found.division()[0])
         constants.update(BLOCK_C=block_c, BLOCK_N=block_n, BLOCK_M=block_m)
         second = wanted.bias and parts > 1
     else:
-        kernel, (block_c, block_j) = backward_shared, tile_of(found, TILE, lanes)
+        kernel, (block_c, block_j) = backward_shared, tile_of(found, tile, lanes)
         steps = triton.cdiv(found.position_units, block_j)
         most = triton.cdiv(target, triton.cdiv(view.channels, block_c))
         parts = max(1, min(triton.cdiv(steps, STEPS_A_PART), most)) if total or dot else steps
@@ -302,18 +303,25 @@ def make_plan(
     return Plan(
         found, kernel, (triton.cdiv(view.channels, block_c) * parts,), parts if second else 0,
         (*found.stride_arguments, *numbers), constants, (triton.cdiv(view.channels, finish_c),),
-        {"SUM": total, "DOT": dot and not per_sample, "BLOCK_C": finish_c, "BLOCK_P": block(parts, 1, 256), "REAL": real},
+        {
+            "SUM": total, "DOT": dot and not per_sample, "BLOCK_C": finish_c, "BLOCK_P": block(parts, 1, 128),
+            "REAL": real,
+        },
     )
 
 
-def blocks_by_sample(found: Layout, target: int) -> tuple[int, int, int]:
+def tile_elements(dtype: torch.dtype) -> int:
+    return TILE // 4 if dtype == torch.float64 else TILE
+
+
+def blocks_by_sample(found: Layout, tile: int, target: int) -> tuple[int, int, int]:
     """(BLOCK_C, BLOCK_N, BLOCK_M), a full tile where that leaves enough programs."""
     view, lanes = found.view, found.lanes
     least = block(view.channels, 1, 32) if found.channels_fastest else 1
     block_c = block(view.channels, 1, 128) if found.channels_fastest else least
-    block_m = block(view.positions // lanes, 1, TILE // (block_c * lanes))
-    block_c = max(block_c, block(view.channels, 1, TILE // (block_m * lanes)))
-    block_n = block(view.samples, 1, max(1, TILE // (block_c * block_m * lanes)))
+    block_m = block(view.positions // lanes, 1, tile // (block_c * lanes))
+    block_c = max(block_c, block(view.channels, 1, tile // (block_m * lanes)))
+    block_n = block(view.samples, 1, max(1, tile // (block_c * block_m * lanes)))
     while triton.cdiv(view.channels, block_c) * triton.cdiv(view.samples, block_n) < target:
         if block_n > 1:
             block_n //= 2
@@ -358,3 +366,45 @@ def backward(
                 **plan.finish_constants,
             )
     return None if grad_u is None else restored(grad_u, values, plan.layout)
+
+
+def variants(architecture: str = "sm_90") -> list[Variant]:
+    """Each kernel and dtype in each layout, each activation once; on any architecture."""
+    found: list[Variant] = []
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        for channels_fastest in (False, True):
+            for kernel, by_row in ((backward_shared, False), (backward_shared, True), (backward_by_sample, False)):
+                if not by_row or channels_fastest:
+                    found.append(_variant(kernel, dtype, channels_fastest, by_row, len(found) % len(ACTIVATIONS)))
+    for real, number in (("fp32", tl.float32), ("fp64", tl.float64)):
+        types = {name: f"*{real}" for name in ("partial", "gate", "grad_bias", "grad_gate", "grad_shift")}
+        found.append(Variant(
+            f"epilogue_backward.finish {real}", finish, {**types, "parts": "i32", "channels": "i32"},
+            {"SUM": True, "DOT": True, "BLOCK_C": 16, "BLOCK_P": 128, "REAL": number},
+        ))
+    return found
+
+
+def _variant(kernel: Any, dtype: torch.dtype, channels_fastest: bool, by_row: bool, code: int) -> Variant:
+    name, real = TRITON_NAMES[dtype], accumulation_dtype(dtype)
+    unit, shared = 16 // dtype.itemsize, kernel is backward_shared
+    lanes = 1 if channels_fastest else unit
+    types = {tensor: f"*{name}" for tensor in ("grad", "values", "bias", "grad_u", "grad_bias")}
+    parameters = ("gate", "shift", "grad_gate", "grad_shift", "partial")
+    types.update({tensor: f"*{TRITON_NAMES[real]}" for tensor in parameters})
+    constants: dict[str, Any] = {f"{t}_{'channel' if channels_fastest else 'position'}": 1 for t in "vrd"}
+    numbers = [*STRIDES, "channel_units", "sample_units"]
+    numbers += ["position_units", "magic", "magic_shift", "steps"] if shared else ["samples"]
+    types.update({number: "i64" if number == "magic" else "i32" for number in numbers if number not in constants})
+    constants.update(
+        CHANNEL_UNIT=unit if channels_fastest else 1, LANES=lanes, V_UNIT=unit, R_UNIT=unit, D_UNIT=unit,
+        CHANNELS_FASTEST=channels_fastest, ACTIVATION=code, READ_VALUES=True, SUM=True, DOT=not by_row,
+        BLOCK_C=128 if channels_fastest else 8, REAL=REAL[real], WIDE=False,
+    )
+    rows = tile_elements(dtype) // (constants["BLOCK_C"] * lanes)
+    constants.update(
+        {"BLOCK_J": rows, "GATE_BY_SAMPLE": by_row, "ONE_SAMPLE": channels_fastest, "VALUES": 0} if shared
+        else {"BLOCK_N": 2, "BLOCK_M": rows // 2}
+    )
+    label = f"epilogue_backward.{kernel.__name__} {name} channels_fastest={channels_fastest} {ACTIVATIONS[code]}"
+    return Variant(label, kernel, types, constants)

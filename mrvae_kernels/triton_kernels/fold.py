@@ -1,11 +1,276 @@
-"""The gates of all layers multiplied into their weights (being written: the signature below is final)."""
+"""The gates of all layers multiplied into their weights: one launch forward, one backward.
+
+    W' = g W                       b' = g b + t
+    dW = g dW'                     db = g db'        dt = db'        dg = <dW', W> + db' b, summed per channel
+
+A launch handles all layers whose weights and biases have the same dtypes. What differs between layers it reads from
+tables on the device: addresses, the layers' geometry, and which part of which layer a program handles (fold_plan.py).
+
+Forward: a weight is one run of elements, cut in tiles; a program divides an element's place by the lengths of the axes
+to find its channel. Backward: a program owns a block of channels, in tiles that suit the layer's geometry, and sums
+over all of their elements in a fixed order. Elements moved for each of W: 2 forward; 3 backward, or 2 and those of a
+partial sum's splits. The kernels are in fold_kernels.py.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
+import triton.language as tl
 from torch import Tensor
+
+from . import launch
+from .device import on_device
+from .fold_kernels import fold_backward_kernel, fold_kernel
+from .fold_plan import FORWARD_TILE, TILES, Geometry, backward_plan, forward_plan, geometry
+from .launch import FLOATING, TRITON_NAMES, Variant, accumulation_dtype, check_device, pointer_table
+
+TRITON_DTYPES = {
+    torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float64: tl.float64,
+}
+
+
+class Layer(NamedTuple):
+    """One layer's operands as kernels take them: the weight dense, the rest contiguous, gate and shift for sums."""
+
+    weight: Tensor
+    bias: Tensor | None
+    gate: Tensor | None
+    shift: Tensor | None
+    shape: Geometry
+
+
+def dense(weight: Tensor, groups: int) -> tuple[Tensor, Geometry]:
+    """The weight with the strides of torch.empty_like(weight), or contiguous where those have no geometry."""
+    found = geometry(weight.shape, weight.stride(), groups)
+    for memory_format in (torch.preserve_format, torch.contiguous_format):
+        if found is not None:
+            break
+        weight = torch.empty_like(weight, memory_format=memory_format).copy_(weight)
+        found = geometry(weight.shape, weight.stride(), groups)
+    assert found is not None, "contiguous weights have a geometry"
+    return weight, found
+
+
+def operand(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if tensor is None else tensor.to(dtype).contiguous()
+
+
+def checked_layer(
+    index: int, weight: Tensor, bias: Tensor | None, gate: Tensor | None, shift: Tensor | None, groups: int
+) -> Layer:
+    """ValueError for shapes, TypeError for dtypes, with the layer's number."""
+    for name, tensor in (("weight", weight), ("gate", gate), ("bias", bias), ("shift", shift)):
+        if tensor is not None and tensor.dtype not in FLOATING:
+            raise TypeError(
+                f"fold: layer {index} has a {name} of dtype {tensor.dtype}; expected float32, float64, bfloat16 or "
+                "float16"
+            )
+    try:
+        weight, shape = dense(weight, groups)
+    except ValueError as error:
+        raise ValueError(f"fold: layer {index} {error}") from None
+    for name, tensor in (("gate", gate), ("bias", bias), ("shift", shift)):
+        if tensor is not None and tensor.shape != (shape.channels,):
+            advice = ". One beta a sample cannot be folded: use the epilogue" if tensor.dim() == 2 else ""
+            raise ValueError(
+                f"fold: layer {index} has a {name} of shape {tuple(tensor.shape)}; expected ({shape.channels},), its "
+                f"output channels{advice}"
+            )
+    sums = accumulation_dtype(weight.dtype)
+    return Layer(
+        weight, None if bias is None else bias.contiguous(), operand(gate, sums), operand(shift, sums), shape
+    )
+
+
+def checked_layers(
+    weights: Sequence[Tensor], biases: Sequence[Tensor | None], gates: Sequence[Tensor],
+    shifts: Sequence[Tensor | None], groups: Sequence[int],
+) -> list[Layer]:
+    """ValueError for lists of different lengths; the rest as `checked_layer` and launch.check_device."""
+    lengths = {len(values) for values in (weights, biases, gates, shifts, groups)}
+    if len(lengths) > 1:
+        raise ValueError(
+            f"fold: got {len(weights)} weights, {len(biases)} biases, {len(gates)} gates, {len(shifts)} shifts and "
+            f"{len(groups)} groups; expected as many of each"
+        )
+    check_device("fold", *weights, *biases, *gates, *shifts)
+    return list(map(checked_layer, range(len(weights)), weights, biases, gates, shifts, groups))
+
+
+def launches(layers: Sequence[Layer]) -> dict[tuple[torch.dtype, torch.dtype], list[int]]:
+    """Numbers of the layers by the dtypes of weight and bias; a layer without a bias goes with any other."""
+    result: dict[tuple[torch.dtype, torch.dtype], list[int]] = {}
+    rest = []
+    for i, layer in enumerate(layers):
+        if layer.bias is None:
+            rest.append(i)
+        else:
+            result.setdefault((layer.weight.dtype, layer.bias.dtype), []).append(i)
+    for i in rest:
+        dtype = layers[i].weight.dtype
+        key = next((key for key in result if key[0] == dtype), (dtype, dtype))
+        result.setdefault(key, []).append(i)
+    return result
+
+
+def aligned(tensors: Sequence[Tensor | None]) -> bool:
+    """True where all of them start at a multiple of 16 bytes."""
+    bits = 0
+    for tensor in tensors:
+        if tensor is not None:
+            bits |= tensor.data_ptr()
+    return bits % 16 == 0
+
+
+def restored(result: Tensor, weight: Tensor) -> Tensor:
+    """The result, computed in the layout of `dense`, with the strides of torch.empty_like(weight)."""
+    if result.stride() == weight.stride():
+        return result
+    like = torch.empty_like(weight)
+    return result if result.stride() == like.stride() else like.copy_(result)
+
+
+def fold(
+    weights: Sequence[Tensor], biases: Sequence[Tensor | None], gates: Sequence[Tensor],
+    shifts: Sequence[Tensor | None], groups: Sequence[int],
+) -> tuple[list[Tensor], list[Tensor]]:
+    """(W', b') for every layer, in one launch for each pair of dtypes of weight and bias.
+
+    groups: 0 where the output channel is axis 0 of the weight; the number of groups for a transposed convolution's
+    (C_in, C_out / groups, k...). gates, biases, shifts: (C_out,), of any floating dtype. W' has the dtype of W and the
+    strides of torch.empty_like(W); b' has W's dtype and is empty, (0,), for a layer with neither bias nor shift.
+    ValueError for shapes that do not fit, TypeError for dtypes, RuntimeError for devices.
+    """
+    layers = checked_layers(weights, biases, gates, shifts, groups)
+    folded = [torch.empty_like(layer.weight) for layer in layers]
+    with_bias = [layer.bias is not None or layer.shift is not None for layer in layers]
+    folded_biases = [
+        layer.weight.new_empty((layer.shape.channels if present else 0,))
+        for layer, present in zip(layers, with_bias, strict=True)
+    ]
+    for (dtype, bias_dtype), batch in launches(layers).items():
+        like = layers[batch[0]].weight
+        plan = forward_plan(
+            tuple(layers[i].shape for i in batch), tuple(with_bias[i] for i in batch), like.device
+        )
+        if plan.grid == 0:
+            continue
+        addresses: list[Tensor | None] = []
+        for i in batch:
+            layer = layers[i]
+            bias = folded_biases[i] if with_bias[i] else None
+            addresses += (layer.weight, layer.bias, layer.gate, layer.shift, folded[i], bias)
+        with on_device(like):
+            fold_kernel[(plan.grid,)](
+                pointer_table(addresses, like), plan.layers, plan.programs,
+                WEIGHT=TRITON_DTYPES[dtype], BIAS=TRITON_DTYPES[bias_dtype], TILE=FORWARD_TILE,
+                ALIGNED=aligned([tensor for i in batch for tensor in (layers[i].weight, folded[i])]),
+                WIDE=launch.wide(folded[batch[plan.largest]], slack=FORWARD_TILE), num_warps=4,
+            )
+    return [restored(*pair) for pair in zip(folded, weights, strict=True)], folded_biases
+
+
+class Request(NamedTuple):
+    """What a layer's backward pass reads beyond the layer, and writes; None for zeros, and for what nobody wants."""
+
+    grad_weight: Tensor | None
+    grad_bias: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    gate: Tensor | None
+    shift: Tensor | None
+
+
+def backward(layers: Sequence[Layer], requests: Sequence[Request], splits: int = 0) -> None:
+    """Fills what the requests hold. splits > 0: grad_weight of the only layer is (splits, *shape)."""
+    for (dtype, bias_dtype), batch in launches(layers).items():
+        like = layers[batch[0]].weight
+        plan = backward_plan(tuple(layers[i].shape for i in batch), like.device)
+        if plan.grid == 0:
+            continue
+        addresses: list[Tensor | None] = []
+        wide_accesses: list[Tensor | None] = []
+        for i in batch:
+            layer, request = layers[i], requests[i]
+            addresses += (*request[:2], layer.weight, layer.bias, layer.gate, *request[2:])
+            wide_accesses += (request.grad_weight, layer.weight, request.weight)
+        largest = layers[batch[plan.largest]].weight
+        with on_device(like):
+            fold_backward_kernel[(plan.grid,)](
+                pointer_table(addresses, like), plan.programs, splits, largest.numel(),
+                WEIGHT=TRITON_DTYPES[dtype], BIAS=TRITON_DTYPES[bias_dtype],
+                GRAD=TRITON_DTYPES[accumulation_dtype(dtype) if splits > 0 else dtype], SHAPES=TILES, SPLIT=splits > 1,
+                ALIGNED=aligned(wide_accesses), WIDE=launch.wide(largest),
+                num_warps=4,
+            )
+
+
+def incoming(grad: Tensor | None, weight: Tensor) -> Tensor | None:
+    """dW' with the dtype and strides of the dense weight; itself where it has them."""
+    if grad is None or (grad.dtype == weight.dtype and grad.stride() == weight.stride()):
+        return grad
+    lengths = zip(weight.shape, grad.stride(), weight.stride(), strict=True)
+    if grad.dtype == weight.dtype and all(size <= 1 or a == b for size, a, b in lengths):
+        return grad
+    return torch.empty_like(weight).copy_(grad)
+
+
+def fold_backward(
+    grad_weights: Sequence[Tensor | None], grad_biases: Sequence[Tensor | None], weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None], gates: Sequence[Tensor], shifts: Sequence[Tensor | None], groups: Sequence[int],
+    mask: Sequence[bool],
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+    """(dW, db, dg, dt) of every layer from the gradients of W' and b', None for zeros, of any strides.
+
+    mask: four flags a layer, which of its gradients to compute; the others, and those of what a layer lacks, are
+    empty, (0,). Gradients have the dtypes of weight, bias, gate and shift, and dW the strides of torch.empty_like(W).
+    Errors as in `fold`.
+    """
+    layers = checked_layers(weights, biases, gates, shifts, groups)
+    count = len(layers)
+    if len(grad_weights) != count or len(grad_biases) != count or len(mask) != 4 * count:
+        raise ValueError(
+            f"fold_backward: got {len(grad_weights)} and {len(grad_biases)} gradients and {len(mask)} flags for "
+            f"{count} layers; expected one, one and four a layer"
+        )
+    check_device("fold_backward", *weights, *grad_weights, *grad_biases)
+    requests = []
+    for i, (layer, grad, grad_bias) in enumerate(zip(layers, grad_weights, grad_biases, strict=True)):
+        weight, bias, gate, shift, _ = layer
+        assert gate is not None
+        if grad is not None and grad.shape != weight.shape:
+            raise ValueError(
+                f"fold_backward: layer {i} has a gradient of shape {tuple(grad.shape)}; expected "
+                f"{tuple(weight.shape)}, that of its weight"
+            )
+        if grad_bias is not None and grad_bias.numel() > 0 and grad_bias.shape != gate.shape:
+            raise ValueError(
+                f"fold_backward: layer {i} has a gradient of b' of shape {tuple(grad_bias.shape)}; expected "
+                f"{tuple(gate.shape)}"
+            )
+        want_weight, want_bias, want_gate, want_shift = mask[4 * i : 4 * i + 4]
+        requests.append(Request(
+            incoming(grad, weight) if want_weight or want_gate else None,
+            operand(grad_bias, weight.dtype) if grad_bias is not None and grad_bias.numel() > 0 else None,
+            torch.empty_like(weight) if want_weight else None,
+            torch.empty_like(bias) if want_bias and bias is not None else None,
+            torch.empty_like(gate) if want_gate else None,
+            torch.empty_like(gate) if want_shift and shift is not None else None,
+        ))
+    backward(layers, requests)
+    return (
+        [weight.new_empty(0) if grad is None else restored(grad, weight)
+         for weight, (_, _, grad, *_) in zip(weights, requests, strict=True)],
+        [weight.new_empty(0) if request.bias is None else request.bias
+         for weight, request in zip(weights, requests, strict=True)],
+        [gate.new_empty(0) if request.gate is None else request.gate.to(gate.dtype)
+         for gate, request in zip(gates, requests, strict=True)],
+        [gate.new_empty(0) if request.shift is None or shift is None else request.shift.to(shift.dtype)
+         for gate, shift, request in zip(gates, shifts, requests, strict=True)],
+    )
 
 
 def finish_weight_gradient(
@@ -21,26 +286,61 @@ def finish_weight_gradient(
     mask: which of dW, db, dg, dt to compute; the others are empty, (0,).
 
     dW = g dW', contiguous, in the weight's dtype; db = g db', in the bias's dtype; dg = <dW', W> + db' b per channel
-    and dt = db', in the gate's dtype (that of `partial` without a gate).
+    and dt = db', in the gate's dtype (that of `partial` without a gate). Errors as in `fold`.
     """
     want_weight, want_bias, want_gate, want_shift = mask
-    total = partial.sum(0)
-    channels = weight.shape[0] if groups == 0 else weight.shape[1] * groups
-    dt = partial.new_zeros(channels) if sums is None else sums
-    dtype = partial.dtype if gate is None else gate.dtype
-    g = partial.new_ones(channels) if gate is None else gate.to(partial.dtype)
-    ones = [1] * (weight.dim() - 1)
-    if groups == 0:
-        scale = g.reshape(-1, *ones)
-        product = (total * weight).reshape(channels, -1).sum(1)
-    else:
-        scale = g.reshape(groups, 1, -1).expand(groups, weight.shape[0] // groups, -1).flatten(0, 1)
-        scale = scale.reshape(weight.shape[0], -1, *ones[1:])
-        product = (total * weight).unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1).flatten(1).sum(1)
-    dw = (total * scale).to(weight.dtype) if want_weight else weight.new_empty(0)
-    db = (g * dt).to(bias.dtype) if want_bias and bias is not None else weight.new_empty(0)
-    dg = product + (0 if bias is None else dt * bias.to(partial.dtype))
-    return (
-        dw, db, dg.to(dtype) if want_gate else torch.empty(0, dtype=dtype, device=weight.device),
-        dt.to(dtype, copy=True) if want_shift else torch.empty(0, dtype=dtype, device=weight.device),
+    check_device("finish_weight_gradient", partial, sums, weight, bias, gate)
+    dtype = accumulation_dtype(weight.dtype)
+    layer = checked_layer(0, weight.contiguous(), bias, gate, None, groups)
+    channels = layer.shape.channels
+    if partial.dim() == 0 or partial.shape[1:] != weight.shape or partial.dtype != dtype or not partial.is_contiguous():
+        raise ValueError(
+            f"finish_weight_gradient: partial is {partial.dtype} of shape {tuple(partial.shape)}, strides "
+            f"{partial.stride()}; expected contiguous {dtype} of shape (splits, *{tuple(weight.shape)})"
+        )
+    if sums is not None and (sums.shape != (channels,) or sums.dtype != dtype):
+        raise ValueError(
+            f"finish_weight_gradient: sums is {sums.dtype} of shape {tuple(sums.shape)}; expected {dtype} of shape "
+            f"({channels},)"
+        )
+    if gate is None and want_gate:
+        raise ValueError("finish_weight_gradient: the gradient of the gate is asked for; expected a gate")
+    request = Request(
+        partial if partial.shape[0] > 0 and (want_weight or want_gate) else None, operand(sums, dtype),
+        torch.empty_like(layer.weight) if want_weight else None,
+        torch.empty_like(layer.bias) if want_bias and layer.bias is not None else None,
+        partial.new_empty(channels) if want_gate else None,
+        partial.new_empty(channels) if want_shift else None,
     )
+    backward([layer], [request], splits=max(1, partial.shape[0]))
+    like = partial if gate is None else gate
+    return (
+        weight.new_empty(0) if request.weight is None else request.weight,
+        weight.new_empty(0) if request.bias is None else request.bias,
+        like.new_empty(0) if request.gate is None else request.gate.to(like.dtype),
+        like.new_empty(0) if request.shift is None else request.shift.to(like.dtype),
+    )
+
+
+def variants(architecture: str = "sm_90") -> list[Variant]:
+    """Both kernels for each dtype of weights, unaligned weights, and float32 biases beside half precision.
+
+    `architecture` changes nothing.
+    """
+    result = []
+    integers = {"splits": "i32", "split_stride": "i32"}
+    for dtype, bias, aligned_, wide in (
+        (torch.float32, torch.float32, True, False), (torch.float32, torch.float32, False, True),
+        (torch.bfloat16, torch.bfloat16, True, False), (torch.bfloat16, torch.float32, True, False),
+        (torch.float16, torch.float16, True, False), (torch.float64, torch.float64, True, False),
+    ):
+        name = f"{TRITON_NAMES[dtype]} bias={TRITON_NAMES[bias]} aligned={aligned_} wide={wide}"
+        shared = {"WEIGHT": TRITON_DTYPES[dtype], "BIAS": TRITON_DTYPES[bias], "ALIGNED": aligned_, "WIDE": wide}
+        tables = {"addresses": "*i64", "layers": "*i64", "programs": "*i32"}
+        result.append(Variant(f"fold {name}", fold_kernel, tables, {**shared, "TILE": FORWARD_TILE}))
+        tables = {"addresses": "*i64", "programs": "*i32", **integers}
+        for split in (False, True):
+            grad = accumulation_dtype(dtype) if split else dtype
+            constants = {**shared, "GRAD": TRITON_DTYPES[grad], "SHAPES": TILES, "SPLIT": split}
+            result.append(Variant(f"fold_backward {name} split={split}", fold_backward_kernel, tables, constants))
+    return result

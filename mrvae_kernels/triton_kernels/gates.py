@@ -3,13 +3,13 @@
     p_nf = w_f eta_n + c_f        g_nf = act_f(p_nf)        act_f by kind: sigmoid, sqrt, softplus or identity
     dp_nf = act_f'(p_nf) dg_nf    dw_f = sum_n eta_n dp_nf     dc_f = sum_n dp_nf     deta_n = sum_f w_f dp_nf
 
-The T features are cut in slices, one a layer. A table on the device, (3, T) int32, tells of each feature f its slice and
-kind, where the slice starts, and its size: so the code of a program does not depend on the model. With one eta a sample,
-slice i is a contiguous (N, size_i) matrix, and feature f of sample n lies at n size_f + (f - start_f) in it.
+The T features are cut in slices, one a layer. A table on the device, (3, T) int32, tells of each feature f its slice
+and kind, where the slice starts, and its size: so a program does not depend on the model. With one eta a sample, slice
+i is a contiguous (N, size_i) matrix, and feature f of sample n lies at n size_f + (f - start_f) in it.
 
-Grid: forward, tiles of samples x features. Backward, a program for each block of features, which loops over the samples;
-where deta is wanted, further programs of the same launch for blocks of samples, which loop over the features. Every sum
-has a fixed order. Bytes moved: T (12 of the table, w, c) and 4 N T forward; 4 N T backward, twice that with deta.
+Grid: forward, tiles of samples x features. Backward, a program for each block of features loops over the samples; where
+deta is wanted, further programs of the same launch, for blocks of samples, loop over the features. Every sum has a fixed
+order. Bytes moved: 12 T of the table, w and c, and 4 N T of gates or of their gradients, twice for deta.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from .activations import KINDS, finite, gate_slope, gate_value
 from .device import on_device
 from .launch import TRITON_NAMES, Variant, accumulation_dtype, check_device, check_floating, pointer_table
 
-SHARED_COLUMNS = 256  # features a program handles with one eta for all
+SHARED_COLUMNS = 128  # features a program handles with one eta for all
 TILE = (8, 128)  # samples x features, forward
 BACKWARD_TILE = (32, 32)
-SHARED_ETA_TILE = (1, 1024)  # of the programs that sum deta
+SHARED_ETA_TILE = (1, 512)  # of the programs that sum deta
 ETA_TILE = (4, 256)
 
 
@@ -130,7 +130,7 @@ def gates_backward_kernel(
         tl.store(grad_eta + rows, tl.sum(eta_sum, 1), mask=rows < samples)
 
 
-@functools.lru_cache(maxsize=None)  # never dropped: a recorded CUDA graph may go on reading the table
+@functools.cache  # never dropped: a recorded CUDA graph may go on reading the table
 def feature_table(sizes: tuple[int, ...], kinds: tuple[int, ...], device: torch.device) -> tuple[Tensor, int, int]:
     """The (3, stride) table of features, its stride, a multiple of 16, and the number of features.
 
@@ -178,19 +178,19 @@ def gates(
     """g_i = act_i(w_i eta + c_i) for slices i of one flat w and c: (size_i,), or (N, size_i) for an eta of shape (N,).
 
     weight, bias: (sum of sizes,), eta: () or (N,), any floating dtypes and strides; eta is read on the device.
-    kinds: indices of activations.KINDS. Results are contiguous, float32, or float64 for a float64 weight. They are views
-    of one buffer, unless `separate`, which allocates each by itself and launches on a table of their addresses.
+    kinds: indices of activations.KINDS. Results are contiguous, float32, or float64 for a float64 weight. They share
+    storage, as views of one buffer, unless `separate`: it allocates each by itself, and launches on their addresses.
     ValueError for shapes that do not fit, TypeError for dtypes, RuntimeError for devices.
     """
     sizes, kinds = tuple(sizes), tuple(kinds)
     table, stride, features = checked(weight, bias, eta, sizes, kinds)
     shared, samples = eta.dim() == 0, eta.numel()
-    options = {"dtype": accumulation_dtype(weight.dtype), "device": weight.device}
+    dtype, device = accumulation_dtype(weight.dtype), weight.device
     if separate:
-        results = [torch.empty((size,) if shared else (samples, size), **options) for size in sizes]
+        results = [torch.empty((size,) if shared else (samples, size), dtype=dtype, device=device) for size in sizes]
         target = pointer_table(results, weight)
     else:
-        target = torch.empty(samples * features, **options)
+        target = torch.empty(samples * features, dtype=dtype, device=device)
         parts = target.split([samples * size for size in sizes])
         results = list(parts) if shared else [part.view(samples, size) for part, size in zip(parts, sizes, strict=True)]
     if samples * features > 0:
@@ -231,13 +231,12 @@ def gates_backward(
     eta_rows, eta_columns = SHARED_ETA_TILE if shared else ETA_TILE
     programs = triton.cdiv(features, columns) + (triton.cdiv(samples, eta_rows) if eta_needs_grad else 0)
     if programs > 0:
-        grad_weight, grad_bias = grad_weight.contiguous(), grad_bias.contiguous()
         with on_device(weight):
             gates_backward_kernel[(programs,)](
                 pointer_table(dense, weight), weight.contiguous(), bias.contiguous(), eta.contiguous(), table,
                 grad_weight, grad_bias, grad_eta, stride, features, samples,
                 ROWS=rows, COLUMNS=columns, ETA_ROWS=eta_rows, ETA_COLUMNS=eta_columns, ETA=eta_needs_grad,
-                WIDE=launch.wide(*dense, slack=max(rows, eta_rows) * max(sizes)),
+                WIDE=launch.wide(*dense, slack=max(rows, eta_rows) * max(sizes, default=0)),
                 num_warps=4,
             )
     return grad_weight, grad_bias, grad_eta

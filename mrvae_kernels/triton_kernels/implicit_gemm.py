@@ -25,26 +25,20 @@ from cache, and y once, with a second tensor where the backward pass needs one.
 
 from __future__ import annotations
 
-import functools
-import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from .activations import GELU, NONE, SILU, activate, activation_code, activation_slope, activation_slope_of_result
-from .configurations import Tiles, choose, precision_class
-from .device import float32_precision, on_device
-from .launch import block, divide, divisor, dot_dtype, wide
+from .activations import ACTIVATIONS, GELU, NEEDS_ARGUMENT, NONE, SILU, activate, activation_slope
+from .activations import activation_code, activation_slope_of_result
+from .configurations import Tiles, every
+from .launch import INT32_LIMIT, TRITON_NAMES, Variant, block, divide
 
 FEW_CHANNELS = 16
 """With fewer channels to reduce than this, taps and channels are one axis: tl.dot takes no reduction shorter than 16."""
-
-PACKING_PAYS = 2**31
-"""Multiplications from which a weight whose taps are innermost is copied to channels_last before it is used."""
 
 
 @triton.jit
@@ -92,7 +86,7 @@ GEOMETRY = (
     "rows", "span", "span_magic", "span_shift", "across", "across_magic", "across_shift", "in_height", "in_width",
     "out_height", "out_width", "kernel_height", "kernel_width", "stride_height", "stride_width", "padding_height",
     "padding_width", "dilation_height", "dilation_width", "common_height", "common_width", "inverse_height",
-    "inverse_width",
+    "inverse_width", "total",
 )
 """Scalars of `convolve` that are never specialised: a layer of another geometry runs the same machine code."""
 
@@ -109,7 +103,7 @@ def convolve(
     rows, span, span_magic, span_shift, across, across_magic, across_shift, in_height, in_width,
     out_height, out_width, kernel_height, kernel_width, stride_height, stride_width, padding_height,
     padding_width, dilation_height, dilation_width, common_height, common_width, inverse_height,
-    inverse_width,
+    inverse_width, total,
     channels, columns, x_n, x_c, x_h, x_w, saved_n, saved_c, saved_h, saved_w, weight_group,
     weight_column, weight_channel, weight_r, weight_s, y_n, y_c, y_h, y_w,
     TRANSPOSED: tl.constexpr, BACKWARD: tl.constexpr, PER_SAMPLE: tl.constexpr, ACTIVATION: tl.constexpr,
@@ -118,7 +112,8 @@ def convolve(
 ):
     """One tile of y: BLOCK_M results of one phase by BLOCK_N output channels of one group.
 
-    rows = N * span, span = rows of one sample, across = rows of one line; channels and columns are those of a group.
+    rows = N * span, span = rows of one sample, across = rows of one line; channels and columns are those of a group,
+    total is the number of output channels of all groups.
     BACKWARD: x is dy, `saved` gives its activation's slope, gate (C,) belongs to the channels of x. Forward: bias, gate,
     shift belong to those of y, and `kept` receives the product (PER_SAMPLE) or the activation's argument.
     """
@@ -243,9 +238,6 @@ def convolve(
         if bias is not None:
             result += tl.load(bias + y_channel, mask=column_mask, other=0.0).to(tl.float32)[None, :]
         if PER_SAMPLE:
-            total = tl.num_programs(0) // (column_tiles * row_tiles) * columns
-            if TRANSPOSED:
-                total = total // (stride_height * stride_width)
             of_row = n * total
             if WIDE:
                 of_row = n.to(tl.int64) * total
@@ -265,3 +257,109 @@ def convolve(
     if Y_ROWS_INNER:
         result = tl.trans(result)
     tl.store(y + y_offsets, result.to(y.dtype.element_ty), mask=y_mask)
+
+
+def blocks(
+    tiles: Tiles, rows: int, columns: int, channels: int, reach: int, rows_inner: bool, prologue: bool
+) -> tuple[int, int, int]:
+    """BLOCK_M, BLOCK_N, BLOCK_K of `convolve`: the tiles', less where the product is small or registers would spill.
+
+    256 columns leave no registers for the epilogue. A prologue, and x with its rows innermost, pass through registers,
+    so that a block of x takes half of k; FLAT holds an address and a mask for each of the block's elements.
+    """
+    flat = channels < FEW_CHANNELS
+    most = 16 if flat else max(16, tiles.k // 2) if prologue or rows_inner else tiles.k
+    return (
+        block(rows, 16, tiles.m), block(columns, 16, min(tiles.n, 128)),
+        block(reach if flat else channels, 16, min(tiles.k, most)),
+    )
+
+
+def signed(magic: tuple[int, int]) -> tuple[int, int]:
+    """`divisor`'s numbers with the magic one's 32 bits as a signed int32, so that its type never depends on its value."""
+    return magic[0] - 2**32 if magic[0] >= 2**31 else magic[0], magic[1]
+
+
+def innermost_width(strides: tuple[int, ...]) -> bool:
+    """True for a contiguous tensor's strides, False for channels_last and wherever neither axis is innermost."""
+    return strides[3] == 1 and strides[1] != 1
+
+
+def reaches_beyond(tensors: Iterable[tuple[tuple[int, ...], tuple[int, ...]]], slack: int) -> bool:
+    """True where an offset into some tensor, given as (shape, strides), or `slack` elements beyond it, passes int32."""
+    return max(
+        1 + sum((size - 1) * step for size, step in zip(shape, strides, strict=True)) for shape, strides in tensors
+    ) + slack > INT32_LIMIT
+
+
+def compiled_dot(dtype: torch.dtype) -> tl.dtype:
+    """tl.dot's operands on a GPU: launch.dot_dtype outside of the interpreter."""
+    return {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[dtype]
+
+
+def variants(architecture: str = "sm_90") -> list[Variant]:
+    """Every tile of the table, plain and as conv2d's input gradient, with channels innermost; then each option once."""
+    found = []
+
+    def add(
+        label: str, dtype: torch.dtype, precision: str, tiles: Tiles, activation: str = "none",
+        **other: Any,
+    ) -> None:
+        name = TRITON_NAMES[dtype]
+        prologue = other.get("BACKWARD", False)
+        channels, rows_inner = 1 if other.get("FLAT") else 2**10, other.get("X_ROWS_INNER", False)
+        block_m, block_n, block_k = blocks(tiles, 2**20, 2**10, channels, 2**14, rows_inner, prologue)
+        constants: dict[str, Any] = {
+            "TRANSPOSED": False, "BACKWARD": False, "PER_SAMPLE": False, "ACTIVATION": activation_code(activation),
+            "FLAT": False, "X_ROWS_INNER": False, "Y_ROWS_INNER": False, "WIDE": False, "PRECISION": precision,
+            "DOT": compiled_dot(dtype), "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, **other,
+        }
+        constants["x_w" if constants["X_ROWS_INNER"] else "x_c"] = 1
+        constants["y_w" if constants["Y_ROWS_INNER"] else "y_c"] = 1
+        constants["weight_column" if constants["TRANSPOSED"] else "weight_channel"] = 1
+        types = {
+            **{pointer: f"*{name}" for pointer in ("x", "saved", "weight", "bias", "y", "kept")}, "gate": "*fp32",
+            "shift": "*fp32", **{size: "i32" for size in GEOMETRY + SPECIALISED},
+        }
+        backward = constants["BACKWARD"]
+        if backward and activation != "none":
+            constants["saved_c"] = 1
+        absent = ["bias", "shift", "kept"] if backward else ["saved"]
+        if backward and activation == "none":
+            absent.append("saved")
+        if not backward and not constants["PER_SAMPLE"] and activation not in NEEDS_ARGUMENT:
+            absent.append("kept")
+        constants.update(dict.fromkeys(absent))
+        found.append(Variant(
+            f"convolve {label} {name} {precision} {block_m}x{block_n}x{block_k}", convolve,
+            {key: value for key, value in types.items() if key not in constants}, constants, tiles.warps, tiles.stages,
+            tuple(
+                size for size in SPECIALISED
+                if size not in constants and not (constants["FLAT"] and size.startswith(("x_", "saved_", "channels")))
+            ),
+        ))
+
+    table = {
+        precision: [tiles for operation, kind, tiles in every(architecture)
+                    if operation == "convolution" and kind == precision]
+        for precision in ("ieee", "tf32", "half")
+    }
+    for precision, dtype in (("ieee", torch.float32), ("tf32", torch.float32), ("half", torch.bfloat16)):
+        multiply = "ieee" if precision == "ieee" else "tf32"
+        for tiles in table[precision]:
+            add("plain", dtype, multiply, tiles)
+            add("input gradient", dtype, multiply, tiles, "relu", BACKWARD=True, TRANSPOSED=True)
+    tiles = table["half"][-1]
+    for activation in ACTIVATIONS[1:]:
+        add(activation, torch.bfloat16, "tf32", tiles, activation)
+        add(f"input gradient {activation}", torch.bfloat16, "tf32", tiles, activation, BACKWARD=True)
+    add("input gradient", torch.bfloat16, "tf32", tiles, BACKWARD=True)
+    add("transposed", torch.bfloat16, "tf32", tiles, "relu", TRANSPOSED=True)
+    add("relu", torch.float16, "tf32", tiles, "relu")
+    add("one gate a sample", torch.bfloat16, "tf32", tiles, "relu", PER_SAMPLE=True)
+    add("few", torch.bfloat16, "tf32", tiles, "relu", FLAT=True, X_ROWS_INNER=True, Y_ROWS_INNER=True)
+    add("few transposed", torch.bfloat16, "tf32", tiles, FLAT=True, TRANSPOSED=True)
+    add("contiguous", torch.bfloat16, "tf32", tiles, X_ROWS_INNER=True, Y_ROWS_INNER=True)
+    add("wide", torch.bfloat16, "tf32", tiles, "relu", WIDE=True)
+    add("wide few", torch.bfloat16, "tf32", tiles, "relu", WIDE=True, FLAT=True, BACKWARD=True, TRANSPOSED=True)
+    return found

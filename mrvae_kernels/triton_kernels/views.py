@@ -40,7 +40,7 @@ class View(NamedTuple):
 def merged_axes(
     shape: Sequence[int], axes: Sequence[int], strides: Sequence[Sequence[int]]
 ) -> list[tuple[int, tuple[int, ...]]]:
-    """(size, stride by tensor) of the fewest axes that cover `axes` of all tensors, in the order of the first's memory."""
+    """(size, stride by tensor) of the fewest axes that cover `axes` of all tensors, in the first's order of memory."""
     order = sorted(
         (axis for axis in axes if shape[axis] != 1), key=lambda axis: [stride[axis] for stride in strides], reverse=True
     )
@@ -141,7 +141,9 @@ def layout(u: Tensor, others: Sequence[Tensor], axis: int, per_sample: bool) -> 
     for copy, tried in (("", strides), ("like", [result] * len(strides)), ("contiguous", [contiguous] * len(strides))):
         view = common_view(shape, axis, per_sample, tried)
         if view is not None:
-            fastest, unit, tensor_units = units(view, u.element_size())
+            # where each position has a gate of its own, positions are not taken several at a time
+            one_gate_each = per_sample and view.samples == 1 and view.strides[0].position == 1
+            fastest, unit, tensor_units = units(view, 16 if one_gate_each else u.element_size())
             arguments = tuple(
                 number for own, tensor_unit in zip(view.strides, tensor_units, strict=True)
                 for number in divided(own, fastest, tensor_unit)
@@ -156,7 +158,8 @@ def laid_out(tensor: Tensor, plan: Layout) -> Tensor:
     if plan.copy == "contiguous":
         return tensor.contiguous()
     if plan.copy == "like" and tensor.stride() != plan.strides[0]:
-        return torch.empty_strided(tensor.shape, plan.strides[0], dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+        copy = torch.empty_strided(tensor.shape, plan.strides[0], dtype=tensor.dtype, device=tensor.device)
+        return copy.copy_(tensor)
     return tensor
 
 
@@ -231,21 +234,20 @@ def parameters(
     bias, gate, shift, c, rows, channels, in_c, in_tile, GATE_BY_SAMPLE: tl.constexpr, REAL: tl.constexpr
 ):
     """b, g and t of a tile, each to broadcast over [channels, units, LANES]; absent ones are 0."""
-    if bias is None:
-        b = tl.zeros((1, 1, 1), REAL)
-    else:
+    b = tl.zeros((1, 1, 1), REAL)
+    g = tl.zeros((1, 1, 1), REAL)
+    t = tl.zeros((1, 1, 1), REAL)
+    if bias is not None:
         b = tl.load(bias + c, mask=in_c, other=0.0).to(REAL)[:, None, None]
     if GATE_BY_SAMPLE:
         places = (rows * channels)[None, :, None] + c[:, None, None]
-        g = tl.load(gate + places, mask=in_tile, other=0.0).to(REAL)
-        if shift is None:
-            t = tl.zeros((1, 1, 1), REAL)
-        else:
+        if gate is not None:
+            g = tl.load(gate + places, mask=in_tile, other=0.0).to(REAL)
+        if shift is not None:
             t = tl.load(shift + places, mask=in_tile, other=0.0).to(REAL)
     else:
-        g = tl.load(gate + c, mask=in_c, other=0.0).to(REAL)[:, None, None]
-        if shift is None:
-            t = tl.zeros((1, 1, 1), REAL)
-        else:
+        if gate is not None:
+            g = tl.load(gate + c, mask=in_c, other=0.0).to(REAL)[:, None, None]
+        if shift is not None:
             t = tl.load(shift + c, mask=in_c, other=0.0).to(REAL)[:, None, None]
     return b, g, t

@@ -1,4 +1,4 @@
-"""torch.ops.mrvae_triton.convolution: 2-d convolution, transposed or not, bias, gate, shift and activation in one launch."""
+"""torch.ops.mrvae_triton.convolution: a 2-d convolution, transposed or not, with everything after it in one launch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ...triton_kernels.conv2d import conv2d, conv2d_backward, conv2d_refusal
 from ...triton_kernels.conv_transpose2d import (
@@ -15,7 +14,7 @@ from ...triton_kernels.conv_transpose2d import (
     conv_transpose2d_backward,
     conv_transpose2d_refusal,
 )
-from .define import LIBRARY, autocast, define, recording, traced, unwanted
+from .define import LIBRARY, autocast, define, once_differentiable, recording, traced, unwanted
 from .fused import Gradients, fake_gradients, fake_kept, result_for_backward
 
 Geometry = tuple[Sequence[int], Sequence[int], Sequence[int], bool, Sequence[int], int]
@@ -106,17 +105,17 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
     ctx.save_for_backward(*inputs[:5], result_for_backward(y, inputs[3], ctx.activation), kept)
 
 
-def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
     mask = list(ctx.needs_input_grad[:5])
     run = CONVOLUTION_BACKWARD if traced() else _convolution_backward
-    results = run(grad, *ctx.saved_tensors, *ctx.geometry, ctx.activation, mask)
+    results = run(*(grads[0], *ctx.saved_tensors, *ctx.geometry, ctx.activation, mask))
     return (*map(unwanted, results, mask), *(None,) * 8)
 
 
 class _Convolution(torch.autograd.Function):
     forward = staticmethod(_convolution)
     setup_context = staticmethod(_setup)
-    backward = staticmethod(once_differentiable(_backward))
+    backward = staticmethod(once_differentiable(_backward))  # type: ignore[assignment]
 
 
 torch.library.register_autograd(

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+ONCE = (
+    b"this operator of mrvae_kernels is differentiable once: its gradient has no derivative. For second derivatives "
+    b"compute the layer with mrvae_kernels.reference"
+)
 LIBRARY = torch.library.Library("mrvae_triton", "DEF")
 
 
@@ -39,6 +44,25 @@ def autocast(tensor: Tensor) -> Tensor:
     if torch.is_autocast_enabled(kind) and tensor.dtype in (torch.float32, torch.float16, torch.bfloat16):
         return tensor.to(torch.get_autocast_dtype(kind))
     return tensor
+
+
+def once_differentiable(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
+    """The gradients, behind a node that raises when one differentiates through them (under create_graph=True).
+
+    torch's own decorator of this name raises only where the incoming gradient requires one: a penalty on the gradients
+    of a plain sum would count for nothing, silently.
+    """
+
+    @functools.wraps(backward)
+    def guarded(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        with torch.no_grad():
+            results = backward(ctx, *grads)
+        if not torch.is_grad_enabled() or traced():
+            return results
+        refuse = torch._C._functions.DelayedError(ONCE, 1)
+        return tuple(None if g is None else refuse(g.detach().requires_grad_()) for g in results)
+
+    return guarded
 
 
 def unwanted(gradient: Tensor, wanted: bool) -> Tensor | None:

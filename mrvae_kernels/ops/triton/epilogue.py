@@ -6,11 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ...triton_kernels import epilogue as kernels
 from ..epilogue import fake_epilogue, fake_epilogue_backward
-from .define import LIBRARY, define, recording, traced, unwanted
+from .define import LIBRARY, define, once_differentiable, recording, traced, unwanted
 
 
 def _fresh(u: Tensor, bias: Tensor | None, gate: Tensor, shift: Tensor | None, dim: int, activation: str) -> Tensor:
@@ -47,18 +46,18 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(u, bias, gate, shift)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
     mask = list(ctx.needs_input_grad[:4])
     run = EPILOGUE_BACKWARD if traced() else kernels.epilogue_backward
     u, bias, gate, shift = ctx.saved_tensors
-    results = run(grad, u, bias, gate, shift, ctx.dim, ctx.activation, mask)
+    results = run(grads[0], u, bias, gate, shift, ctx.dim, ctx.activation, mask)
     return (*map(unwanted, results, mask), None, None)
 
 
 class _Epilogue(torch.autograd.Function):
     forward = staticmethod(_fresh)
     setup_context = staticmethod(_setup)
-    backward = staticmethod(once_differentiable(_backward))
+    backward = staticmethod(once_differentiable(_backward))  # type: ignore[assignment]
 
 
 torch.library.register_autograd("mrvae_triton::epilogue", _backward, setup_context=_setup, lib=LIBRARY)

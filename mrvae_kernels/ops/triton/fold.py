@@ -7,23 +7,48 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ...triton_kernels import fold as kernels
 from ..fold import fake_fold, fake_fold_backward
-from .define import LIBRARY, autocast, define, recording, traced
+from .define import LIBRARY, autocast, define, once_differentiable, recording, traced
+
+Optional = Sequence[Tensor | None]
+
+# torch.library's autograd takes lists of tensors, not of optional ones: through the operator an empty tensor (0,)
+# stands for a bias or a shift that a layer does not have
+
+
+def _given(values: Sequence[Tensor]) -> list[Tensor | None]:
+    return [value if value.numel() else None for value in values]
+
+
+def _stand_ins(values: Optional, like: Sequence[Tensor]) -> list[Tensor]:
+    return [other.new_empty((0,)) if value is None else value for value, other in zip(values, like, strict=True)]
+
+
+def _fold(
+    weights: Sequence[Tensor], biases: Sequence[Tensor], gates: Sequence[Tensor], shifts: Sequence[Tensor],
+    groups: Sequence[int],
+) -> tuple[list[Tensor], list[Tensor]]:
+    return kernels.fold(weights, _given(biases), gates, _given(shifts), groups)
+
+
+def _fake(
+    weights: Sequence[Tensor], biases: Sequence[Tensor], gates: Sequence[Tensor], shifts: Sequence[Tensor],
+    groups: Sequence[int],
+) -> tuple[list[Tensor], list[Tensor]]:
+    return fake_fold(weights, _given(biases), gates, _given(shifts), groups)
+
 
 FOLD = define(
-    "fold(Tensor[] weights, Tensor?[] biases, Tensor[] gates, Tensor?[] shifts, int[] groups) -> (Tensor[], Tensor[])",
-    kernels.fold, fake_fold,
+    "fold(Tensor[] weights, Tensor[] biases, Tensor[] gates, Tensor[] shifts, int[] groups) -> (Tensor[], Tensor[])",
+    _fold, _fake,
 )
 FOLD_BACKWARD = define(
     "fold_backward(Tensor?[] grad_weights, Tensor?[] grad_biases, Tensor[] weights, Tensor?[] biases, Tensor[] gates, "
     "Tensor?[] shifts, int[] groups, bool[] mask) -> (Tensor[], Tensor[], Tensor[], Tensor[])",
     kernels.fold_backward, fake_fold_backward,
 )
-
-Optional = Sequence[Tensor | None]
 
 
 def fold(
@@ -35,7 +60,7 @@ def fold(
     """
     weights = [autocast(weight) if weight.dim() > 1 else weight for weight in weights]
     if traced():
-        return FOLD(weights, biases, gates, shifts, groups)
+        return FOLD(weights, _stand_ins(biases, weights), gates, _stand_ins(shifts, gates), groups)
     if recording(*weights, *biases, *gates, *shifts):
         count = len(weights)
         results = _Fold.apply(count, tuple(groups), *weights, *biases, *gates, *shifts)  # type: ignore[no-untyped-call]
@@ -44,7 +69,7 @@ def fold(
 
 
 def _gradients(
-    ctx: Any, grad_weights: Optional, grad_biases: Optional, tensors: Optional, wanted: Sequence[bool]
+    ctx: Any, grad_weights: Optional, grad_biases: Optional, tensors: Sequence[Any], wanted: Sequence[bool]
 ) -> tuple[list[Tensor | None], ...]:
     """Gradients of weights, biases, gates and shifts; `tensors` and `wanted` list the four one after the other."""
     count = len(ctx.groups)
@@ -61,8 +86,9 @@ def _gradients(
 class _Fold(torch.autograd.Function):
     @staticmethod
     def forward(count: int, groups: tuple[int, ...], *tensors: Any) -> tuple[Tensor, ...]:
-        folded, biases = kernels.fold(*(tensors[i * count : (i + 1) * count] for i in range(4)), groups)
-        return (*folded, *biases)
+        weights, biases, gates, shifts = (tensors[i * count : (i + 1) * count] for i in range(4))
+        folded, folded_biases = kernels.fold(weights, biases, gates, shifts, groups)
+        return (*folded, *folded_biases)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -80,9 +106,10 @@ class _Fold(torch.autograd.Function):
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    *lists, ctx.groups = inputs
-    ctx.wanted = [value is not None and value.requires_grad for values in lists for value in values]
-    ctx.save_for_backward(*(value for values in lists for value in values))
+    weights, biases, gates, shifts, ctx.groups = inputs
+    tensors = (*weights, *_given(biases), *gates, *_given(shifts))
+    ctx.wanted = [value is not None and value.requires_grad for value in tensors]
+    ctx.save_for_backward(*tensors)
 
 
 def _backward(ctx: Any, grad_weights: Optional, grad_biases: Optional) -> tuple[Any, ...]:

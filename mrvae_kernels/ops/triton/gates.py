@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ...triton_kernels import gates as kernels
 from ..gates import fake_gates, fake_gates_backward
-from .define import LIBRARY, define, recording, traced
+from .define import LIBRARY, define, once_differentiable, recording, traced
 
 
 def _separate(weight: Tensor, bias: Tensor, eta: Tensor, sizes: Sequence[int], kinds: Sequence[int]) -> list[Tensor]:

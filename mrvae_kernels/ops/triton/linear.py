@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ...triton_kernels import linear as kernels
-from .define import LIBRARY, autocast, define, recording, traced, unwanted
+from .define import LIBRARY, autocast, define, once_differentiable, recording, traced, unwanted
 from .fused import Gradients, fake_gradients, fake_kept, result_for_backward
 
 
@@ -59,17 +58,17 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
     ctx.save_for_backward(x, weight, bias, gate, shift, result_for_backward(y, gate, ctx.activation), kept)
 
 
-def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
     mask = list(ctx.needs_input_grad[:5])
     run = LINEAR_BACKWARD if traced() else kernels.linear_backward
-    results = run(grad, *ctx.saved_tensors, ctx.activation, mask)
+    results = run(*(grads[0], *ctx.saved_tensors, ctx.activation, mask))
     return (*map(unwanted, results, mask), None, None)
 
 
 class _Linear(torch.autograd.Function):
     forward = staticmethod(kernels.linear)
     setup_context = staticmethod(_setup)
-    backward = staticmethod(once_differentiable(_backward))
+    backward = staticmethod(once_differentiable(_backward))  # type: ignore[assignment]
 
 
 torch.library.register_autograd("mrvae_triton::linear", _backward, setup_context=_setup, lib=LIBRARY)

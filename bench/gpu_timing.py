@@ -1,0 +1,119 @@
+"""GPU time and host time of short steps, and the ceilings that they are held against."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+Step = Callable[[], Any]
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for everything launched so far."""
+    if device.type != "cpu":
+        torch.get_device_module(device).synchronize(device)
+
+
+def recorded(step: Step, calls: int, device: torch.device) -> Step:
+    """A function that replays `calls` calls of the step from one CUDA graph: GPU time without the host's.
+
+    On a CPU, where the benchmark is only tried out, the calls themselves.
+    """
+    def plain() -> None:
+        for _ in range(calls):
+            step()
+
+    if device.type != "cuda":
+        return plain
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):  # compiles kernels and makes the allocator's blocks, which a recording cannot
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream(device).wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        plain()
+    return graph.replay
+
+
+def milliseconds(run: Step, device: torch.device) -> float:
+    """Of one run, by events on the GPU."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        run()
+        return (time.perf_counter() - start) * 1e3
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    run()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end)
+
+
+def device_times(steps: Mapping[str, Step], device: torch.device, calls: int, rounds: int) -> dict[str, list[float]]:
+    """Milliseconds a call of every step in every round, GPU time only, rounds interleaved."""
+    runs = {name: recorded(step, calls, device) for name, step in steps.items()}
+    for run in runs.values():
+        run()
+    synchronize(device)
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            times[name].append(milliseconds(run, device) / calls)
+    return times
+
+
+def host_times(steps: Mapping[str, Step], device: torch.device, rounds: int, calls: int = 10) -> dict[str, list[float]]:
+    """Milliseconds that the host takes to launch a call of every step, rounds interleaved; the GPU starts idle."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for step in steps.values():
+        step()
+    for _ in range(rounds):
+        for name, step in steps.items():
+            synchronize(device)
+            start = time.perf_counter()
+            for _ in range(calls):
+                step()
+            times[name].append((time.perf_counter() - start) * 1e3 / calls)
+    synchronize(device)
+    return times
+
+
+def ceilings(device: torch.device, megabytes: int = 2048, size: int = 8192) -> dict[str, float]:
+    """Measured here and now: bytes a second of a copy (read and write), operations a second of a large product."""
+    source = torch.rand(megabytes << 18, device=device)
+    target = torch.empty_like(source)
+    found = {"bytes": _rate(lambda: target.copy_(source), 2 * 4 * source.numel(), device)}
+    for name, dtype, tf32 in (
+        ("ieee", torch.float32, "ieee"), ("tf32", torch.float32, "tf32"), ("bfloat16", torch.bfloat16, "ieee")
+    ):
+        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        with float32_precision(tf32):
+            found[name] = _rate(lambda a=a, b=b: a @ b, 2 * size**3, device)  # type: ignore[misc]
+    return found
+
+
+def _rate(run: Step, amount: int, device: torch.device) -> float:
+    run()
+    synchronize(device)
+    return amount / (statistics.median(milliseconds(run, device) for _ in range(9)) * 1e-3)
+
+
+class float32_precision:
+    """Within the block float32 products and convolutions are exact ("ieee") or TF32's ("tf32")."""
+
+    def __init__(self, precision: str) -> None:
+        self.precision = precision
+
+    def __enter__(self) -> None:
+        self.before = torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision
+        torch.backends.cuda.matmul.fp32_precision = self.precision
+        torch.backends.cudnn.conv.fp32_precision = self.precision
+
+    def __exit__(self, *error: object) -> None:
+        torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision = self.before

@@ -1,0 +1,136 @@
+"""One gated layer with its activation, computed in every way that the layer benchmark sets side by side.
+
+    library            act(layer(x)): no gate at all, the baseline
+    separate           act(g * layer(x)): the library's layer, then elementwise operations
+    listing1           the MR-VAE paper's Listing 1: nn.Linear(1, C), an activation, a multiplication; also compiled
+    plain-fold         W' = g W, b' = g b with plain PyTorch operations, then the library's layer
+    fold, epilogue, fused      this package's strategies, on a backend
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import mrvae_kernels as mk
+from mrvae_kernels.reference import CONVOLUTIONS, activate, along, fold, gate_activation
+
+from .shapes import Case
+
+OURS = ("fold", "epilogue", "fused")
+VARIANTS = ("library", "separate", "listing1", "listing1 compiled", "plain-fold", *OURS)
+
+
+class GatedCase:
+    """A case's tensors on a device, and y = act(g (product(x) + b)) by each variant."""
+
+    def __init__(self, case: Case, batch: int, dtype: torch.dtype, device: torch.device, copies: int = 1) -> None:
+        generator = torch.Generator(device).manual_seed(0)
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, dtype=torch.float32, device=device)
+
+        self.case, self.layer = case, case.layer(device, dtype)
+        self.inputs = [draw(batch, *case.shape).to(dtype).requires_grad_() for _ in range(copies)]
+        features = case.features()
+        self.gate = torch.rand(features, generator=generator, device=device).add_(0.1).requires_grad_()
+        # Listing 1: one beta an example, as in the authors' code
+        self.response = nn.Linear(1, features, device=device, dtype=dtype)
+        self.eta = draw(batch, 1).to(dtype)
+        self.grad: Tensor | None = None
+        self._functions: dict[str, Callable[[Tensor], Tensor]] = {}
+        for name in VARIANTS:
+            function = getattr(self, "_" + name.partition(" ")[0].replace("-", "_"))
+            self._functions[name] = torch.compile(function, dynamic=False) if name.endswith(" compiled") else function
+
+    def leaves(self, name: str, x: Tensor) -> list[Tensor]:
+        """What backward differentiates by."""
+        own = [x, *self.layer.parameters()]
+        if name.startswith("listing1"):
+            return own + list(self.response.parameters())
+        return own if name == "library" else [*own, self.gate]
+
+    def forward(self, name: str, x: Tensor) -> Tensor:
+        """y by that variant."""
+        return self._functions[name](x)
+
+    def both(self, name: str, x: Tensor) -> tuple[Tensor, ...]:
+        """y's gradients by `leaves`, for a fixed random gradient of y."""
+        y = self.forward(name, x)
+        if self.grad is None:
+            self.grad = torch.randn(y.shape, device=y.device, dtype=torch.float32).to(y.dtype)
+        return torch.autograd.grad(y, self.leaves(name, x), self.grad)
+
+    def steps(self, name: str, backward: bool) -> Callable[[], Any]:
+        """A function without arguments that runs the variant on the next of the inputs."""
+        inputs = self._next()
+        if backward:
+            return lambda: self.both(name, next(inputs))
+
+        def forward_only() -> Tensor:
+            with torch.no_grad():
+                return self.forward(name, next(inputs))
+
+        return forward_only
+
+    def _next(self) -> Iterator[Tensor]:
+        while True:
+            yield from self.inputs
+
+    # ---- the variants ------------------------------------------------------------------------------------------------
+
+    def _activate(self, y: Tensor) -> Tensor:
+        return activate(y, self.case.activation)
+
+    def _along(self, gate: Tensor, y: Tensor) -> Tensor:
+        return along(gate, y.dim() - 1 if self.case.kind is nn.Linear else 1, y.dim())
+
+    def _library(self, x: Tensor) -> Tensor:
+        return self._activate(self.layer(x))
+
+    def _separate(self, x: Tensor) -> Tensor:
+        y = self.layer(x)
+        return self._activate(y * self._along(self.gate.to(y.dtype), y))
+
+    def _listing1(self, x: Tensor) -> Tensor:
+        y = self.layer(x)
+        return self._activate(self._along(gate_activation(self.response(self.eta), "sigmoid"), y) * y)
+
+    def _plain_fold(self, x: Tensor) -> Tensor:
+        layer: Any = self.layer
+        groups = layer.groups if self.case.kind is nn.ConvTranspose2d else 0
+        weight, bias = fold(layer.weight, layer.bias, self.gate, None, groups)
+        if self.case.kind is nn.Linear:
+            return self._activate(F.linear(x, weight, bias))
+        padding = {"output_padding": layer.output_padding} if layer.transposed else {}
+        convolve = CONVOLUTIONS[layer.transposed][1]
+        geometry = {name: getattr(layer, name) for name in ("stride", "padding", "dilation", "groups")}
+        return self._activate(convolve(x, weight, bias, **geometry, **padding))
+
+    def _ours(self, x: Tensor, strategy: str) -> Tensor:
+        layer: Any = self.layer
+        arguments = (x, layer.weight, layer.bias, self.gate)
+        act = self.case.activation
+        if self.case.kind is nn.Linear:
+            return mk.gated_linear(*arguments, activation=act, strategy=strategy)
+        if layer.transposed:
+            return mk.gated_conv_transpose2d(
+                *arguments, None, layer.stride, layer.padding, layer.output_padding, layer.groups, layer.dilation, act,
+                strategy=strategy,
+            )
+        return mk.gated_conv2d(
+            *arguments, None, layer.stride, layer.padding, layer.dilation, layer.groups, act, strategy=strategy
+        )
+
+    def _fold(self, x: Tensor) -> Tensor:
+        return self._ours(x, "fold")
+
+    def _epilogue(self, x: Tensor) -> Tensor:
+        return self._ours(x, "epilogue")
+
+    def _fused(self, x: Tensor) -> Tensor:
+        return self._ours(x, "fused")

@@ -1,0 +1,100 @@
+"""Layers of the published networks, with the sizes that they see (MR-VAE, Appendix; NVAE; beta-TCVAE)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from mrvae_kernels.adapters import ADAPTERS
+
+
+class Case(NamedTuple):
+    """A layer by its torch.nn class and arguments, the input's shape without the batch, and the activation after it."""
+
+    network: str
+    kind: type[nn.Module]
+    arguments: tuple[int, ...]
+    options: dict[str, int]
+    shape: tuple[int, ...]
+    activation: str
+
+    @property
+    def name(self) -> str:
+        """Such as "Conv2d(128, 256, 4, 2, 1) 14x14"."""
+        arguments = ", ".join((*map(str, self.arguments), *(f"{key}={value}" for key, value in self.options.items())))
+        return f"{self.kind.__name__}({arguments}) {'x'.join(map(str, self.shape[1:]))}".rstrip()
+
+    def layer(self, device: torch.device | str = "meta", dtype: torch.dtype = torch.float32) -> nn.Module:
+        """The plain layer."""
+        return self.kind(*self.arguments, **self.options, device=device, dtype=dtype)
+
+    def operations(self, batch: int) -> int:
+        """Floating-point operations of the forward product: two for each multiplication and addition."""
+        layer, x = self.layer(), torch.empty((batch, *self.shape), device="meta")
+        outputs = x if self.kind is nn.ConvTranspose2d else layer(x)
+        per_place = layer.weight.numel() // layer.weight.shape[0]
+        return 2 * outputs.numel() * per_place
+
+    def features(self) -> int:
+        """Gate features."""
+        return ADAPTERS[self.kind].features(self.layer())
+
+
+Row = tuple[type[nn.Module], tuple[int, ...], tuple[int, ...]]
+
+
+def _layers(network: str, activation: str, rows: list[Row]) -> list[Case]:
+    return [Case(network, kind, arguments, {}, shape, activation) for kind, arguments, shape in rows]
+
+
+CONV, TRANSPOSED, LINEAR = nn.Conv2d, nn.ConvTranspose2d, nn.Linear
+
+CASES: list[Case] = [
+    # MNIST CNN (Table 1), then two layers of its CelebA form
+    *_layers("cnn", "relu", [
+        (CONV, (1, 128, 4, 2, 1), (1, 28, 28)),
+        (CONV, (128, 256, 4, 2, 1), (128, 14, 14)),
+        (CONV, (256, 512, 4, 2, 1), (256, 7, 7)),
+        (CONV, (512, 1024, 4, 2, 1), (512, 3, 3)),
+        (LINEAR, (1024, 32), (1024,)),
+        (LINEAR, (32, 16384), (32,)),
+        (TRANSPOSED, (1024, 512, 3, 2, 1), (1024, 4, 4)),
+        (TRANSPOSED, (512, 256, 3, 2, 1, 1), (512, 7, 7)),
+        (TRANSPOSED, (256, 1, 3, 2, 1, 1), (256, 14, 14)),
+        (CONV, (128, 256, 4, 2, 1), (128, 32, 32)),
+        (TRANSPOSED, (512, 256, 5, 2, 1), (512, 15, 15)),
+    ]),
+    # MNIST ResNet, then a block of its CIFAR form
+    *_layers("resnet", "relu", [
+        (CONV, (64, 128, 4, 2, 1), (64, 14, 14)),
+        (CONV, (128, 128, 3, 2, 1), (128, 7, 7)),
+        (CONV, (128, 128, 3, 1, 1), (128, 4, 4)),
+        (LINEAR, (32, 2048), (32,)),
+        (TRANSPOSED, (128, 64, 3, 2, 1, 1), (128, 7, 7)),
+        (TRANSPOSED, (64, 1, 3, 2, 1, 1), (64, 14, 14)),
+        (CONV, (128, 128, 3, 1, 1), (128, 8, 8)),
+    ]),
+    # NVAE, 16 channels: encoder cells, and the inverted residual of the decoder with its depthwise middle
+    *_layers("nvae", "silu", [
+        (CONV, (16, 16, 3, 1, 1), (16, 32, 32)),
+        (CONV, (32, 32, 3, 1, 1), (32, 16, 16)),
+        (CONV, (64, 64, 3, 1, 1), (64, 8, 8)),
+        (CONV, (32, 192, 1), (32, 16, 16)),
+        (CONV, (192, 32, 1), (192, 16, 16)),
+        (CONV, (64, 384, 1), (64, 8, 8)),
+    ]),
+    Case("nvae", CONV, (192, 192, 5, 1, 2), {"groups": 192}, (192, 16, 16), "silu"),
+    # the MLP of the examples, and beta-TCVAE's
+    *_layers("mlp", "relu", [
+        (LINEAR, (784, 300), (784,)),
+        (LINEAR, (300, 32), (300,)),
+        (LINEAR, (16, 300), (16,)),
+        (LINEAR, (300, 784), (300,)),
+        (LINEAR, (4096, 1200), (4096,)),
+        (LINEAR, (1200, 1200), (1200,)),
+        (LINEAR, (1200, 4096), (1200,)),
+    ]),
+]
+BATCHES = (16, 128, 1024)

@@ -1,0 +1,316 @@
+"""What conv2d and conv_transpose2d share on the host: sizes, refusals, plans of launches, the order of a backward pass.
+
+The kernels are in implicit_gemm.py and weight_gradient.py. A convolution's input gradient is the other convolution, with
+the same weight: so both operators call both.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .activations import NEEDS_ARGUMENT, activation_code
+from .configurations import Tiles, choose, precision_class
+from .device import float32_precision, on_device
+from .epilogue import channel_sums, epilogue_backward
+from .fold import finish_weight_gradient
+from .implicit_gemm import FEW_CHANNELS, blocks, convolve, innermost_width, reaches_beyond, signed
+from .launch import check_device, divisor, dot_dtype
+from .weight_gradient import Layout, partial_weight_gradient
+
+PACKING_PAYS = 2**31
+"""Multiplications from which a weight whose taps are innermost is copied to channels_last before a product."""
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+Pair = tuple[int, int]
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+class Geometry(NamedTuple):
+    """A layer's, in the order of aten::convolution."""
+
+    stride: Pair
+    padding: Pair
+    dilation: Pair
+    transposed: bool
+    output_padding: Pair
+    groups: int
+
+
+def geometry(
+    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], transposed: bool,
+    output_padding: Sequence[int], groups: int,
+) -> Geometry:
+    pairs = tuple(stride), tuple(padding), tuple(dilation), tuple(output_padding)
+    if any(len(pair) != 2 for pair in pairs):
+        raise ValueError(
+            f"stride, padding, dilation and output_padding are {', '.join(map(str, pairs))}; expected two numbers each"
+        )
+    return Geometry(pairs[0], pairs[1], pairs[2], transposed, pairs[3], groups)  # type: ignore[arg-type]
+
+
+def output_size(x: Sequence[int], weight: Sequence[int], layer: Geometry) -> Pair:
+    """Height and width of y by the shapes of x and weight."""
+    sizes = [
+        (size - 1) * stride - 2 * padding + dilation * (kernel - 1) + extra + 1 if layer.transposed
+        else (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+        for size, kernel, stride, padding, dilation, extra in zip(
+            x[2:], weight[2:], layer.stride, layer.padding, layer.dilation, layer.output_padding, strict=True
+        )
+    ]
+    return sizes[0], sizes[1]
+
+
+@functools.lru_cache(maxsize=4096)
+def _refusal_of_shapes(x: tuple[int, ...], weight: tuple[int, ...], layer: Geometry) -> str | None:
+    if len(x) != 4 or len(weight) != 4:
+        return f"x has shape {x} and weight {weight}; expected (N, C_in, H, W) and a weight with 4 axes"
+    groups = layer.groups
+    if groups < 1 or min(layer.stride) < 1 or min(layer.dilation) < 1 or min(layer.padding) < 0:
+        return (
+            f"stride is {layer.stride}, dilation {layer.dilation}, padding {layer.padding}, groups {groups}; "
+            "expected stride, dilation and groups from 1 up, padding from 0 up"
+        )
+    own = weight[0] if layer.transposed else weight[1] * groups
+    if x[1] != own or weight[0] % groups:
+        return f"x has shape {x}; expected {own} channels in axis 1, by the weight's shape {weight} and groups = {groups}"
+    if any(
+        extra < 0 or extra >= max(stride, dilation)
+        for extra, stride, dilation in zip(layer.output_padding, layer.stride, layer.dilation, strict=True)
+    ):
+        return (
+            f"output_padding is {layer.output_padding}; expected less than the larger of stride {layer.stride} and "
+            f"dilation {layer.dilation}"
+        )
+    least = min(weight[0] // groups, weight[1])
+    if groups > 1 and least < FEW_CHANNELS:
+        return (
+            f"groups = {groups} leaves {least} channels a group; a tile of a matrix product takes {FEW_CHANNELS} at "
+            "least, so that most of it would be padding"
+        )
+    size = output_size(x, weight, layer)
+    if min(size) < 1:
+        return f"x has shape {x} and weight {weight}, which gives {size[0]} x {size[1]} results; expected at least 1 x 1"
+    # one tile beyond, which the last program counts rows of
+    if x[0] * max(x[2] * x[3], math.prod(-(-s // d) * d for s, d in zip(size, layer.stride, strict=True))) > 2**31 - 512:
+        return f"x has shape {x}, which makes more than 2^31 positions; positions are counted in 32 bits"
+    return None
+
+
+def refusal(x: Tensor, weight: Tensor, layer: Geometry) -> str | None:
+    """Why the kernels cannot compute this, as a sentence, or None."""
+    if x.dtype not in DTYPES or weight.dtype != x.dtype:
+        return f"x has dtype {x.dtype} and weight {weight.dtype}; expected both float32, bfloat16 or float16"
+    return _refusal_of_shapes(x.shape, weight.shape, layer)
+
+
+def is_channels_last(x: Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
+
+class Plan(NamedTuple):
+    """All that a launch of `convolve` needs beside tensors and tiles; depends on shapes and strides only."""
+
+    scalars: tuple[int, ...]
+    rows: int
+    columns: int
+    channels: int
+    reach: int
+    repeats: int
+    flat: bool
+    x_rows_inner: bool
+    y_rows_inner: bool
+    wide: bool
+
+
+@functools.lru_cache(maxsize=4096)
+def plan(
+    x: Layout, weight: Layout, y: Layout, saved: tuple[int, ...], stride: Pair, padding: Pair, dilation: Pair,
+    groups: int, transposed: bool,
+) -> Plan:
+    """saved: strides; zeros where there is none. The product reduces over axis 0 of the weight where transposed."""
+    (samples, _, in_height, in_width), (_, out_channels, out_height, out_width) = x[0], y[0]
+    phases = stride if transposed else (1, 1)
+    lines, across = (-(-size // step) for size, step in zip(y[0][2:], phases, strict=True))
+    common = [math.gcd(*pair) for pair in zip(stride, dilation, strict=True)]
+    inverses = [
+        pow(hop // factor, -1, step // factor)
+        for hop, factor, step in zip(dilation, common, stride, strict=True)
+    ]
+    sizes = weight[0][0] // groups, weight[0][1]
+    channels, columns = sizes if transposed else sizes[::-1]
+    strides = weight[1][:2] if transposed else weight[1][1::-1]
+    kernel = weight[0][2:]
+    beyond = sum(step * (2 * pad + size * hop + 2 * leap) for step, pad, size, hop, leap in zip(
+        map(max, x[1][2:], saved[2:]), padding, kernel, dilation, stride, strict=True
+    ))
+    span = lines * across
+    return Plan(
+        (samples * span, span, *signed(divisor(span)), across, *signed(divisor(across)), in_height, in_width, out_height,
+         out_width, *kernel, *stride, *padding, *dilation, *common, *inverses, out_channels,
+         channels, columns, *x[1], *saved, sizes[0] * weight[1][0], strides[1], strides[0], *weight[1][2:], *y[1]),
+        samples * span, columns, channels, channels * math.prod(kernel), groups * math.prod(phases),
+        channels < FEW_CHANNELS, innermost_width(x[1]), innermost_width(y[1]),
+        reaches_beyond((x, weight, y, (x[0], saved)), beyond),
+    )
+
+
+def product(
+    x: Tensor, weight: Tensor, y: Tensor, layer: Geometry, transposed: bool, activation: str, saved: Tensor | None = None,
+    bias: Tensor | None = None, gate: Tensor | None = None, shift: Tensor | None = None, kept: Tensor | None = None,
+    backward: bool = False,
+) -> None:
+    """Writes y, and `kept`, which has the strides of y: see `convolve`."""
+    if y.numel() == 0:
+        return
+    stride, padding, dilation, _, _, groups = layer
+    gate, shift, bias = (None if value is None else value.contiguous() for value in (gate, shift, bias))
+
+    def planned() -> Plan:
+        return plan(
+            (x.shape, x.stride()), (weight.shape, weight.stride()), (y.shape, y.stride()),
+            (0, 0, 0, 0) if saved is None else saved.stride(), stride, padding, dilation, groups, transposed,
+        )
+
+    known = planned()
+    if known.rows * groups * known.columns * known.reach >= PACKING_PAYS and weight.stride(1) != 1:
+        packed = weight.contiguous(memory_format=torch.channels_last)
+        if packed is not weight:
+            weight, known = packed, planned()
+    precision = float32_precision(x.device, True) if x.dtype == torch.float32 else "tf32"
+    code, dot = activation_code(activation), dot_dtype(x.dtype)
+    prologue = backward and (saved is not None or gate is not None)
+    per_sample = not backward and gate is not None and gate.dim() == 2
+
+    def launch(tiles: Tiles) -> None:
+        block_m, block_n, block_k = blocks(
+            tiles, known.rows, known.columns, known.channels, known.reach, known.x_rows_inner, prologue
+        )
+        programs = known.repeats * -(-known.rows // block_m) * -(-known.columns // block_n)
+        with on_device(x):
+            convolve[(programs,)](
+                x, saved, weight, bias, gate, shift, y, kept, *known.scalars,
+                TRANSPOSED=transposed, BACKWARD=backward, PER_SAMPLE=per_sample, ACTIVATION=code, FLAT=known.flat,
+                X_ROWS_INNER=known.x_rows_inner, Y_ROWS_INNER=known.y_rows_inner, WIDE=known.wide, PRECISION=precision,
+                DOT=dot, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=tiles.warps,
+                num_stages=tiles.stages,
+            )
+
+    launch(choose(
+        "convolution", x.device, precision_class(x.dtype, precision), known.rows * known.repeats // groups,
+        known.columns, known.reach, launch,
+    ))
+
+
+def check_parameters(
+    name: str, x: Tensor, bias: Tensor | None, gate: Tensor, shift: Tensor | None, channels: int
+) -> None:
+    """ValueError for shapes, TypeError for dtypes of bias, gate and shift of a layer with so many output channels."""
+    if bias is not None:
+        if bias.shape != (channels,):
+            raise ValueError(f"{name}: bias has shape {tuple(bias.shape)}; expected ({channels},)")
+        if not bias.is_floating_point():
+            raise TypeError(f"{name}: bias has dtype {bias.dtype}; expected a floating-point dtype")
+    if gate.shape != (channels,) and gate.shape != (x.shape[0], channels):
+        raise ValueError(
+            f"{name}: gate has shape {tuple(gate.shape)}; expected ({channels},), or ({x.shape[0]}, {channels}) with one "
+            "row a sample"
+        )
+    if shift is not None and shift.shape != gate.shape:
+        raise ValueError(f"{name}: shift has shape {tuple(shift.shape)}; expected {tuple(gate.shape)}, the gate's")
+    for label, value in (("gate", gate), ("shift", shift)):
+        if value is not None and value.dtype != torch.float32:
+            raise TypeError(f"{name}: {label} has dtype {value.dtype}; expected torch.float32")
+
+
+def forward(
+    name: str, x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor, shift: Tensor | None, layer: Geometry,
+    activation: str, keep: bool,
+) -> tuple[Tensor, Tensor]:
+    """(y, kept): see conv2d."""
+    reason = refusal(x, weight, layer)
+    if reason is not None:
+        raise ValueError(f"{name}: {reason}")
+    channels = weight.shape[1] * layer.groups if layer.transposed else weight.shape[0]
+    check_parameters(name, x, bias, gate, shift, channels)
+    check_device(name, x, weight, bias, gate, shift)
+    y = torch.empty(
+        (x.shape[0], channels, *output_size(x.shape, weight.shape, layer)), dtype=x.dtype, device=x.device,
+        memory_format=torch.channels_last if is_channels_last(x) else torch.contiguous_format,
+    )
+    keeps = keep and (gate.dim() == 2 or activation in NEEDS_ARGUMENT)
+    kept = torch.empty_like(y) if keeps else y.new_empty(0)
+    product(
+        x, weight, y, layer, layer.transposed, activation, bias=bias, gate=gate, shift=shift,
+        kept=kept if keeps else None,
+    )
+    return y, kept
+
+
+def backward(
+    name: str, grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor, shift: Tensor | None,
+    y: Tensor | None, kept: Tensor, layer: Geometry, activation: str, mask: Sequence[bool],
+) -> Gradients:
+    """(dx, dW, db, dg, dt): see conv2d_backward."""
+    channels = weight.shape[1] * layer.groups if layer.transposed else weight.shape[0]
+    expected = (x.shape[0], channels, *output_size(x.shape, weight.shape, layer))
+    if grad.shape != expected:
+        raise ValueError(f"{name}: grad has shape {tuple(grad.shape)}; expected {expected}, the result's")
+    if grad.dtype != x.dtype:
+        raise TypeError(f"{name}: grad has dtype {grad.dtype}; expected {x.dtype}, the result's")
+    check_device(name, grad, x, weight, bias, gate, shift, y, kept)
+    want_x, want_weight, want_bias, want_gate, want_shift = mask
+    want_bias, want_shift = want_bias and bias is not None, want_shift and shift is not None
+    per_sample = gate.dim() == 2
+    db = (weight if bias is None else bias).new_empty(0)
+    dg = dt = gate.new_empty(0)
+    saved: Tensor | None = None
+    if per_sample:
+        wanted = (want_x or want_weight, want_bias, want_gate, want_shift)
+        grad, db, dg, dt = epilogue_backward(grad, kept, bias, gate, shift, 1, activation, wanted)
+        activation = "none"
+    elif activation != "none":
+        saved = kept if activation in NEEDS_ARGUMENT else y
+        if saved is None or saved.shape != grad.shape:
+            raise ValueError(
+                f"{name}: activation {activation} needs {'kept' if activation in NEEDS_ARGUMENT else 'y'} from forward, "
+                f"of shape {tuple(grad.shape)}; got {None if saved is None else tuple(saved.shape)}"
+            )
+
+    dx = torch.empty_like(x) if want_x else x.new_empty(0)
+    if want_x:
+        product(
+            grad, weight, dx, layer, not layer.transposed, activation, saved=saved, gate=None if per_sample else gate,
+            backward=True,
+        )
+
+    dw = weight.new_empty(0)
+    sums = None
+    if not per_sample and (want_bias or want_shift or (want_gate and bias is not None)):
+        sums = channel_sums(grad, saved, 1, activation)
+    if want_weight or (want_gate and not per_sample):
+        a, b = (x, grad) if layer.transposed else (grad, x)
+        partial = partial_weight_gradient(
+            a, b, saved, not layer.transposed, tuple(weight.shape), layer.stride, layer.padding, layer.dilation,
+            layer.groups, activation,
+        )
+        folded = layer.groups if layer.transposed else 0
+        if per_sample:
+            dw = finish_weight_gradient(partial, None, weight, None, None, folded, (True, False, False, False))[0]
+        else:
+            dw, db, dg, dt = finish_weight_gradient(
+                partial, sums, weight, bias, gate, folded, (want_weight, want_bias, want_gate, want_shift)
+            )
+        if want_weight and not weight.is_contiguous():
+            dw = torch.empty_like(weight).copy_(dw)
+    elif sums is not None:
+        if want_bias and bias is not None:
+            db = (gate * sums).to(bias.dtype)
+        dt = sums.to(gate.dtype) if want_shift else dt
+    return dx, dw, db, dg, dt

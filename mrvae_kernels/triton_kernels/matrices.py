@@ -1,0 +1,77 @@
+"""What the kernels of linear layers share: matrices with two strides, the order of programs, wide accesses."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .activations import GELU, NONE, SILU, activation_slope, activation_slope_of_result
+
+GROUP = tl.constexpr(8)
+COMPILED_DOT = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+"""The dtype of tl.dot's operands outside of the interpreter."""
+
+
+def as_matrix(tensor: Tensor) -> Tensor:
+    """(..., K) as (rows, K): a view where two strides are enough, else a copy."""
+    if tensor.dim() == 2:
+        return tensor
+    return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
+
+
+class Strides(NamedTuple):
+    """As kernels take them: strides[i] * units[i] elements, where units are compile-time constants.
+
+    Triton sees that a number is a multiple of 16, and of no less: with units the rows of matrices of 500 or 300 columns
+    are read 16 or 8 bytes at a time too.
+    """
+
+    strides: tuple[int, int]
+    units: tuple[int, int]
+
+
+def strides_of(matrix: Tensor) -> Strides:
+    (row, column), most = matrix.stride(), 16 // matrix.element_size()
+    if column == 1:
+        unit = math.gcd(row, most)
+        return Strides((row // unit, column), (unit, 1))
+    unit = math.gcd(column, most) if row == 1 else 1
+    return Strides((row, column // unit), (1, unit))
+
+
+def unit_of(size: int, dtype: torch.dtype) -> int:
+    """What a size is a multiple of, up to 16 bytes of elements."""
+    return math.gcd(size, 16 // dtype.itemsize) or 1
+
+
+@triton.jit
+def tile_of_program(program, row_tiles, column_tiles):
+    """(row, column) of a tile: programs next to each other share rows and columns, and so what L2 holds."""
+    width = GROUP * column_tiles
+    first = program // width * GROUP
+    height = tl.minimum(row_tiles - first, GROUP)
+    return first + program % width % height, program % width // height
+
+
+@triton.jit
+def places(rows, columns, row_stride, column_stride, ROW_UNIT: tl.constexpr, COLUMN_UNIT: tl.constexpr):
+    """Offsets of a tile's elements; rows and columns broadcast against each other."""
+    return rows * (row_stride * ROW_UNIT) + columns * (column_stride * COLUMN_UNIT)
+
+
+@triton.jit
+def through_activation(dy, saved, at, mask, ACTIVATION: tl.constexpr):
+    """s = act'(z) dy, from `saved` at the places `at`: z for silu and gelu, else the result y."""
+    if ACTIVATION == NONE:
+        return dy
+    else:
+        value = tl.load(saved + at, mask=mask, other=0.0).to(tl.float32)
+        if ACTIVATION == SILU or ACTIVATION == GELU:
+            return dy * activation_slope(value, ACTIVATION)
+        else:
+            return dy * activation_slope_of_result(value, ACTIVATION)

@@ -1,0 +1,296 @@
+"""The weight's gradient of both convolutions, as a product whose reduction runs over positions, in parts.
+
+    dW'[o, i, r, s] = sum over n, p, q of a[n, p, q, o] b[n, p stride - padding + r dilation, ..., i]
+
+conv2d: a = act'(.) dy, b = x. conv_transpose2d: a = x, b = act'(.) dy. The slope is multiplied in as dy is loaded; the
+gate is not, since dW = g dW' and dg needs dW' itself (fold.finish_weight_gradient).
+
+Rows of the product are the channels of a's group, columns are (r, s, channel of b's group): tiles of the channels at one
+tap, or, with few channels (FLAT), tiles of all taps and channels, so that a tile is not mostly padding. The positions are
+split among programs, about two a processor; each writes its float32 sum to (splits, *weight.shape), which
+finish_weight_gradient adds up in order: the same bits each time.
+
+Grid: groups x splits x column tiles x row tiles, along one axis; programs of one split are neighbours, and share a and b
+in cache. Bytes moved: a once per column tile, b once per row tile and tap, both mostly from cache; splits float32 copies
+of the weight.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .activations import ACTIVATIONS, NEEDS_ARGUMENT, activation_code
+from .configurations import Tiles, choose, every, precision_class
+from .device import float32_precision, on_device, processors
+from .implicit_gemm import FEW_CHANNELS, compiled_dot, innermost_width, outer, outer_and, reaches_beyond, signed
+from .implicit_gemm import slope_times
+from .launch import TRITON_NAMES, Variant, block, divide, divisor, dot_dtype
+
+SPLITS = 16
+"""Parts of a reduction, at most, except for small weights."""
+
+SMALL_PARTIALS = 2**20
+LARGE_PARTIALS = 2**26
+"""Elements of all partial sums together: more than SPLITS parts within the first, never more parts than the second
+allows."""
+
+STEPS_A_PART = 4
+"""Blocks of positions that a program adds up, at least."""
+
+GEOMETRY = (
+    "positions", "chunk", "span", "span_magic", "span_shift", "across", "across_magic", "across_shift", "height",
+    "width", "kernel_height", "kernel_width", "stride_height", "stride_width", "padding_height", "padding_width",
+    "dilation_height", "dilation_width", "splits", "total",
+)
+SPECIALISED = (
+    "a_channels", "b_channels", "a_n", "a_c", "a_h", "a_w", "b_n", "b_c", "b_h", "b_w", "saved_n", "saved_c", "saved_h",
+    "saved_w",
+)
+
+
+@triton.jit(do_not_specialize=list(GEOMETRY))
+def convolve_weight(
+    a, b, saved, partial,
+    positions, chunk, span, span_magic, span_shift, across, across_magic, across_shift, height,
+    width, kernel_height, kernel_width, stride_height, stride_width, padding_height, padding_width,
+    dilation_height, dilation_width, splits, total,
+    a_channels, b_channels, a_n, a_c, a_h, a_w, b_n, b_c, b_h, b_w, saved_n, saved_c, saved_h,
+    saved_w,
+    ACTIVATION: tl.constexpr, SLOPE_OF_A: tl.constexpr, FLAT: tl.constexpr, B_ROWS_INNER: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr, DOT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):
+    """One tile of one part: sums over `chunk` positions of a for BLOCK_M channels of a by BLOCK_N columns.
+
+    positions = N * span, span = positions of one sample, across = those of one line; height and width are b's, channels
+    those of a group, total the elements of the weight. `saved` has the shape of a (SLOPE_OF_A) or b; None without slope.
+    """
+    program = tl.program_id(0)
+    row_tiles = tl.cdiv(a_channels, BLOCK_M)
+    row_tile = program % row_tiles
+    program = program // row_tiles
+    taps = kernel_height * kernel_width
+    blocks = tl.cdiv(b_channels, BLOCK_N)
+    column_tiles = tl.cdiv(taps * b_channels, BLOCK_N) if FLAT else taps * blocks
+    column_tile = program % column_tiles
+    program = program // column_tiles
+    split = program % splits
+    group = program // splits
+
+    row = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_mask = row < a_channels
+    if FLAT:
+        column = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        column_mask = column < taps * b_channels
+        tap = column // b_channels
+        i = column - tap * b_channels
+    else:
+        tap = column_tile // blocks
+        i = (column_tile - tap * blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+        column_mask = i < b_channels
+    r = tap // kernel_width
+    s = tap - r * kernel_width
+    tap_h, tap_w = r * dilation_height - padding_height, s * dilation_width - padding_width
+    if WIDE:
+        group, split, row, i = tl.cast(group, tl.int64), tl.cast(split, tl.int64), row.to(tl.int64), i.to(tl.int64)
+    a_channel = (group * a_channels + row) * a_c
+    b_channel = (group * b_channels + i) * b_c
+    if saved is not None:
+        if SLOPE_OF_A:
+            saved_channel = (group * a_channels + row) * saved_c
+        else:
+            saved_channel = (group * b_channels + i) * saved_c
+
+    result = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    start = tl.cast(split, tl.int32) * chunk
+    end = tl.minimum(start + chunk, positions)
+    for first in range(start, end, BLOCK_K):
+        position = first + tl.arange(0, BLOCK_K)
+        valid = position < end
+        position = tl.minimum(position, positions - 1)
+        n = divide(position, span_magic, span_shift)
+        position -= n * span
+        p = divide(position, across_magic, across_shift)
+        q = position - p * across
+        h, w = p * stride_height, q * stride_width
+        if FLAT:
+            at_h, at_w = outer(h, tap_h, B_ROWS_INNER), outer(w, tap_w, B_ROWS_INNER)
+            b_mask = (at_h >= 0) & (at_h < height) & (at_w >= 0) & (at_w < width)
+            b_mask = b_mask & outer_and(valid, column_mask, B_ROWS_INNER)
+        else:
+            at_h, at_w = h + tap_h, w + tap_w
+            inside = valid & (at_h >= 0) & (at_h < height) & (at_w >= 0) & (at_w < width)
+            b_mask = outer_and(inside, column_mask, B_ROWS_INNER)
+        if WIDE:
+            n, p, q, h, w = n.to(tl.int64), p.to(tl.int64), q.to(tl.int64), h.to(tl.int64), w.to(tl.int64)
+        # (M, K) whichever is innermost: a slope on the way to the product then leaves the loads asynchronous
+        a_mask = row_mask[:, None] & valid[None, :]
+        a_tile = tl.load(a + a_channel[:, None] + (n * a_n + p * a_h + q * a_w)[None, :], mask=a_mask, other=0.0)
+        b_row = n * b_n + h * b_h + w * b_w
+        b_tile = tl.load(
+            b + outer(b_row, b_channel + tap_h * b_h + tap_w * b_w, B_ROWS_INNER), mask=b_mask, other=0.0
+        )
+        if saved is not None:
+            if SLOPE_OF_A:
+                saved_row = n * saved_n + p * saved_h + q * saved_w
+                saved_tile = tl.load(saved + saved_channel[:, None] + saved_row[None, :], mask=a_mask, other=0.0)
+                a_tile = slope_times(a_tile, saved_tile, ACTIVATION).to(a.dtype.element_ty)
+            else:
+                saved_row = n * saved_n + h * saved_h + w * saved_w
+                saved_column = saved_channel + tap_h * saved_h + tap_w * saved_w
+                saved_tile = tl.load(saved + outer(saved_row, saved_column, B_ROWS_INNER), mask=b_mask, other=0.0)
+                b_tile = slope_times(b_tile, saved_tile, ACTIVATION).to(b.dtype.element_ty)
+        if B_ROWS_INNER:
+            b_tile = tl.trans(b_tile)
+        result = tl.dot(a_tile.to(DOT), b_tile.to(DOT), result, input_precision=PRECISION)
+
+    to_row = split * total + (group * a_channels + row) * b_channels * taps
+    to_column = i * taps + tap
+    tl.store(partial + to_row[:, None] + to_column[None, :], result, mask=row_mask[:, None] & column_mask[None, :])
+
+
+class Plan(NamedTuple):
+    """All that a launch needs beside tensors and tiles; depends on shapes and strides only."""
+
+    before_chunk: int
+    after_chunk: tuple[int, ...]
+    specialised: tuple[int, ...]
+    flat: bool
+    b_rows_inner: bool
+    wide: bool
+
+
+Layout = tuple[tuple[int, ...], tuple[int, ...]]
+"""Shape and strides."""
+
+
+@functools.lru_cache(maxsize=4096)
+def plan(
+    a: Layout, b: Layout, saved: tuple[int, ...], weight: tuple[int, ...], stride: tuple[int, int],
+    padding: tuple[int, int], dilation: tuple[int, int], groups: int,
+) -> Plan:
+    """saved: strides; zeros where there is none. weight: its shape."""
+    (samples, _, lines, across), (_, _, height, width) = a[0], b[0]
+    span = lines * across
+    reach = sum(step * (2 * pad + size * hop) for step, pad, size, hop in zip(
+        b[1][2:], padding, weight[2:], dilation, strict=True
+    ))
+    sizes = weight[0] // groups, weight[1]
+    return Plan(
+        samples * span,
+        (span, *signed(divisor(span)), across, *signed(divisor(across)), height, width, *weight[2:], *stride, *padding,
+         *dilation),
+        (*sizes, *a[1], *b[1], *saved),
+        sizes[1] < FEW_CHANNELS, innermost_width(b[1]),
+        reaches_beyond((a, b, (a[0], saved), (b[0], saved)), reach),
+    )
+
+
+def positions_a_step(tiles: Tiles, flat: bool, b_rows_inner: bool) -> int:
+    """BLOCK_K: the tiles', but half of 64 where b passes through registers, or they would spill."""
+    return min(tiles.k, 32) if flat or b_rows_inner else tiles.k
+
+
+def parts(positions: int, tiles: int, elements: int, block_k: int, device: torch.device) -> tuple[int, int]:
+    """(positions of a part, number of parts) for a result of so many tiles and elements."""
+    most = min(max(SPLITS, SMALL_PARTIALS // elements), max(1, LARGE_PARTIALS // elements))
+    splits = max(1, min(-(-2 * processors(device) // tiles), most, positions // (STEPS_A_PART * block_k)))
+    chunk = -(-positions // (splits * block_k)) * block_k
+    return chunk, -(-positions // chunk)
+
+
+def partial_weight_gradient(
+    a: Tensor, b: Tensor, saved: Tensor | None, slope_of_a: bool, weight: tuple[int, ...], stride: tuple[int, int],
+    padding: tuple[int, int], dilation: tuple[int, int], groups: int, activation: str,
+) -> Tensor:
+    """The sums dW' in parts: (splits, *weight), float32.
+
+    a (N, weight[0], P, Q), b (N, weight[1] * groups, H, W), of one dtype and any strides. saved: the activation's result
+    or argument, of the shape of a (slope_of_a) or b, or None without an activation.
+    """
+    if a.numel() == 0 or b.numel() == 0:
+        return torch.zeros((1, *weight), dtype=torch.float32, device=a.device)
+    known = plan(
+        (a.shape, a.stride()), (b.shape, b.stride()), (0, 0, 0, 0) if saved is None else saved.stride(), weight, stride,
+        padding, dilation, groups,
+    )
+    a_channels, b_channels = known.specialised[:2]
+    taps = weight[2] * weight[3]
+    elements = weight[0] * weight[1] * taps
+    precision = float32_precision(a.device, True) if a.dtype == torch.float32 else "tf32"
+    code, dot = activation_code(activation), dot_dtype(a.dtype)
+
+    def launch(tiles: Tiles) -> Tensor:
+        block_k = positions_a_step(tiles, known.flat, known.b_rows_inner)
+        block_m = block(a_channels, 16, tiles.m)
+        block_n = block(b_channels * taps if known.flat else b_channels, 16, tiles.n)
+        columns = -(-b_channels * taps // block_n) if known.flat else taps * -(-b_channels // block_n)
+        programs = groups * columns * -(-a_channels // block_m)
+        chunk, splits = parts(known.before_chunk, programs, elements, block_k, a.device)
+        partial = torch.empty((splits, *weight), dtype=torch.float32, device=a.device)
+        with on_device(a):
+            convolve_weight[(programs * splits,)](
+                a, b, saved, partial, known.before_chunk, chunk, *known.after_chunk, splits, elements,
+                *known.specialised,
+                ACTIVATION=code, SLOPE_OF_A=slope_of_a, FLAT=known.flat,
+                B_ROWS_INNER=known.b_rows_inner, WIDE=known.wide, PRECISION=precision, DOT=dot, BLOCK_M=block_m,
+                BLOCK_N=block_n, BLOCK_K=block_k, num_warps=tiles.warps, num_stages=tiles.stages,
+            )
+        return partial
+
+    return launch(choose(
+        "convolution_weight_gradient", a.device, precision_class(a.dtype, precision), a_channels, b_channels * taps,
+        known.before_chunk, launch,
+    ))
+
+
+def variants(architecture: str = "sm_90") -> list[Variant]:
+    """Every tile of the table with channels innermost; then other layouts, few channels, wide offsets, activations."""
+    found = []
+
+    def add(label: str, dtype: torch.dtype, precision: str, tiles: Tiles, activation: str = "none", **other: Any) -> None:
+        name = TRITON_NAMES[dtype]
+        block_k = positions_a_step(tiles, other.get("FLAT", False), other.get("B_ROWS_INNER", False))
+        constants = {
+            "ACTIVATION": activation_code(activation), "SLOPE_OF_A": True, "FLAT": False,
+            "B_ROWS_INNER": False, "WIDE": False, "PRECISION": precision, "DOT": compiled_dot(dtype),
+            "BLOCK_M": tiles.m, "BLOCK_N": tiles.n, "BLOCK_K": block_k, **other,
+        }
+        innermost = {"a_w": 1, "b_w": 1} if constants["B_ROWS_INNER"] else {"a_c": 1, "b_c": 1}
+        constants |= innermost if activation == "none" else {**innermost, "saved_c": 1}
+        pointers = {"a": f"*{name}", "b": f"*{name}", "saved": f"*{name}", "partial": "*fp32"}
+        if activation == "none":
+            constants["saved"] = None
+        types = {**pointers, **{size: "i32" for size in GEOMETRY + SPECIALISED}}
+        found.append(Variant(
+            f"convolve_weight {label} {name} {precision} {tiles.m}x{tiles.n}x{block_k}", convolve_weight,
+            {key: value for key, value in types.items() if key not in constants}, constants, tiles.warps, tiles.stages,
+            tuple(
+                size for size in SPECIALISED
+                if size not in constants and not (constants["FLAT"] and size.startswith(("b_", "saved_")))
+            ),
+        ))
+
+    table = {
+        precision: [tiles for operation, kind, tiles in every(architecture)
+                    if operation == "convolution_weight_gradient" and kind == precision]
+        for precision in ("ieee", "tf32", "half")
+    }
+    for precision, dtype in (("ieee", torch.float32), ("tf32", torch.float32), ("half", torch.bfloat16)):
+        for tiles in table[precision]:
+            add("plain", dtype, "ieee" if precision == "ieee" else "tf32", tiles)
+    tiles = table["half"][-1]
+    for activation in ACTIVATIONS[1:]:
+        add(activation, torch.bfloat16, "tf32", tiles, activation, SLOPE_OF_A=activation not in NEEDS_ARGUMENT)
+    add("relu", torch.float16, "tf32", tiles, "relu")
+    add("relu", torch.float32, "ieee", table["ieee"][-1], "relu")
+    add("few", torch.bfloat16, "tf32", tiles, FLAT=True, B_ROWS_INNER=True)
+    add("contiguous", torch.bfloat16, "tf32", tiles, B_ROWS_INNER=True)
+    add("wide", torch.bfloat16, "tf32", tiles, WIDE=True)
+    return found
