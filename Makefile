@@ -5,6 +5,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 TORCH := torch==2.13.0
+# the release that the CUDA build of this torch brings along
+TRITON := triton==3.7.1
 RUN ?= runs/demo
 GPU_OUT ?= bench/results
 # Everything that the compiled extension or the list of dependencies depends on; the Python code is installed in place.
@@ -56,5 +58,5 @@ $(VENV)/.installed: $(VENV)/.torch $(BUILD_INPUTS)
 	touch $@
 
 $(VENV)/.developed: $(VENV)/.installed
-	$(BIN)/python -m pip install --disable-pip-version-check --no-build-isolation -e '.[models,test,dev]'
+	$(BIN)/python -m pip install --disable-pip-version-check --no-build-isolation -e '.[models,test,dev]' $(TRITON)
 	touch $@

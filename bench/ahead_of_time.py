@@ -1,8 +1,8 @@
 """Compiles every Triton kernel without a GPU and lists what it needs: `python -m bench.ahead_of_time`.
 
-Every variant that the kernels' modules name, for an A100, an H100 or H200, a B200 and an MI300: registers a thread,
-spills to memory and shared memory a program, from the compiler's own reports. The exit code is 1 where a variant does
-not compile, spills, or wants more shared memory than there is; the last lines name it.
+Every variant that the kernels' modules name, for an A100, an H100 or H200, a B200 and an MI300: registers and spills to
+memory a thread, shared memory a program, from the compiler's own reports. The exit code is 1 where a variant does not
+compile, spills, or wants more shared memory than there is; the last lines name it.
 """
 
 from __future__ import annotations
@@ -43,8 +43,12 @@ SHARED_BYTES = {"sm_80": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx
 """Shared memory a program, by target; sm_80's is that of sm_86 and sm_89, which take the same block sizes."""
 
 
+TRADED_BYTES = 64
+"""What ptxas may spill of its own accord, to make room for another program."""
+
+
 class Job(NamedTuple):
-    """The index-th variant that a module names, for a target; kernels do not travel between processes, their names do."""
+    """The index-th variant that a module names, for a target: kernels cannot be sent to another process, this can."""
 
     target: str
     module: str
@@ -81,27 +85,36 @@ def source(variant: Variant) -> ASTSource:
     return ASTSource(variant.kernel, signature, variant.constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
 
 
-def nvidia_resources(target: GPUTarget, compiled: Any) -> dict[str, int]:
-    """Registers and spilled bytes (stored and loaded) a thread.
-
-    The machine code's header gives registers and the stack frame, not spills: a frame may also hold an array. Only
-    ptxas tells them apart, so it runs again, verbosely, where there is a frame. (The header's LOCAL is 0 even where
-    registers spill.)
-    """
+def spilled(target: GPUTarget, assembly: str) -> int:
+    """Bytes that a thread stores to and loads from memory for lack of registers, as ptxas -v reports them."""
+    tool = knobs.nvidia.ptxas_blackwell if target.arch >= 100 else knobs.nvidia.ptxas
+    name = f"sm_{target.arch}" + ("a" if target.arch >= 90 else "")
     with tempfile.TemporaryDirectory() as folder:
-        code, assembly = Path(folder, "kernel.cubin"), Path(folder, "kernel.ptx")
-        code.write_bytes(compiled.asm["cubin"])
-        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(code)]
-        dump = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        registers, stack = (int(re.search(rf"{name}:(\d+)", dump)[1]) for name in ("REG", "STACK"))  # type: ignore[index]
-        if stack == 0:
-            return {"registers": registers, "spill": 0}
-        assembly.write_text(compiled.asm["ptx"])
-        tool = knobs.nvidia.ptxas_blackwell if target.arch >= 100 else knobs.nvidia.ptxas
-        name = f"sm_{target.arch}" + ("a" if target.arch >= 90 else "")
-        command = [tool.path, "-v", "--regAllocOptLevel=2", f"--gpu-name={name}", str(assembly), "-o", os.devnull]
+        file = Path(folder, "kernel.ptx")
+        file.write_text(assembly)
+        command = [tool.path, "-v", "--regAllocOptLevel=2", f"--gpu-name={name}", str(file), "-o", os.devnull]
         log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-        return {"registers": registers, "spill": sum(map(int, re.findall(r"(\d+) bytes spill", log)))}
+    return sum(map(int, re.findall(r"(\d+) bytes spill", log)))
+
+
+def nvidia_resources(target: GPUTarget, compiled: Any) -> dict[str, int]:
+    """Registers, spilled bytes a thread, and how many of these are forced.
+
+    The machine code's header gives registers and the stack frame, not spills: a frame may also hold an array, and LOCAL
+    is 0 even where registers spill. ptxas -v tells; it runs again where there is a frame. It also spills some bytes
+    with registers left, where another program then fits on a processor; told that one program is enough, it spills
+    only where it must: that is `forced`.
+    """
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as code:
+        code.write(compiled.asm["cubin"])
+        code.flush()
+        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", code.name]
+        dump = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = dict(re.findall(r"(REG|STACK):(\d+)", dump))
+    spill = forced = 0
+    if int(found["STACK"]) > 0 and (spill := spilled(target, compiled.asm["ptx"])) > 0:
+        forced = spilled(target, re.sub(r"(\.reqntid \d+)", r"\1\n.minnctapersm 1", compiled.asm["ptx"], count=1))
+    return {"registers": int(found["REG"]), "spill": spill, "forced": forced}
 
 
 def amd_resources(compiled: Any) -> dict[str, int]:
@@ -110,16 +123,16 @@ def amd_resources(compiled: Any) -> dict[str, int]:
     Scalar registers are spilled to lanes of vector registers, which costs no memory access: not counted.
     """
     found = {name: int(value) for name, value in re.findall(r"\.(\w+_count):\s+(\d+)", compiled.asm["amdgcn"])}
-    return {"registers": found["vgpr_count"], "spill": found["vgpr_spill_count"]}
+    return {"registers": found["vgpr_count"], "spill": found["vgpr_spill_count"], "forced": found["vgpr_spill_count"]}
 
 
 def resources(target: GPUTarget, compiled: Any) -> dict[str, int]:
-    """Registers and spill a thread."""
+    """Registers, spill and forced spill of a thread."""
     return amd_resources(compiled) if target.backend == "hip" else nvidia_resources(target, compiled)
 
 
 def compile_variant(job: Job) -> dict[str, Any]:
-    """Label, registers, spill, shared bytes and seconds of one variant, or the error."""
+    """What one variant needs, or the error."""
     variant = variants_of(job.module, job.target)[job.index]
     result = job.about()
     started, target = time.perf_counter(), gpu_target(job.target)
@@ -170,8 +183,9 @@ def problem(result: dict[str, Any]) -> str | None:
     """What is wrong with a variant, or None."""
     if "error" in result:
         return f"does not compile: {result['error']}"
-    if result["spill"]:
-        return f"spills {result['spill']} {'registers' if result['target'].startswith('gfx') else 'bytes a thread'}"
+    if result["forced"] or result["spill"] > TRADED_BYTES:
+        unit = "registers" if result["target"].startswith("gfx") else "bytes a thread"
+        return f"spills {result['spill']} {unit}, {result['forced']} of them where registers are exhausted"
     limit = SHARED_BYTES.get(result["target"])
     if limit is not None and result["shared"] > limit:
         return f"needs {result['shared']} bytes of shared memory; {limit} are there"
@@ -179,10 +193,11 @@ def problem(result: dict[str, Any]) -> str | None:
 
 
 def line(result: dict[str, Any]) -> str:
-    numbers = (str(result.get(name, "-")) for name in ("registers", "spill", "shared", "warps", "stages", "seconds"))
-    registers, spill, shared, warps, stages, seconds = numbers
+    numbers = (str(result.get(name, "-")) for name in ("registers", "spill", "forced", "shared", "warps", "stages"))
+    registers, spill, forced, shared, warps, stages = numbers
     return (
-        f"{result['target']:7} {registers:>9} {spill:>6} {shared:>7} {warps:>5} {stages:>6} {seconds:>7}  "
+        f"{result['target']:7} {registers:>9} {spill:>6} {forced:>6} {shared:>7} {warps:>5} {stages:>6} "
+        f"{result.get('seconds', 0):>7}  "
         f"{result['module']}: {result['variant']}"
     )
 
@@ -204,8 +219,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             os.environ["TRITON_CACHE_DIR"] = stack.enter_context(tempfile.TemporaryDirectory())
             stack.callback(os.environ.pop, "TRITON_CACHE_DIR", None)
         jobs = jobs_of(options.only, options.targets, options.contains)
-        print(f"{len(jobs)} variants; spill: bytes stored and loaded a thread (gfx: registers)")
-        print("target  registers  spill  shared warps stages seconds  variant", flush=True)
+        print(f"{len(jobs)} variants; spill: bytes a thread stores and loads (gfx: registers); forced: those it must")
+        print("target  registers  spill forced  shared warps stages seconds  variant", flush=True)
         results = []
         for result in compile_all(jobs, options.jobs):
             results.append(result)

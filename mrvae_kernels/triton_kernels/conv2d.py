@@ -11,9 +11,11 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from . import convolution, implicit_gemm, weight_gradient
+from . import convolution
 from .convolution import Geometry, Gradients
-from .launch import Variant
+from .convolution_variants import variants
+
+__all__ = ["conv2d", "conv2d_backward", "conv2d_refusal", "variants"]
 
 
 def _layer(stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int) -> Geometry:
@@ -33,8 +35,8 @@ def conv2d(
 ) -> tuple[Tensor, Tensor]:
     """(y, kept) with y = act(g (conv(x, W) + b) + t), channels_last where x is, else contiguous.
 
-    x (N, C_in, H, W) and weight (C_out, C_in / groups, R, S): float32, bfloat16 or float16, the same dtype, any strides;
-    bias (C_out,) of any floating dtype; gate and shift (C_out,) or (N, C_out), float32. Padded with zeros.
+    x (N, C_in, H, W) and weight (C_out, C_in / groups, R, S): both float32, bfloat16 or float16, any strides; bias
+    (C_out,) of any floating dtype; gate and shift (C_out,) or (N, C_out), float32. Padded with zeros.
 
     kept, with `keep`: u = conv(x, W) for one gate a sample, z = g (u + b) + t for one gate for all with silu and gelu;
     otherwise empty, (0,). ValueError for shapes that do not fit and for what conv2d_refusal names, TypeError for dtypes
@@ -58,8 +60,3 @@ def conv2d_backward(
     return convolution.backward(
         "conv2d_backward", grad, x, weight, bias, gate, shift, y, kept, layer, activation, mask
     )
-
-
-def variants(architecture: str = "sm_90") -> list[Variant]:
-    """The kernels' of both operators, since each calls all of them."""
-    return implicit_gemm.variants(architecture) + weight_gradient.variants(architecture)

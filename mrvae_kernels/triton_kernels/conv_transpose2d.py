@@ -12,9 +12,11 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from . import convolution, implicit_gemm, weight_gradient
+from . import convolution
 from .convolution import Geometry, Gradients
-from .launch import Variant
+from .convolution_variants import variants
+
+__all__ = ["conv_transpose2d", "conv_transpose2d_backward", "conv_transpose2d_refusal", "variants"]
 
 
 def _layer(
@@ -49,13 +51,8 @@ def conv_transpose2d_backward(
     kept: Tensor, stride: Sequence[int], padding: Sequence[int], output_padding: Sequence[int], dilation: Sequence[int],
     groups: int, activation: str, mask: Sequence[bool],
 ) -> Gradients:
-    """(dx, dW, db, dg, dt), each like its tensor, or empty, (0,), where it is absent or not wanted: as conv2d_backward."""
+    """(dx, dW, db, dg, dt), each like its tensor, or empty, (0,), where absent or not wanted: as conv2d_backward."""
     layer = _layer(stride, padding, output_padding, dilation, groups)
     return convolution.backward(
         "conv_transpose2d_backward", grad, x, weight, bias, gate, shift, y, kept, layer, activation, mask
     )
-
-
-def variants(architecture: str = "sm_90") -> list[Variant]:
-    """The kernels' of both operators, since each calls all of them."""
-    return implicit_gemm.variants(architecture) + weight_gradient.variants(architecture)

@@ -1,7 +1,7 @@
 """What conv2d and conv_transpose2d share on the host: sizes, refusals, plans of launches, the order of a backward pass.
 
-The kernels are in implicit_gemm.py and weight_gradient.py. A convolution's input gradient is the other convolution, with
-the same weight: so both operators call both.
+The kernels are in implicit_gemm.py and weight_gradient.py. A convolution's input gradient is the other convolution,
+with the same weight: so both operators call both.
 """
 
 from __future__ import annotations
@@ -20,11 +20,13 @@ from .device import float32_precision, on_device
 from .epilogue import channel_sums, epilogue_backward
 from .fold import finish_weight_gradient
 from .implicit_gemm import FEW_CHANNELS, blocks, convolve, innermost_width, reaches_beyond, signed
-from .launch import check_device, divisor, dot_dtype
+from .launch import INT32_LIMIT, check_device, divisor, dot_dtype
 from .weight_gradient import Layout, partial_weight_gradient
 
 PACKING_PAYS = 2**31
 """Multiplications from which a weight whose taps are innermost is copied to channels_last before a product."""
+
+LARGEST_TILE = 512
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -47,15 +49,25 @@ def geometry(
     stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], transposed: bool,
     output_padding: Sequence[int], groups: int,
 ) -> Geometry:
-    pairs = tuple(stride), tuple(padding), tuple(dilation), tuple(output_padding)
+    """ValueError unless stride, padding, dilation and output_padding are two numbers each."""
+    return _geometry(tuple(stride), tuple(padding), tuple(dilation), transposed, tuple(output_padding), groups)
+
+
+@functools.lru_cache(maxsize=4096)
+def _geometry(
+    stride: tuple[int, ...], padding: tuple[int, ...], dilation: tuple[int, ...], transposed: bool,
+    output_padding: tuple[int, ...], groups: int,
+) -> Geometry:
+    pairs = stride, padding, dilation, output_padding
     if any(len(pair) != 2 for pair in pairs):
         raise ValueError(
             f"stride, padding, dilation and output_padding are {', '.join(map(str, pairs))}; expected two numbers each"
         )
-    return Geometry(pairs[0], pairs[1], pairs[2], transposed, pairs[3], groups)  # type: ignore[arg-type]
+    return Geometry(stride, padding, dilation, transposed, output_padding, groups)  # type: ignore[arg-type]
 
 
-def output_size(x: Sequence[int], weight: Sequence[int], layer: Geometry) -> Pair:
+@functools.lru_cache(maxsize=4096)
+def output_size(x: tuple[int, ...], weight: tuple[int, ...], layer: Geometry) -> Pair:
     """Height and width of y by the shapes of x and weight."""
     sizes = [
         (size - 1) * stride - 2 * padding + dilation * (kernel - 1) + extra + 1 if layer.transposed
@@ -79,7 +91,9 @@ def _refusal_of_shapes(x: tuple[int, ...], weight: tuple[int, ...], layer: Geome
         )
     own = weight[0] if layer.transposed else weight[1] * groups
     if x[1] != own or weight[0] % groups:
-        return f"x has shape {x}; expected {own} channels in axis 1, by the weight's shape {weight} and groups = {groups}"
+        return (
+            f"x has shape {x}; expected {own} channels in axis 1, by the weight's shape {weight} and groups = {groups}"
+        )
     if any(
         extra < 0 or extra >= max(stride, dilation)
         for extra, stride, dilation in zip(layer.output_padding, layer.stride, layer.dilation, strict=True)
@@ -96,10 +110,12 @@ def _refusal_of_shapes(x: tuple[int, ...], weight: tuple[int, ...], layer: Geome
         )
     size = output_size(x, weight, layer)
     if min(size) < 1:
-        return f"x has shape {x} and weight {weight}, which gives {size[0]} x {size[1]} results; expected at least 1 x 1"
-    # one tile beyond, which the last program counts rows of
-    if x[0] * max(x[2] * x[3], math.prod(-(-s // d) * d for s, d in zip(size, layer.stride, strict=True))) > 2**31 - 512:
-        return f"x has shape {x}, which makes more than 2^31 positions; positions are counted in 32 bits"
+        return (
+            f"x has shape {x} and weight {weight}, which gives {size[0]} x {size[1]} results; expected at least 1 x 1"
+        )
+    most = INT32_LIMIT - LARGEST_TILE  # a tile's last rows, beyond the result, are counted too
+    if x[0] * max(x[2] * x[3], math.prod(map(sum, zip(size, layer.stride, strict=True)))) > most:
+        return f"x has shape {x}, which makes more than {most} positions; positions are counted in 32 bits"
     return None
 
 
@@ -107,7 +123,7 @@ def refusal(x: Tensor, weight: Tensor, layer: Geometry) -> str | None:
     """Why the kernels cannot compute this, as a sentence, or None."""
     if x.dtype not in DTYPES or weight.dtype != x.dtype:
         return f"x has dtype {x.dtype} and weight {weight.dtype}; expected both float32, bfloat16 or float16"
-    return _refusal_of_shapes(x.shape, weight.shape, layer)
+    return _refusal_of_shapes(tuple(x.shape), tuple(weight.shape), layer)
 
 
 def is_channels_last(x: Tensor) -> bool:
@@ -152,8 +168,8 @@ def plan(
     ))
     span = lines * across
     return Plan(
-        (samples * span, span, *signed(divisor(span)), across, *signed(divisor(across)), in_height, in_width, out_height,
-         out_width, *kernel, *stride, *padding, *dilation, *common, *inverses, out_channels,
+        (samples * span, span, *signed(divisor(span)), across, *signed(divisor(across)), in_height, in_width,
+         out_height, out_width, *kernel, *stride, *padding, *dilation, *common, *inverses, out_channels,
          channels, columns, *x[1], *saved, sizes[0] * weight[1][0], strides[1], strides[0], *weight[1][2:], *y[1]),
         samples * span, columns, channels, channels * math.prod(kernel), groups * math.prod(phases),
         channels < FEW_CHANNELS, innermost_width(x[1]), innermost_width(y[1]),
@@ -162,9 +178,9 @@ def plan(
 
 
 def product(
-    x: Tensor, weight: Tensor, y: Tensor, layer: Geometry, transposed: bool, activation: str, saved: Tensor | None = None,
-    bias: Tensor | None = None, gate: Tensor | None = None, shift: Tensor | None = None, kept: Tensor | None = None,
-    backward: bool = False,
+    x: Tensor, weight: Tensor, y: Tensor, layer: Geometry, transposed: bool, activation: str,
+    saved: Tensor | None = None, bias: Tensor | None = None, gate: Tensor | None = None, shift: Tensor | None = None,
+    kept: Tensor | None = None, backward: bool = False,
 ) -> None:
     """Writes y, and `kept`, which has the strides of y: see `convolve`."""
     if y.numel() == 0:
@@ -182,7 +198,8 @@ def product(
     if known.rows * groups * known.columns * known.reach >= PACKING_PAYS and weight.stride(1) != 1:
         packed = weight.contiguous(memory_format=torch.channels_last)
         if packed is not weight:
-            weight, known = packed, planned()
+            weight = packed
+            known = planned()
     precision = float32_precision(x.device, True) if x.dtype == torch.float32 else "tf32"
     code, dot = activation_code(activation), dot_dtype(x.dtype)
     prologue = backward and (saved is not None or gate is not None)
@@ -219,8 +236,8 @@ def check_parameters(
             raise TypeError(f"{name}: bias has dtype {bias.dtype}; expected a floating-point dtype")
     if gate.shape != (channels,) and gate.shape != (x.shape[0], channels):
         raise ValueError(
-            f"{name}: gate has shape {tuple(gate.shape)}; expected ({channels},), or ({x.shape[0]}, {channels}) with one "
-            "row a sample"
+            f"{name}: gate has shape {tuple(gate.shape)}; expected ({channels},), or ({x.shape[0]}, {channels}) with "
+            "one row a sample"
         )
     if shift is not None and shift.shape != gate.shape:
         raise ValueError(f"{name}: shift has shape {tuple(shift.shape)}; expected {tuple(gate.shape)}, the gate's")
@@ -279,8 +296,8 @@ def backward(
         saved = kept if activation in NEEDS_ARGUMENT else y
         if saved is None or saved.shape != grad.shape:
             raise ValueError(
-                f"{name}: activation {activation} needs {'kept' if activation in NEEDS_ARGUMENT else 'y'} from forward, "
-                f"of shape {tuple(grad.shape)}; got {None if saved is None else tuple(saved.shape)}"
+                f"{name}: activation {activation} needs {'kept' if activation in NEEDS_ARGUMENT else 'y'} from "
+                f"forward, of shape {tuple(grad.shape)}; got {None if saved is None else tuple(saved.shape)}"
             )
 
     dx = torch.empty_like(x) if want_x else x.new_empty(0)

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from .activations import ACTIVATIONS, NEEDS_ARGUMENT, activate, activation_code
 from .device import on_device, processors
-from .epilogue_backward import ARGUMENT, INPUT, REAL, RESULT, Wanted, backward
+from .epilogue_backward import ARGUMENT, INPUT, REAL, RESULT
+from .epilogue_plan import Wanted, backward
 from .launch import TRITON_NAMES, Variant, accumulation_dtype, check_device, wide
 from .views import (
     Layout,
@@ -83,16 +84,22 @@ class Plan(NamedTuple):
     dense: bool
 
 
+def largest_tile(dtype: torch.dtype, is_wide: bool) -> int:
+    """Numbers and offsets of 64 bits take two registers each."""
+    return TILE // 2 if is_wide or dtype == torch.float64 else TILE
+
+
 def make_plan(u: Tensor, axis: int, per_sample: bool, activation: int) -> Plan:
     found = layout(u, (), axis, per_sample)
-    elements = TILE if u.numel() >= 2 * TILE * processors(u.device) else SMALL_TILE
+    is_wide = wide(u, slack=2 * TILE)
+    elements = largest_tile(u.dtype, is_wide) if u.numel() >= 2 * TILE * processors(u.device) else SMALL_TILE
     block_c, block_j = tile_of(found, elements, found.lanes)
     units_of = dict(zip(("U_UNIT", "Y_UNIT"), found.tensor_units, strict=True))
     constants = {
         "CHANNEL_UNIT": found.channel_unit, "LANES": found.lanes, **units_of,
         "CHANNELS_FASTEST": found.channels_fastest, "ONE_SAMPLE": found.view.samples == 1,
         "GATE_BY_SAMPLE": per_sample, "ACTIVATION": activation, "BLOCK_C": block_c, "BLOCK_J": block_j,
-        "REAL": REAL[accumulation_dtype(u.dtype)], "WIDE": wide(u, slack=2 * elements),
+        "REAL": REAL[accumulation_dtype(u.dtype)], "WIDE": is_wide,
     }
     channels = found.view.channels
     grid = (triton.cdiv(channels, block_c) * triton.cdiv(found.position_units, block_j),)
@@ -187,8 +194,8 @@ def epilogue_backward(
                 result.zero_()
     elif any(wanted):
         du = backward(
-            grad, u, contiguous(bias), contiguous(gate), contiguous(shift), axis, per_sample, code, INPUT, wanted,
-            (db, dg, dt),
+            grad, u, contiguous(bias), contiguous(gate), contiguous(shift), axis, per_sample, code, INPUT.value,
+            wanted, (db, dg, dt),
         )
     return (
         u.new_empty(0) if du is None or not wanted.u else du,
@@ -216,7 +223,7 @@ def channel_sums(grad: Tensor, saved: Tensor | None, dim: int, activation: str) 
     sums = grad.new_empty(values.shape[dim], dtype=accumulation_dtype(values.dtype))
     if grad.numel() == 0:
         return sums.zero_()
-    kind = ARGUMENT if activation in NEEDS_ARGUMENT else RESULT
+    kind = (ARGUMENT if activation in NEEDS_ARGUMENT else RESULT).value
     backward(
         grad, values, None, None, None, dim % values.dim(), False, code, kind, Wanted(False, False, False, True),
         (None, None, sums),
@@ -245,7 +252,7 @@ def variants(architecture: str = "sm_90") -> list[Variant]:
 
 def _variant(dtype: torch.dtype, where: str, by_sample: bool, code: int, wide: bool) -> Variant:
     name, real = TRITON_NAMES[dtype], accumulation_dtype(dtype)
-    unit = 1 if where == "strided" else 16 // dtype.itemsize
+    unit, tile = 1 if where == "strided" else 16 // dtype.itemsize, largest_tile(dtype, wide)
     channels_fastest = where == "channels fastest"
     fastest = {"strided": {}, "channels fastest": {"channel": 1}, "positions fastest": {"position": 1}}[where]
     constants: dict[str, Any] = {f"{tensor}_{axis}": value for tensor in "uy" for axis, value in fastest.items()}
@@ -256,7 +263,7 @@ def _variant(dtype: torch.dtype, where: str, by_sample: bool, code: int, wide: b
     constants.update(
         CHANNEL_UNIT=unit if channels_fastest else 1, LANES=1 if channels_fastest else unit, U_UNIT=unit, Y_UNIT=unit,
         CHANNELS_FASTEST=channels_fastest, ONE_SAMPLE=channels_fastest, GATE_BY_SAMPLE=by_sample, ACTIVATION=code,
-        BLOCK_C=128 if channels_fastest else 8, BLOCK_J=TILE // 128 if channels_fastest else TILE // (8 * unit),
+        BLOCK_C=128 if channels_fastest else 8, BLOCK_J=tile // 128 if channels_fastest else tile // (8 * unit),
         REAL=REAL[real], WIDE=wide,
     )
     label = f"epilogue.forward {name} {where} {'by sample' if by_sample else 'shared'} {ACTIVATIONS[code]}"

@@ -5,15 +5,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .fold_plan import LAYER_NUMBERS, PROGRAM_NUMBERS, VECTOR
+from .fold_plan import LAYER_NUMBERS, PROGRAM_NUMBERS, TILES, VECTOR
 from .launch import divide
 
-FORWARD_POINTERS = 6  # W, b, g, t, W', b'
-BACKWARD_POINTERS = 9  # dW', db', W, b, g, dW, db, dg, dt
-
+FORWARD_POINTERS = tl.constexpr(6)  # W, b, g, t, W', b'
+BACKWARD_POINTERS = tl.constexpr(9)  # dW', db', W, b, g, dW, db, dg, dt
 NUMBERS = tl.constexpr(PROGRAM_NUMBERS)
 OF_LAYER = tl.constexpr(LAYER_NUMBERS)
 UNIT = tl.constexpr(VECTOR)
+SHAPES = tl.constexpr(TILES)
+CLASSES = tl.constexpr(len(TILES))
 
 
 @triton.jit
@@ -41,7 +42,7 @@ def fold_kernel(
     number = tl.load(program)
     tile = tl.load(program + 1)
     layer = layers + number * OF_LAYER
-    addresses += number * 6
+    addresses += number * FORWARD_POINTERS
     gate = pointer(addresses, 2, sums, False)
     if tl.load(program + 2) == 1:
         channel = tile * TILE + tl.arange(0, TILE)
@@ -105,7 +106,7 @@ def gradient_block(
         rows = row + tl.arange(0, ROWS)
         columns = ((first + rows) * width)[:, None] + of_group[None, :]
         valid = (rows < outer)[:, None] & inside[None, :]
-        for k in range(0, inner, RUN):
+        for k in range(0, 1 if RUN == 1 else inner, RUN):
             if RUN == 1:
                 offset = columns[:, :, None]
                 mask = valid[:, :, None]
@@ -132,18 +133,18 @@ def gradient_block(
     tl.store(pointer(addresses, 8, sums, False) + channel, grad_bias, mask=inside & (tl.load(addresses + 8) != 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits", "split_stride"])  # one compilation serves every shape
 def fold_backward_kernel(
     addresses, programs, splits, split_stride,
-    WEIGHT: tl.constexpr, BIAS: tl.constexpr, GRAD: tl.constexpr, SHAPES: tl.constexpr, SPLIT: tl.constexpr,
-    ALIGNED: tl.constexpr, WIDE: tl.constexpr,
+    WEIGHT: tl.constexpr, BIAS: tl.constexpr, GRAD: tl.constexpr, SPLIT: tl.constexpr, ALIGNED: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
     """One block of channels. addresses: BACKWARD_POINTERS a layer, 0 for what is absent or unwanted.
 
-    SHAPES: TILES. SPLIT: dW' is the sum of `splits` arrays, split_stride elements apart.
+    SPLIT: dW' is the sum of `splits` arrays, split_stride elements apart.
     """
     program = programs + tl.program_id(0) * NUMBERS
-    addresses += tl.load(program) * 9
+    addresses += tl.load(program) * BACKWARD_POINTERS
     kind = tl.load(program + 1)
     group = tl.load(program + 2)
     block = tl.load(program + 3)
@@ -151,7 +152,7 @@ def fold_backward_kernel(
     width = tl.load(program + 5)
     inner = tl.load(program + 6)
     split_stride = tl.cast(split_stride, tl.int64)
-    for i in tl.static_range(len(SHAPES)):
+    for i in tl.static_range(CLASSES):
         if kind == 2 * i:
             gradient_block(
                 addresses, group, block, outer, width, inner, splits, split_stride,

@@ -67,11 +67,11 @@ def geometry(shape: tuple[int, ...], strides: tuple[int, ...], groups: int) -> G
     """
     if groups < 0 or len(shape) < (2 if groups > 0 else 1):
         raise ValueError(
-            f"has a weight of shape {shape} and groups = {groups}; expected groups 0 with the channels in axis 0, or "
-            "groups >= 1 with a transposed convolution's weight (C_in, C_out / groups, ...)"
+            f"has a weight of shape {tuple(shape)} and groups = {groups}; expected groups 0 with the channels in axis "
+            "0, or groups >= 1 with a transposed convolution's weight (C_in, C_out / groups, ...)"
         )
     if groups > 1 and shape[0] % groups != 0:
-        raise ValueError(f"has a weight of shape {shape}; expected axis 0 to be a multiple of groups = {groups}")
+        raise ValueError(f"has a weight of shape {tuple(shape)}; expected axis 0 to be a multiple of groups = {groups}")
     axis = 1 if groups > 0 else 0
     if math.prod(shape) == 0:
         return Geometry(1, 0, shape[axis] * max(1, groups), 1)

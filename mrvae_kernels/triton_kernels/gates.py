@@ -8,8 +8,8 @@ and kind, where the slice starts, and its size: so a program does not depend on 
 i is a contiguous (N, size_i) matrix, and feature f of sample n lies at n size_f + (f - start_f) in it.
 
 Grid: forward, tiles of samples x features. Backward, a program for each block of features loops over the samples; where
-deta is wanted, further programs of the same launch, for blocks of samples, loop over the features. Every sum has a fixed
-order. Bytes moved: 12 T of the table, w and c, and 4 N T of gates or of their gradients, twice for deta.
+deta is wanted, further programs of the same launch, for blocks of samples, loop over the features. Every sum has a
+fixed order. Bytes moved: 12 T of the table, w and c, and 4 N T of gates or of their gradients, twice for deta.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def argument(weight, eta, bias):
     return finite(weight[None, :] * eta[:, None] + bias[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["features", "samples"])
 def gates_kernel(
     values, weight, bias, eta, table, stride, features, samples,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, SHARED: tl.constexpr, SEPARATE: tl.constexpr, WIDE: tl.constexpr,
@@ -95,7 +95,7 @@ def argument_gradient(grads, w, c, eta, table, stride, rows, columns, features, 
     return tl.where(mask, grad * gate_slope(argument(w, e, c), kind[None, :]), 0.0), e
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["features", "samples"])
 def gates_backward_kernel(
     grads, weight, bias, eta, table, grad_weight, grad_bias, grad_eta, stride, features, samples,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, ETA_ROWS: tl.constexpr, ETA_COLUMNS: tl.constexpr,
@@ -200,8 +200,7 @@ def gates(
             gates_kernel[grid](
                 target, weight.contiguous(), bias.contiguous(), eta.contiguous(), table, stride, features, samples,
                 ROWS=rows, COLUMNS=columns, SHARED=shared, SEPARATE=separate,
-                WIDE=launch.wide(target, slack=rows * features) if not separate else launch.wide(*results),
-                num_warps=4,
+                WIDE=(samples + rows) * features > launch.INT32_LIMIT, num_warps=4,
             )
     return results
 
@@ -223,7 +222,9 @@ def gates_backward(
     for i, (grad, size) in enumerate(zip(grads, sizes, strict=True)):
         if grad is not None and grad.numel() != samples * size:
             raise ValueError(f"gates_backward: gradient {i} has shape {tuple(grad.shape)}; expected that of the gate")
-        dense.append(None if grad is None else grad.to(dtype).contiguous())
+        if grad is not None and not (grad.dtype == dtype and grad.is_contiguous()):
+            grad = grad.to(dtype).contiguous()
+        dense.append(grad)
     check_device("gates_backward", weight, *dense)
     grad_weight, grad_bias = torch.empty_like(weight), torch.empty_like(bias)
     grad_eta = torch.empty(eta.shape if eta_needs_grad else (0,), dtype=eta.dtype, device=eta.device)
@@ -236,8 +237,7 @@ def gates_backward(
                 pointer_table(dense, weight), weight.contiguous(), bias.contiguous(), eta.contiguous(), table,
                 grad_weight, grad_bias, grad_eta, stride, features, samples,
                 ROWS=rows, COLUMNS=columns, ETA_ROWS=eta_rows, ETA_COLUMNS=eta_columns, ETA=eta_needs_grad,
-                WIDE=launch.wide(*dense, slack=max(rows, eta_rows) * max(sizes, default=0)),
-                num_warps=4,
+                WIDE=(samples + rows) * features > launch.INT32_LIMIT, num_warps=4,
             )
     return grad_weight, grad_bias, grad_eta
 

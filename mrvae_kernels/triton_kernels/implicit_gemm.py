@@ -2,11 +2,11 @@
 
     y[n, p, q, o] = epilogue( sum over r, s, i of prologue(x[n, h, w, i]) weight[o, i, r, s] )
 
-    plain        h = p stride - padding + r dilation                            conv2d; conv_transpose2d's input gradient
-    transposed   h = (p + padding - r dilation) / stride where that is whole    conv_transpose2d; conv2d's input gradient
+    plain        h = p stride - padding + r dilation                           conv2d; conv_transpose2d's input gradient
+    transposed   h = (p + padding - r dilation) / stride where that is whole   conv_transpose2d; conv2d's input gradient
 
-and w likewise. Forward, the epilogue is act(g (u + b) + t). Backward, x is the gradient of y: the prologue multiplies it
-by the activation's slope and by its channel's gate, as it is loaded, and the epilogue is nothing.
+and w likewise. Forward, the epilogue is act(g (u + b) + t). Backward, x is the gradient of y: the prologue multiplies
+it by the activation's slope and by its channel's gate, as it is loaded, and the epilogue is nothing.
 
 Transposed, the results of one phase (p mod stride, q mod stride) share their taps r, s: p = stride a + phase, and each
 tap reads h = a + constant. So a program computes results of one phase with that phase's taps only, and no product is
@@ -14,36 +14,41 @@ spent on a tap that does not meet the input. Where stride and dilation have a co
 
 Rows of the product are results (n, a, b), columns are output channels of a group, the reduction runs over taps and then
 blocks of channels. With fewer than FEW_CHANNELS channels a group, taps and channels are one axis (FLAT), so that the
-reduction is not padded to a multiple of its size. Every tensor is read and written through its strides: with the channels
-innermost (channels_last) accesses are 16 bytes wide where the channels are a multiple of 16, with the width innermost
-(contiguous) neighbouring threads take neighbouring rows.
+reduction is not padded to a multiple of its size. Every tensor is read and written through its strides: with the
+channels innermost (channels_last) accesses are 16 bytes wide where the channels are a multiple of 16, with the width
+innermost (contiguous) neighbouring threads take neighbouring rows.
 
 Grid: groups x blocks of rows x phases x blocks of output channels, along one axis; programs that share rows of x are
-neighbours. Bytes moved: x about once per block of output channels, mostly from cache, the weight once per block of rows,
-from cache, and y once, with a second tensor where the backward pass needs one.
+neighbours. Bytes moved: x about once per block of output channels, mostly from cache, the weight once per block of
+rows, from cache, and y once, with a second tensor where the backward pass needs one.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
-from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 
-from .activations import ACTIVATIONS, GELU, NEEDS_ARGUMENT, NONE, SILU, activate, activation_slope
-from .activations import activation_code, activation_slope_of_result
-from .configurations import Tiles, every
-from .launch import INT32_LIMIT, TRITON_NAMES, Variant, block, divide
+from .activations import (
+    GELU,
+    NONE,
+    SILU,
+    activate,
+    activation_slope,
+    activation_slope_of_result,
+)
+from .configurations import Tiles
+from .launch import INT32_LIMIT, block, divide
 
 FEW_CHANNELS = 16
-"""With fewer channels to reduce than this, taps and channels are one axis: tl.dot takes no reduction shorter than 16."""
+"""With fewer channels to reduce than this taps and channels are one axis: tl.dot takes no reduction shorter than 16."""
 
 
 @triton.jit
 def outer(rows, lanes, ROWS_INNER: tl.constexpr):
-    """rows (M,) + lanes (K,) as (M, K); with ROWS_INNER as (K, M), so that neighbouring threads take neighbouring rows."""
+    """rows (M,) + lanes (K,) as (M, K); with ROWS_INNER (K, M), so that neighbouring threads take neighbouring rows."""
     if ROWS_INNER:
         return lanes[:, None] + rows[None, :]
     else:
@@ -114,8 +119,8 @@ def convolve(
 
     rows = N * span, span = rows of one sample, across = rows of one line; channels and columns are those of a group,
     total is the number of output channels of all groups.
-    BACKWARD: x is dy, `saved` gives its activation's slope, gate (C,) belongs to the channels of x. Forward: bias, gate,
-    shift belong to those of y, and `kept` receives the product (PER_SAMPLE) or the activation's argument.
+    BACKWARD: x is dy, `saved` gives its activation's slope, gate (C,) belongs to the channels of x. Forward: bias,
+    gate, shift belong to those of y, and `kept` receives the product (PER_SAMPLE) or the activation's argument.
     """
     program = tl.program_id(0)
     column_tiles = tl.cdiv(columns, BLOCK_N)
@@ -259,24 +264,27 @@ def convolve(
     tl.store(y + y_offsets, result.to(y.dtype.element_ty), mask=y_mask)
 
 
+@functools.lru_cache(maxsize=4096)
 def blocks(
     tiles: Tiles, rows: int, columns: int, channels: int, reach: int, rows_inner: bool, prologue: bool
 ) -> tuple[int, int, int]:
     """BLOCK_M, BLOCK_N, BLOCK_K of `convolve`: the tiles', less where the product is small or registers would spill.
 
-    256 columns leave no registers for the epilogue. A prologue, and x with its rows innermost, pass through registers,
-    so that a block of x takes half of k; FLAT holds an address and a mask for each of the block's elements.
+    256 columns leave no registers for the epilogue, nor do 128 where each result is stored by itself. A prologue, and x
+    with its rows innermost, pass through registers, so that a block of x takes half of k, and with 64 columns in
+    float32 no more than 64 rows; FLAT holds an address and a mask for each of the block's elements.
     """
     flat = channels < FEW_CHANNELS
     most = 16 if flat else max(16, tiles.k // 2) if prologue or rows_inner else tiles.k
+    tall = 64 if prologue and most <= 16 and tiles.n <= 64 else tiles.m
     return (
-        block(rows, 16, tiles.m), block(columns, 16, min(tiles.n, 128)),
+        block(rows, 16, min(tiles.m, tall)), block(columns, 16, min(tiles.n, 64 if rows_inner else 128)),
         block(reach if flat else channels, 16, min(tiles.k, most)),
     )
 
 
 def signed(magic: tuple[int, int]) -> tuple[int, int]:
-    """`divisor`'s numbers with the magic one's 32 bits as a signed int32, so that its type never depends on its value."""
+    """`divisor`'s numbers with the magic one's 32 bits as a signed int32, so that its type is always the same."""
     return magic[0] - 2**32 if magic[0] >= 2**31 else magic[0], magic[1]
 
 
@@ -290,76 +298,3 @@ def reaches_beyond(tensors: Iterable[tuple[tuple[int, ...], tuple[int, ...]]], s
     return max(
         1 + sum((size - 1) * step for size, step in zip(shape, strides, strict=True)) for shape, strides in tensors
     ) + slack > INT32_LIMIT
-
-
-def compiled_dot(dtype: torch.dtype) -> tl.dtype:
-    """tl.dot's operands on a GPU: launch.dot_dtype outside of the interpreter."""
-    return {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[dtype]
-
-
-def variants(architecture: str = "sm_90") -> list[Variant]:
-    """Every tile of the table, plain and as conv2d's input gradient, with channels innermost; then each option once."""
-    found = []
-
-    def add(
-        label: str, dtype: torch.dtype, precision: str, tiles: Tiles, activation: str = "none",
-        **other: Any,
-    ) -> None:
-        name = TRITON_NAMES[dtype]
-        prologue = other.get("BACKWARD", False)
-        channels, rows_inner = 1 if other.get("FLAT") else 2**10, other.get("X_ROWS_INNER", False)
-        block_m, block_n, block_k = blocks(tiles, 2**20, 2**10, channels, 2**14, rows_inner, prologue)
-        constants: dict[str, Any] = {
-            "TRANSPOSED": False, "BACKWARD": False, "PER_SAMPLE": False, "ACTIVATION": activation_code(activation),
-            "FLAT": False, "X_ROWS_INNER": False, "Y_ROWS_INNER": False, "WIDE": False, "PRECISION": precision,
-            "DOT": compiled_dot(dtype), "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, **other,
-        }
-        constants["x_w" if constants["X_ROWS_INNER"] else "x_c"] = 1
-        constants["y_w" if constants["Y_ROWS_INNER"] else "y_c"] = 1
-        constants["weight_column" if constants["TRANSPOSED"] else "weight_channel"] = 1
-        types = {
-            **{pointer: f"*{name}" for pointer in ("x", "saved", "weight", "bias", "y", "kept")}, "gate": "*fp32",
-            "shift": "*fp32", **{size: "i32" for size in GEOMETRY + SPECIALISED},
-        }
-        backward = constants["BACKWARD"]
-        if backward and activation != "none":
-            constants["saved_c"] = 1
-        absent = ["bias", "shift", "kept"] if backward else ["saved"]
-        if backward and activation == "none":
-            absent.append("saved")
-        if not backward and not constants["PER_SAMPLE"] and activation not in NEEDS_ARGUMENT:
-            absent.append("kept")
-        constants.update(dict.fromkeys(absent))
-        found.append(Variant(
-            f"convolve {label} {name} {precision} {block_m}x{block_n}x{block_k}", convolve,
-            {key: value for key, value in types.items() if key not in constants}, constants, tiles.warps, tiles.stages,
-            tuple(
-                size for size in SPECIALISED
-                if size not in constants and not (constants["FLAT"] and size.startswith(("x_", "saved_", "channels")))
-            ),
-        ))
-
-    table = {
-        precision: [tiles for operation, kind, tiles in every(architecture)
-                    if operation == "convolution" and kind == precision]
-        for precision in ("ieee", "tf32", "half")
-    }
-    for precision, dtype in (("ieee", torch.float32), ("tf32", torch.float32), ("half", torch.bfloat16)):
-        multiply = "ieee" if precision == "ieee" else "tf32"
-        for tiles in table[precision]:
-            add("plain", dtype, multiply, tiles)
-            add("input gradient", dtype, multiply, tiles, "relu", BACKWARD=True, TRANSPOSED=True)
-    tiles = table["half"][-1]
-    for activation in ACTIVATIONS[1:]:
-        add(activation, torch.bfloat16, "tf32", tiles, activation)
-        add(f"input gradient {activation}", torch.bfloat16, "tf32", tiles, activation, BACKWARD=True)
-    add("input gradient", torch.bfloat16, "tf32", tiles, BACKWARD=True)
-    add("transposed", torch.bfloat16, "tf32", tiles, "relu", TRANSPOSED=True)
-    add("relu", torch.float16, "tf32", tiles, "relu")
-    add("one gate a sample", torch.bfloat16, "tf32", tiles, "relu", PER_SAMPLE=True)
-    add("few", torch.bfloat16, "tf32", tiles, "relu", FLAT=True, X_ROWS_INNER=True, Y_ROWS_INNER=True)
-    add("few transposed", torch.bfloat16, "tf32", tiles, FLAT=True, TRANSPOSED=True)
-    add("contiguous", torch.bfloat16, "tf32", tiles, X_ROWS_INNER=True, Y_ROWS_INNER=True)
-    add("wide", torch.bfloat16, "tf32", tiles, "relu", WIDE=True)
-    add("wide few", torch.bfloat16, "tf32", tiles, "relu", WIDE=True, FLAT=True, BACKWARD=True, TRANSPOSED=True)
-    return found

@@ -25,7 +25,7 @@ from .configurations import Tiles, choose, every, precision_class
 from .device import float32_precision, on_device
 from .launch import TRITON_NAMES, Variant, check_device, dot_dtype, wide
 from .linear_backward import linear_backward
-from .matrices import COMPILED_DOT, as_matrix, places, strides_of, tile_of_program, unit_of
+from .matrices import COMPILED_DOT, as_matrix, blocks, places, strides_of, tile_of_program, unit_of
 from .views import remembered
 
 __all__ = ["linear", "linear_backward", "linear_refusal"]
@@ -160,7 +160,7 @@ def linear(
     )
 
     def launch(tiles: Tiles) -> None:
-        grid = (triton.cdiv(rows, tiles.m) * triton.cdiv(channels, tiles.n),)
+        grid = (blocks(rows, tiles.m) * blocks(channels, tiles.n),)
         forward[grid](
             *tensors, *numbers, **constants, ACTIVATION=code, EVEN_INNER=inner % tiles.k == 0, PRECISION=precision,
             BLOCK_M=tiles.m, BLOCK_N=tiles.n, BLOCK_K=tiles.k, num_warps=tiles.warps, num_stages=tiles.stages,
@@ -201,5 +201,5 @@ def _variant(
         types["rows_per_sample"] = "i32"
     else:
         constants["rows_per_sample"] = 1
-    label = f"linear.forward {name} {precision} {tuple(tiles)} {ACTIVATIONS[code]}"
+    label = f"linear.forward {name} {precision} {tuple(tiles)} {ACTIVATIONS[code]} by_sample={by_sample} even={even}"
     return Variant(label, forward, types, constants, warps=tiles.warps, stages=tiles.stages)

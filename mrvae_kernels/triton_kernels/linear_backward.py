@@ -14,6 +14,7 @@ Bytes: dx reads dy, y and W and writes dx; dW' reads dy, y and x and writes its 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,8 +28,8 @@ from .configurations import Tiles, choose, every, precision_class
 from .device import float32_precision, on_device, processors
 from .epilogue import channel_sums, epilogue_backward
 from .fold import finish_weight_gradient
-from .launch import TRITON_NAMES, Variant, dot_dtype, wide
-from .matrices import COMPILED_DOT, as_matrix, places, strides_of, through_activation, tile_of_program, unit_of
+from .launch import TRITON_NAMES, Variant, check_device, dot_dtype, wide
+from .matrices import COMPILED_DOT, as_matrix, blocks, places, strides_of, through_activation, tile_of_program, unit_of
 from .views import remembered
 
 MOST_PARTS = 16
@@ -165,7 +166,7 @@ def run_input_gradient(
     ))
 
     def launch(tiles: Tiles) -> None:
-        grid = (triton.cdiv(rows, tiles.m) * triton.cdiv(inner, tiles.n),)
+        grid = (blocks(rows, tiles.m) * blocks(inner, tiles.n),)
         input_gradient[grid](
             grad, saved, gate, weight, result, rows, channels // constants["CHANNEL_UNIT"],
             inner // constants["INNER_UNIT"], *strides, **constants, ACTIVATION=code,
@@ -178,12 +179,13 @@ def run_input_gradient(
     return result
 
 
+@functools.lru_cache(maxsize=1024)
 def parts_of(rows: int, tiles: int, step: int, device: torch.device) -> tuple[int, int]:
     """(parts, steps a part) of the rows, for about two programs a processor."""
-    steps = triton.cdiv(rows, step)
-    parts = max(1, min(MOST_PARTS, triton.cdiv(2 * processors(device), tiles), steps // STEPS_A_PART))
-    steps = triton.cdiv(steps, parts)
-    return triton.cdiv(rows, steps * step), steps
+    steps = blocks(rows, step)
+    parts = max(1, min(MOST_PARTS, blocks(2 * processors(device), tiles), steps // STEPS_A_PART))
+    steps = blocks(steps, parts)
+    return blocks(rows, steps * step), steps
 
 
 def run_weight_gradient(
@@ -199,7 +201,7 @@ def run_weight_gradient(
     wide_results = constants["WIDE"] or (MOST_PARTS + 1) * channels * inner >= 2**31
 
     def launch(tiles: Tiles) -> tuple[Tensor, Tensor | None]:
-        count = triton.cdiv(channels, tiles.m) * triton.cdiv(inner, tiles.n)
+        count = blocks(channels, tiles.m) * blocks(inner, tiles.n)
         parts, steps = parts_of(rows, count, tiles.k, x.device)
         partial = torch.empty((parts, channels, inner), dtype=torch.float32, device=x.device)
         sums = torch.empty((parts, channels), dtype=torch.float32, device=x.device) if want_sums else None
@@ -226,7 +228,8 @@ def linear_backward(
     mask: which of them to compute; the others, and those of an absent bias or shift, are empty, (0,). dx has x's shape
     and dtype, dW the weight's, both the strides of torch.empty_like; db, dg and dt are contiguous, in the dtypes of
     bias, gate and shift. The same bits each time.
-    With one gate a sample, and neither activation nor dg, kept may be empty. ValueError for shapes.
+    With one gate a sample, and neither activation nor dg, kept may be empty. ValueError for shapes,
+    RuntimeError for devices.
     """
     code = activation_code(activation)
     want_x, want_weight, want_bias, want_gate, want_shift = mask
@@ -237,6 +240,7 @@ def linear_backward(
         raise ValueError(
             f"linear_backward: grad has shape {tuple(grad.shape)}; expected {(*x.shape[:-1], channels)}, that of y"
         )
+    check_device("linear_backward", grad, x, weight, y, kept)
     precision = float32_precision(x.device, convolution=False) if x.dtype == torch.float32 else "ieee"
     dx, dw, db, dg, dt = x, weight, weight, gate, gate
     own_gate: Tensor | None = gate.contiguous()

@@ -24,6 +24,11 @@ def as_matrix(tensor: Tensor) -> Tensor:
     return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
 
 
+def blocks(size: int, block: int) -> int:
+    """How many blocks cover `size`; triton.cdiv takes 10 us for it on the host."""
+    return -(-size // block)
+
+
 class Strides(NamedTuple):
     """As kernels take them: strides[i] * units[i] elements, where units are compile-time constants.
 

@@ -5,32 +5,39 @@
 conv2d: a = act'(.) dy, b = x. conv_transpose2d: a = x, b = act'(.) dy. The slope is multiplied in as dy is loaded; the
 gate is not, since dW = g dW' and dg needs dW' itself (fold.finish_weight_gradient).
 
-Rows of the product are the channels of a's group, columns are (r, s, channel of b's group): tiles of the channels at one
-tap, or, with few channels (FLAT), tiles of all taps and channels, so that a tile is not mostly padding. The positions are
-split among programs, about two a processor; each writes its float32 sum to (splits, *weight.shape), which
+Rows of the product are the channels of a's group, columns are (r, s, channel of b's group): tiles of the channels at
+one tap, or, with few channels (FLAT), tiles of all taps and channels, so that a tile is not mostly padding. The
+positions are split among programs, about two a processor; each writes its float32 sum to (splits, *weight.shape), which
 finish_weight_gradient adds up in order: the same bits each time.
 
-Grid: groups x splits x column tiles x row tiles, along one axis; programs of one split are neighbours, and share a and b
-in cache. Bytes moved: a once per column tile, b once per row tile and tap, both mostly from cache; splits float32 copies
-of the weight.
+Grid: groups x splits x column tiles x row tiles, along one axis; programs of one split are neighbours, and share a and
+b in cache. Bytes moved: a once per column tile, b once per row tile and tap, both mostly from cache; splits float32
+copies of the weight.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .activations import ACTIVATIONS, NEEDS_ARGUMENT, activation_code
-from .configurations import Tiles, choose, every, precision_class
+from .activations import NEEDS_ARGUMENT, activation_code
+from .configurations import Tiles, choose, precision_class
 from .device import float32_precision, on_device, processors
-from .implicit_gemm import FEW_CHANNELS, compiled_dot, innermost_width, outer, outer_and, reaches_beyond, signed
-from .implicit_gemm import slope_times
-from .launch import TRITON_NAMES, Variant, block, divide, divisor, dot_dtype
+from .implicit_gemm import (
+    FEW_CHANNELS,
+    innermost_width,
+    outer,
+    outer_and,
+    reaches_beyond,
+    signed,
+    slope_times,
+)
+from .launch import block, divide, divisor, dot_dtype
 
 SPLITS = 16
 """Parts of a reduction, at most, except for small weights."""
@@ -69,7 +76,7 @@ def convolve_weight(
     """One tile of one part: sums over `chunk` positions of a for BLOCK_M channels of a by BLOCK_N columns.
 
     positions = N * span, span = positions of one sample, across = those of one line; height and width are b's, channels
-    those of a group, total the elements of the weight. `saved` has the shape of a (SLOPE_OF_A) or b; None without slope.
+    those of a group, total the elements of the weight. `saved` has the shape of a (SLOPE_OF_A) or b, or is None.
     """
     program = tl.program_id(0)
     row_tiles = tl.cdiv(a_channels, BLOCK_M)
@@ -192,9 +199,17 @@ def plan(
     )
 
 
-def positions_a_step(tiles: Tiles, flat: bool, b_rows_inner: bool) -> int:
-    """BLOCK_K: the tiles', but half of 64 where b passes through registers, or they would spill."""
-    return min(tiles.k, 32) if flat or b_rows_inner else tiles.k
+@functools.lru_cache(maxsize=4096)
+def blocks(
+    tiles: Tiles, a_channels: int, b_columns: int, flat: bool, b_rows_inner: bool, activation: str
+) -> tuple[int, int, int]:
+    """BLOCK_M, BLOCK_N, BLOCK_K of `convolve_weight`: the tiles', less where registers would spill.
+
+    b_columns: the channels of b's group, FLAT times the taps. Where b passes through registers, or a slope is taken
+    from its argument, a step takes fewer positions.
+    """
+    most = 32 if flat or b_rows_inner or activation in NEEDS_ARGUMENT else tiles.k
+    return block(a_channels, 16, min(tiles.m, 64)), block(b_columns, 16, tiles.n), min(tiles.k, most)
 
 
 def parts(positions: int, tiles: int, elements: int, block_k: int, device: torch.device) -> tuple[int, int]:
@@ -211,8 +226,8 @@ def partial_weight_gradient(
 ) -> Tensor:
     """The sums dW' in parts: (splits, *weight), float32.
 
-    a (N, weight[0], P, Q), b (N, weight[1] * groups, H, W), of one dtype and any strides. saved: the activation's result
-    or argument, of the shape of a (slope_of_a) or b, or None without an activation.
+    a (N, weight[0], P, Q), b (N, weight[1] * groups, H, W), of one dtype and any strides. saved: the activation's
+    result or argument, of the shape of a (slope_of_a) or b, or None without an activation.
     """
     if a.numel() == 0 or b.numel() == 0:
         return torch.zeros((1, *weight), dtype=torch.float32, device=a.device)
@@ -223,14 +238,13 @@ def partial_weight_gradient(
     a_channels, b_channels = known.specialised[:2]
     taps = weight[2] * weight[3]
     elements = weight[0] * weight[1] * taps
+    b_columns = b_channels * taps if known.flat else b_channels
     precision = float32_precision(a.device, True) if a.dtype == torch.float32 else "tf32"
     code, dot = activation_code(activation), dot_dtype(a.dtype)
 
     def launch(tiles: Tiles) -> Tensor:
-        block_k = positions_a_step(tiles, known.flat, known.b_rows_inner)
-        block_m = block(a_channels, 16, tiles.m)
-        block_n = block(b_channels * taps if known.flat else b_channels, 16, tiles.n)
-        columns = -(-b_channels * taps // block_n) if known.flat else taps * -(-b_channels // block_n)
+        block_m, block_n, block_k = blocks(tiles, a_channels, b_columns, known.flat, known.b_rows_inner, activation)
+        columns = (1 if known.flat else taps) * -(-b_columns // block_n)
         programs = groups * columns * -(-a_channels // block_m)
         chunk, splits = parts(known.before_chunk, programs, elements, block_k, a.device)
         partial = torch.empty((splits, *weight), dtype=torch.float32, device=a.device)
@@ -248,49 +262,3 @@ def partial_weight_gradient(
         "convolution_weight_gradient", a.device, precision_class(a.dtype, precision), a_channels, b_channels * taps,
         known.before_chunk, launch,
     ))
-
-
-def variants(architecture: str = "sm_90") -> list[Variant]:
-    """Every tile of the table with channels innermost; then other layouts, few channels, wide offsets, activations."""
-    found = []
-
-    def add(label: str, dtype: torch.dtype, precision: str, tiles: Tiles, activation: str = "none", **other: Any) -> None:
-        name = TRITON_NAMES[dtype]
-        block_k = positions_a_step(tiles, other.get("FLAT", False), other.get("B_ROWS_INNER", False))
-        constants = {
-            "ACTIVATION": activation_code(activation), "SLOPE_OF_A": True, "FLAT": False,
-            "B_ROWS_INNER": False, "WIDE": False, "PRECISION": precision, "DOT": compiled_dot(dtype),
-            "BLOCK_M": tiles.m, "BLOCK_N": tiles.n, "BLOCK_K": block_k, **other,
-        }
-        innermost = {"a_w": 1, "b_w": 1} if constants["B_ROWS_INNER"] else {"a_c": 1, "b_c": 1}
-        constants |= innermost if activation == "none" else {**innermost, "saved_c": 1}
-        pointers = {"a": f"*{name}", "b": f"*{name}", "saved": f"*{name}", "partial": "*fp32"}
-        if activation == "none":
-            constants["saved"] = None
-        types = {**pointers, **{size: "i32" for size in GEOMETRY + SPECIALISED}}
-        found.append(Variant(
-            f"convolve_weight {label} {name} {precision} {tiles.m}x{tiles.n}x{block_k}", convolve_weight,
-            {key: value for key, value in types.items() if key not in constants}, constants, tiles.warps, tiles.stages,
-            tuple(
-                size for size in SPECIALISED
-                if size not in constants and not (constants["FLAT"] and size.startswith(("b_", "saved_")))
-            ),
-        ))
-
-    table = {
-        precision: [tiles for operation, kind, tiles in every(architecture)
-                    if operation == "convolution_weight_gradient" and kind == precision]
-        for precision in ("ieee", "tf32", "half")
-    }
-    for precision, dtype in (("ieee", torch.float32), ("tf32", torch.float32), ("half", torch.bfloat16)):
-        for tiles in table[precision]:
-            add("plain", dtype, "ieee" if precision == "ieee" else "tf32", tiles)
-    tiles = table["half"][-1]
-    for activation in ACTIVATIONS[1:]:
-        add(activation, torch.bfloat16, "tf32", tiles, activation, SLOPE_OF_A=activation not in NEEDS_ARGUMENT)
-    add("relu", torch.float16, "tf32", tiles, "relu")
-    add("relu", torch.float32, "ieee", table["ieee"][-1], "relu")
-    add("few", torch.bfloat16, "tf32", tiles, FLAT=True, B_ROWS_INNER=True)
-    add("contiguous", torch.bfloat16, "tf32", tiles, B_ROWS_INNER=True)
-    add("wide", torch.bfloat16, "tf32", tiles, WIDE=True)
-    return found

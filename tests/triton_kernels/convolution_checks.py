@@ -32,7 +32,7 @@ def pair(value: int | Sequence[int]) -> tuple[int, int]:
 
 
 class Case:
-    """A convolution's tensors and geometry; `run` gives y, kept and all gradients of the kernels, `exact` the reference's.
+    """A convolution's tensors and geometry; `run` gives the kernels' y, kept and gradients, `exact` the reference's.
 
     x, weight: take the place of random ones. grad: makes the gradient of y from its shape.
     """
@@ -125,14 +125,15 @@ def wide_offsets(kernels: ModuleType, transposed: bool, monkeypatch: pytest.Monk
     package = importlib.import_module(kernels.__package__ or "")
     names = ("implicit_gemm", "convolution", "weight_gradient")
     gemm, *planning = (importlib.import_module(f"{package.__name__}.{name}") for name in names)
-    for options in (dict(c_in=17, c_out=18, activation="relu"), dict(activation="silu", padding=1), dict(per_sample=True)):
-        case = Case(transposed, stride=(2, 1), **options)  # type: ignore[arg-type]
+    for options in (dict(c_in=17, c_out=18, activation="relu"), dict(activation="silu"), dict(per_sample=True)):
+        case = Case(transposed, image=3, kernel=2, stride=(2, 1), **options)  # type: ignore[arg-type]
         narrow = case.run(kernels)
         for module in planning:
             module.plan.cache_clear()
         with monkeypatch.context() as patch:
             patch.setattr(gemm, "INT32_LIMIT", 1)
             far = case.run(kernels)
+            assert all(module.plan.cache_info().currsize > 0 for module in planning)
         for module in planning:
             module.plan.cache_clear()
         for a, b in zip((narrow[0], *narrow[2]), (far[0], *far[2]), strict=True):
