@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 import mrvae_kernels as mk
 from mrvae_kernels import measurements
+from mrvae_kernels.adapters import ADAPTERS
 from mrvae_kernels.functional import convolution_output_numel
 from mrvae_kernels.measuring import inputs_of_layers, time_backends
 from mrvae_kernels.strategy import triton_refusals
@@ -115,7 +116,7 @@ def time_case(
         for kind in ("forward", "both"):
             steps = {name: gated.steps(name, kind == "both") for name in names}
             gpu = device_times(steps, device, copies, rounds)
-            host = host_times(steps, device, max(3, rounds // 3))
+            host = host_times(steps, device, max(1, rounds // 3), 10 if device.type == "cuda" else 1)
             floor = max(
                 least_bytes(case, batch, item, kind == "both") / tops["bytes"],
                 case.operations(batch) * (3 if kind == "both" else 1) / tops[precision],
@@ -165,30 +166,29 @@ def table(results: list[dict[str, Any]], kind: str = "both") -> str:
 
 
 def record(results: list[dict[str, Any]], backends: dict[str, measurements.Times]) -> measurements.Record:
-    """What `measurements` keeps of the timings: milliseconds of the strategies by shape class, forward + backward."""
+    """What `measurements` keeps: times over the library's by shape class, forward + backward, and the backends."""
     strategies: dict[str, measurements.Times] = {}
     classes: dict[str, list[measurements.Times]] = {}
     for result in results:
-        if result["precision"] == "ieee":
-            continue  # torch's default and TF32 are both float32: the class is decided by the faster, common setting
         case = next(case for case in CASES if case.name == result["case"] and case.network == result["network"])
-        key = shape_class(case, result["batch"], NUMBERS[result["precision"]])
-        classes.setdefault(key, []).append({name: result["both"]["ratio"][name] for name in OURS
-                                            if name in result["both"]["ratio"]})
+        key = shape_class(case, result["batch"], result["precision"])
+        ratios = result["both"]["ratio"]
+        classes.setdefault(key, []).append({name: ratios[name] for name in OURS if name in ratios})
     for key, found in classes.items():
         common = set.intersection(*(set(times) for times in found))
         strategies[key] = {name: statistics.geometric_mean(times[name] for times in found) for name in sorted(common)}
     return {"backends": backends, "strategies": strategies}
 
 
-def shape_class(case: Case, batch: int, dtype: torch.dtype) -> str:
+def shape_class(case: Case, batch: int, precision: str) -> str:
     """The case's class in `measurements`, for one beta a batch."""
-    from mrvae_kernels.adapters import ADAPTERS
-
-    layer, x = case.layer("meta", dtype), torch.empty((batch, *case.shape), device="meta", dtype=dtype)
-    product = ADAPTERS[case.kind].measured_product(layer, x, torch.device("cpu"))
+    x = torch.empty((batch, *case.shape), device="meta")
+    product = ADAPTERS[case.kind].measured_product(case.layer(), x, torch.device("cpu"))
     assert product is not None
-    return product.key(False)
+    numbers = "float32" if precision == "ieee" else precision
+    return measurements.shape_class(
+        product.operation, numbers, False, product.rows, product.columns, product.terms
+    )
 
 
 def backends_of_a_network(device: torch.device, rounds: int) -> dict[str, measurements.Times]:
@@ -202,7 +202,7 @@ def profile(device: torch.device) -> str:
     """torch.profiler's table of the kernels of one layer's forward and backward by each of our strategies."""
     gated = GatedCase(CASES[1], 128, torch.float32, device)
     with mk.override(backend="triton"):
-        steps = [gated.steps(name, True) for name in OURS]
+        steps = [gated.steps(name, True) for name in OURS if _runs(gated, name)]
         for step in steps:
             step()
         activities = [torch.profiler.ProfilerActivity.CPU]
@@ -222,7 +222,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder for the result files")
     parser.add_argument("--networks", nargs="+", choices=sorted({case.network for case in CASES}))
     parser.add_argument("--batch", nargs="+", type=int, default=list(BATCHES))
-    parser.add_argument("--precision", nargs="+", choices=list(NUMBERS), default=["tf32", "bfloat16"])
+    parser.add_argument("--precision", nargs="+", choices=list(NUMBERS), default=list(NUMBERS))
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile")
     parser.add_argument("--no-correctness", action="store_true", help="timings only")

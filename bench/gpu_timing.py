@@ -68,7 +68,7 @@ def device_times(steps: Mapping[str, Step], device: torch.device, calls: int, ro
     return times
 
 
-def host_times(steps: Mapping[str, Step], device: torch.device, rounds: int, calls: int = 10) -> dict[str, list[float]]:
+def host_times(steps: Mapping[str, Step], device: torch.device, rounds: int, calls: int) -> dict[str, list[float]]:
     """Milliseconds that the host takes to launch a call of every step, rounds interleaved; the GPU starts idle."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     for step in steps.values():

@@ -58,13 +58,13 @@ def file_name(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") + ".json"
 
 
-def shape_class(
-    operation: str, dtype: torch.dtype, per_sample: bool, rows: int, columns: int, terms: int
-) -> str:
-    """The class of a product with rows x columns results of `terms` terms each: its sizes as rounded logarithms."""
+def shape_class(operation: str, numbers: str, per_sample: bool, rows: int, columns: int, terms: int) -> str:
+    """The class of a product with rows x columns results of `terms` terms each: its sizes as rounded logarithms.
+
+    numbers: the dtype's name, or "tf32" for float32 tensors multiplied so.
+    """
     sizes = (round(math.log2(max(1, size))) for size in (rows, columns, terms))
-    kind = "per-sample" if per_sample else "shared"
-    return " ".join((operation, str(dtype).removeprefix("torch."), kind, *map(str, sizes)))
+    return " ".join((operation, numbers, "per-sample" if per_sample else "shared", *map(str, sizes)))
 
 
 def best_strategy(device: torch.device, key: str) -> str | None:

@@ -29,6 +29,7 @@ import torch
 
 from . import measurements, ops
 from .triton_kernels.device import DEVICE_TYPES as TRITON_DEVICE_TYPES
+from .triton_kernels.device import float32_precision
 
 STRATEGIES = ("fold", "epilogue", "fused")
 BACKENDS = ("cpp", "triton", "reference")
@@ -73,9 +74,12 @@ class Product(NamedTuple):
     terms: int
 
     def key(self, per_sample: bool) -> str:
-        """The shape class."""
+        """The shape class, under torch's present TF32 setting."""
+        numbers = str(self.dtype).removeprefix("torch.")
+        if self.dtype == torch.float32 and float32_precision(self.device, self.operation != "linear") == "tf32":
+            numbers = "tf32"
         return measurements.shape_class(
-            self.operation, self.dtype, per_sample, self.rows, self.columns, self.terms
+            self.operation, numbers, per_sample, self.rows, self.columns, self.terms
         )
 
 

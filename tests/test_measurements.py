@@ -30,7 +30,7 @@ def test_nothing_measured_nothing_known():
 
 
 def test_the_fastest_wins_and_the_users_record_over_the_packages(tmp_path):
-    key = shape_class("linear", torch.float32, False, 128, 300, 784)
+    key = shape_class("linear", "float32", False, 128, 300, 784)
     assert key == "linear float32 shared 7 8 10"
     write(tmp_path / "shipped" / "cpu.json", "cpu", {}, {"backends": {"gates": {"reference": 1, "triton": 2}},
                                                         "strategies": {key: {"fold": 1.0, "fused": 2.0}}})

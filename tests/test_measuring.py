@@ -66,7 +66,7 @@ def test_tune_keeps_a_record_that_strategy_reads(tmp_path, per_sample):
         name: {"reference", "triton"} for name in ("gates", "fold", "epilogue")
     }
     # the convolution before the norm has no gate of its own: the linear layer is the only gated product
-    linear = measurements.shape_class("linear", torch.float32, per_sample, 2, 9, 12)
+    linear = measurements.shape_class("linear", "float32", per_sample, 2, 9, 12)
     strategies = {"epilogue", "fused"} if per_sample else {"fold", "epilogue", "fused"}
     assert {key: set(times) for key, times in found["strategies"].items()} == {linear: strategies}
     name = measurements.device_name(torch.device(DEVICE))

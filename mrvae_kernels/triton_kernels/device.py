@@ -41,11 +41,11 @@ def capturing(where: Tensor | torch.device) -> bool:
 
 @functools.lru_cache(maxsize=None)
 def architecture(device: torch.device) -> str:
-    """"sm_90", "gfx942", "xpu", or "interpreter"."""
+    """"sm_90", "gfx942", "xpu", or "interpreter"; the device's type where it is not there."""
     if device.type == "cpu":
         return "interpreter"
-    if device.type == "xpu":
-        return "xpu"
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return device.type
     properties = torch.cuda.get_device_properties(device)
     if torch.version.hip:
         return str(properties.gcnArchName).partition(":")[0]

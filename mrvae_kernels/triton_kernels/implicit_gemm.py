@@ -237,6 +237,9 @@ def convolve(
     y_offsets = outer(y_row, y_channel * y_c, Y_ROWS_INNER)
     y_mask = outer_and(row_mask, column_mask, Y_ROWS_INNER)
     if not BACKWARD:
+        if PER_SAMPLE:
+            # the backward pass sees u in y's dtype: unrounded here, ReLU's slope there could be that of the other side
+            result = result.to(y.dtype.element_ty).to(tl.float32)
         if kept is not None and PER_SAMPLE:
             product = tl.trans(result) if Y_ROWS_INNER else result
             tl.store(kept + y_offsets, product.to(y.dtype.element_ty), mask=y_mask)

@@ -66,6 +66,9 @@ def forward(
         sums = tl.dot(left, right, sums, input_precision=PRECISION)
     target = row[:, None] * channels + c[None, :]
     mask = in_row[:, None] & in_c[None, :]
+    if GATE_BY_SAMPLE:
+        # the backward pass sees u in y's dtype: unrounded here, ReLU's slope there could be that of the other side
+        sums = sums.to(y.dtype.element_ty).to(tl.float32)
     z = sums
     if bias is not None:
         z += tl.load(bias + c, mask=in_c, other=0.0).to(tl.float32)[None, :]

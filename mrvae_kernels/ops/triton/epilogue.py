@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...triton_kernels import epilogue as kernels
-from ..epilogue import fake_epilogue, fake_epilogue_backward
+from ..epilogue import fake_epilogue
 from .define import LIBRARY, define, once_differentiable, recording, traced, unwanted
+from .fused import fake_contiguous
 
 
 def _fresh(u: Tensor, bias: Tensor | None, gate: Tensor, shift: Tensor | None, dim: int, activation: str) -> Tensor:
     return kernels.epilogue(u, bias, gate, shift, dim, activation)
+
+
+def _fake_backward(
+    grad: Tensor, u: Tensor, bias: Tensor | None, gate: Tensor, shift: Tensor | None, dim: int, activation: str,
+    mask: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    pairs = zip((bias, gate, shift), (u, gate, gate), mask[1:], strict=True)
+    du = torch.empty_like(u) if mask[0] else u.new_empty((0,))
+    return (du, *(fake_contiguous(value if wanted else None, default) for value, default, wanted in pairs))
 
 
 EPILOGUE = define(
@@ -22,7 +33,7 @@ EPILOGUE = define(
 )
 EPILOGUE_BACKWARD = define(
     "epilogue_backward(Tensor grad, Tensor u, Tensor? bias, Tensor gate, Tensor? shift, int dim, str activation, "
-    "bool[4] mask) -> (Tensor, Tensor, Tensor, Tensor)", kernels.epilogue_backward, fake_epilogue_backward,
+    "bool[4] mask) -> (Tensor, Tensor, Tensor, Tensor)", kernels.epilogue_backward, _fake_backward,
 )
 
 

@@ -29,10 +29,16 @@ def result_for_backward(y: Tensor, gate: Tensor, activation: str) -> Tensor | No
 def fake_gradients(
     x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor, shift: Tensor | None, mask: Sequence[bool]
 ) -> Gradients:
-    """Like the tensors themselves; (0,) for one that is absent or unwanted."""
-    pairs = zip((x, weight, bias, gate, shift), (x, weight, weight, gate, gate), mask, strict=True)
-    dx, dw, db, dg, dt = (
-        torch.empty_like(value) if wanted and value is not None else default.new_empty((0,))
-        for value, default, wanted in pairs
+    """Like x and weight themselves, contiguous for the others; (0,) for one that is absent or unwanted."""
+    dx, dw = (
+        torch.empty_like(value) if wanted else value.new_empty((0,))
+        for value, wanted in zip((x, weight), mask[:2], strict=True)
     )
+    pairs = zip((bias, gate, shift), (weight, gate, gate), mask[2:], strict=True)
+    db, dg, dt = (fake_contiguous(value if wanted else None, default) for value, default, wanted in pairs)
     return dx, dw, db, dg, dt
+
+
+def fake_contiguous(value: Tensor | None, default: Tensor) -> Tensor:
+    """A contiguous tensor of the value's shape and dtype; (0,) in the default's dtype where there is none."""
+    return default.new_empty((0,)) if value is None else value.new_empty(value.shape)
