@@ -43,8 +43,8 @@ SHARED_BYTES = {"sm_80": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx
 """Shared memory a program, by target; sm_80's is that of sm_86 and sm_89, which take the same block sizes."""
 
 
-TRADED_BYTES = 64
-"""What ptxas may spill of its own accord, to make room for another program."""
+TRADED_BYTES = 512
+"""What ptxas may spill of its own accord; see `nvidia_resources`."""
 
 
 class Job(NamedTuple):
@@ -65,7 +65,9 @@ class Job(NamedTuple):
 
 def gpu_target(name: str) -> GPUTarget:
     """Triton's target for "sm_90" or "gfx942"."""
-    return GPUTarget("cuda", int(name[len("sm_") :]), 32) if name.startswith("sm_") else GPUTarget("hip", name, 64)
+    if name.startswith("sm_"):
+        return GPUTarget("cuda", int(name[len("sm_") :]), 32)
+    return GPUTarget("hip", name, 64 if name.startswith("gfx9") else 32)
 
 
 def variants_of(module: str, target: str) -> list[Variant]:
@@ -227,7 +229,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(line(result), flush=True)
     seconds = time.perf_counter() - started
     problems = [(result, found) for result in results if (found := problem(result))]
+    traded = [result["spill"] for result in results if result.get("spill") and not result["forced"]]
     print(f"\n{len(results)} variants in {seconds:.0f} s, {len(problems)} with a problem")
+    if traded:
+        print(f"{len(traded)} spill up to {max(traded)} bytes with registers left, so that more programs run at once")
     for result, found in problems:
         print(f"{result['target']} {result['module']}: {result['variant']}: {found}")
     if options.out:

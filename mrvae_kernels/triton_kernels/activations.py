@@ -1,7 +1,7 @@
 """Gate functions, activations and their slopes as device functions, in float32 and float64.
 
-The formulas are those of `mrvae_kernels.reference`. exp, erf and log are the hardware's; expm1, log1p and tanh are series
-of our own, since Triton has none that runs on every vendor's GPU and in the interpreter.
+The formulas are those of `mrvae_kernels.reference`. exp and erf are the hardware's; expm1, log1p and tanh are made of
+series, since Triton has none that runs on every vendor's GPU and in the interpreter.
 """
 
 from __future__ import annotations

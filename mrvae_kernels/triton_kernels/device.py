@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
-"""True when Triton runs kernels in its interpreter, on CPU tensors; triton reads the variable when it decorates them."""
+INTERPRETED: bool = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+"""True when Triton runs kernels in its interpreter, on CPU tensors; triton reads the variable as it decorates them."""
 
 DEVICE_TYPES = ("cpu",) if INTERPRETED else ("cuda", "xpu")
 """torch's device types that kernels take; "cuda" includes ROCm."""
@@ -39,7 +40,7 @@ def capturing(where: Tensor | torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def architecture(device: torch.device) -> str:
     """"sm_90", "gfx942", "xpu", or "interpreter"; the device's type where it is not there."""
     if device.type == "cpu":
@@ -52,7 +53,7 @@ def architecture(device: torch.device) -> str:
     return f"sm_{properties.major}{properties.minor}"
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def processors(device: torch.device) -> int:
     """Multiprocessors, among which a grid is spread; 4 in the interpreter, so that its tests split reductions too."""
     if device.type == "cpu":
@@ -65,5 +66,5 @@ def float32_precision(device: torch.device, convolution: bool) -> str:
     """"tf32" where torch's settings allow it for products of this kind on this device, else "ieee"."""
     if not architecture(device).startswith("sm_") or torch.version.hip:
         return "ieee"
-    setting = torch.backends.cudnn.conv if convolution else torch.backends.cuda.matmul
+    setting: Any = torch.backends.cudnn.conv if convolution else torch.backends.cuda.matmul  # type: ignore[attr-defined]
     return "tf32" if setting.fp32_precision == "tf32" else "ieee"

@@ -84,7 +84,7 @@ _copies = itertools.count()
 
 
 def faulty(mutant: Mutant, folder: Path) -> ModuleType:
-    """The kernels' module from a copy of their package that has the mutant's fault; imported under a name of its own."""
+    """The kernels' module from a copy of their package that has the mutant's fault, under a name of its own."""
     name = f"faulty_kernels_{next(_copies)}"
     package = folder / name
     shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))
