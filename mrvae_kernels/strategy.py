@@ -37,7 +37,7 @@ CPP_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 HOW_TO_MEASURE = "mrvae_kernels.tune(model, ...) measures, and keeps the result"
-NO_TRITON = "triton is not installed; run: pip install 'triton>=3.6'"
+NO_TRITON = "triton is not installed; run: pip install 'triton>=3.6,<3.8'"
 
 FOLD_PASSES = 5
 EPILOGUE_PASSES = 4
