@@ -136,7 +136,7 @@ def activate(z, ACTIVATION: tl.constexpr):
 @triton.jit
 def activation_slope(z, ACTIVATION: tl.constexpr):
     """d act / dz from the argument z; at a kink the slope of the left side, as in torch."""
-    slope = z * 0.0 + 1.0
+    slope = tl.where(z == z, 1.0, z)
     if ACTIVATION == RELU:
         slope = tl.where(z <= 0, 0.0, slope)
     elif ACTIVATION == SILU:
@@ -159,7 +159,7 @@ def activation_slope(z, ACTIVATION: tl.constexpr):
 def activation_slope_of_result(y, ACTIVATION: tl.constexpr):
     """d act / dz from the result y = act(z), for the activations outside NEEDS_ARGUMENT."""
     tl.static_assert(ACTIVATION != SILU and ACTIVATION != GELU, "needs the argument, not the result")
-    slope = y * 0.0 + 1.0
+    slope = tl.where(y == y, 1.0, y)
     if ACTIVATION == RELU:
         slope = tl.where(y <= 0, 0.0, slope)
     elif ACTIVATION == TANH:

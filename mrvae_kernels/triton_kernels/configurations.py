@@ -68,9 +68,9 @@ TABLE: dict[tuple[str, str], tuple[Tiles, ...]] = {
     ("gfx9", "any"): (
         Tiles(32, 32, 32, 4, 2), Tiles(64, 32, 16, 4, 2), Tiles(64, 64, 16, 4, 2), Tiles(128, 64, 16, 4, 2),
     ),
-    # Intel's GPUs, and older and smaller ones of the other vendors: 48 KB are enough.
+    # Intel's GPUs, and others' older and smaller ones, on some of which Triton has no tensor cores for any precision.
     ("other", "any"): (
-        Tiles(32, 32, 32, 4, 2), Tiles(64, 32, 32, 4, 2), Tiles(64, 64, 32, 4, 2), Tiles(128, 64, 32, 8, 2),
+        Tiles(32, 32, 16, 4, 2), Tiles(64, 32, 16, 4, 2), Tiles(64, 64, 16, 4, 2), Tiles(128, 64, 16, 8, 2),
     ),
     # Small, so that small tensors make several tiles and a remainder.
     ("interpreter", "any"): (Tiles(32, 32, 16, 4, 1),),

@@ -19,14 +19,22 @@ from .configurations import Tiles, choose, precision_class
 from .device import float32_precision, on_device
 from .epilogue import channel_sums, epilogue_backward
 from .fold import finish_weight_gradient
-from .implicit_gemm import FEW_CHANNELS, blocks, convolve, innermost_width, reaches_beyond, signed
-from .launch import INT32_LIMIT, check_device, divisor, dot_dtype
+from .implicit_gemm import (
+    FEW_CHANNELS,
+    blocks,
+    channels_in_units,
+    convolve,
+    innermost_width,
+    reaches_beyond,
+)
+from .launch import INT32_LIMIT, check_device, divisor, dot_dtype, signed
 from .weight_gradient import Layout, partial_weight_gradient
 
 PACKING_PAYS = 2**31
 """Multiplications from which a weight whose taps are innermost is copied to channels_last before a product."""
 
-LARGEST_TILE = 512
+BEYOND_POSITIONS = 2**16
+"""Positions past the last that programs count up to: the rest of the last tile, or of the last part of a sum."""
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -113,7 +121,7 @@ def _refusal_of_shapes(x: tuple[int, ...], weight: tuple[int, ...], layer: Geome
         return (
             f"x has shape {x} and weight {weight}, which gives {size[0]} x {size[1]} results; expected at least 1 x 1"
         )
-    most = INT32_LIMIT - LARGEST_TILE  # a tile's last rows, beyond the result, are counted too
+    most = INT32_LIMIT - BEYOND_POSITIONS
     if x[0] * max(x[2] * x[3], math.prod(map(sum, zip(size, layer.stride, strict=True)))) > most:
         return f"x has shape {x}, which makes more than {most} positions; positions are counted in 32 bits"
     return None
@@ -134,6 +142,7 @@ class Plan(NamedTuple):
     """All that a launch of `convolve` needs beside tensors and tiles; depends on shapes and strides only."""
 
     scalars: tuple[int, ...]
+    units: dict[str, int]
     rows: int
     columns: int
     channels: int
@@ -148,7 +157,7 @@ class Plan(NamedTuple):
 @functools.lru_cache(maxsize=4096)
 def plan(
     x: Layout, weight: Layout, y: Layout, saved: tuple[int, ...], stride: Pair, padding: Pair, dilation: Pair,
-    groups: int, transposed: bool,
+    groups: int, transposed: bool, itemsize: int,
 ) -> Plan:
     """saved: strides; zeros where there is none. The product reduces over axis 0 of the weight where transposed."""
     (samples, _, in_height, in_width), (_, out_channels, out_height, out_width) = x[0], y[0]
@@ -161,8 +170,23 @@ def plan(
     ]
     sizes = weight[0][0] // groups, weight[0][1]
     channels, columns = sizes if transposed else sizes[::-1]
-    strides = weight[1][:2] if transposed else weight[1][1::-1]
+    channel_step, column_step = weight[1][:2] if transposed else weight[1][1::-1]
     kernel = weight[0][2:]
+    taps = [0 if size == 1 else step for size, step in zip(kernel, weight[1][2:], strict=True)]
+    next_group = 0 if groups == 1 else sizes[0] * weight[1][0]
+    most, flat = 16 // itemsize, channels < FEW_CHANNELS
+    (x_n, x_c, x_h, x_w), x_unit = channels_in_units(*x, 1 if flat else most)
+    (saved_n, saved_c, saved_h, saved_w), saved_unit = channels_in_units(x[0], saved, 1 if flat else most)
+    (y_n, y_c, y_h, y_w), y_unit = channels_in_units(*y, most)
+    weight_unit = 1
+    if column_step == 1 or (channel_step == 1 and not flat):
+        weight_unit = math.gcd(most, next_group, *taps, channel_step if column_step == 1 else column_step)
+    units = {
+        "CHANNEL_UNIT": 1 if flat else math.gcd(channels, most), "COLUMN_UNIT": math.gcd(columns, most),
+        "X_UNIT": x_unit, "SAVED_UNIT": saved_unit, "Y_UNIT": y_unit,
+        "WEIGHT_CHANNEL_UNIT": weight_unit if column_step == 1 else 1,
+        "WEIGHT_COLUMN_UNIT": 1 if column_step == 1 else weight_unit,
+    }
     beyond = sum(step * (2 * pad + size * hop + 2 * leap) for step, pad, size, hop, leap in zip(
         map(max, x[1][2:], saved[2:]), padding, kernel, dilation, stride, strict=True
     ))
@@ -170,9 +194,11 @@ def plan(
     return Plan(
         (samples * span, span, *signed(divisor(span)), across, *signed(divisor(across)), in_height, in_width,
          out_height, out_width, *kernel, *stride, *padding, *dilation, *common, *inverses, out_channels,
-         channels, columns, *x[1], *saved, sizes[0] * weight[1][0], strides[1], strides[0], *weight[1][2:], *y[1]),
-        samples * span, columns, channels, channels * math.prod(kernel), groups * math.prod(phases),
-        channels < FEW_CHANNELS, innermost_width(x[1]), innermost_width(y[1]),
+         x_n, x_h, saved_n, saved_h, next_group // weight_unit, *(step // weight_unit for step in taps), y_n, y_h,
+         channels // units["CHANNEL_UNIT"], columns // units["COLUMN_UNIT"], x_c, x_w, saved_c, saved_w,
+         column_step // units["WEIGHT_COLUMN_UNIT"], channel_step // units["WEIGHT_CHANNEL_UNIT"], y_c, y_w),
+        units, samples * span, columns, channels, channels * math.prod(kernel), groups * math.prod(phases),
+        flat, innermost_width(x[1]), innermost_width(y[1]),
         reaches_beyond((x, weight, y, (x[0], saved)), beyond),
     )
 
@@ -192,6 +218,7 @@ def product(
         return plan(
             (x.shape, x.stride()), (weight.shape, weight.stride()), (y.shape, y.stride()),
             (0, 0, 0, 0) if saved is None else saved.stride(), stride, padding, dilation, groups, transposed,
+            x.element_size(),
         )
 
     known = planned()
@@ -200,7 +227,7 @@ def product(
         if packed is not weight:
             weight = packed
             known = planned()
-    precision = float32_precision(x.device, True) if x.dtype == torch.float32 else "tf32"
+    precision = float32_precision(x.device, True) if x.dtype == torch.float32 else "ieee"
     code, dot = activation_code(activation), dot_dtype(x.dtype)
     prologue = backward and (saved is not None or gate is not None)
     per_sample = not backward and gate is not None and gate.dim() == 2
@@ -212,7 +239,7 @@ def product(
         programs = known.repeats * -(-known.rows // block_m) * -(-known.columns // block_n)
         with on_device(x):
             convolve[(programs,)](
-                x, saved, weight, bias, gate, shift, y, kept, *known.scalars,
+                x, saved, weight, bias, gate, shift, y, kept, *known.scalars, **known.units,
                 TRANSPOSED=transposed, BACKWARD=backward, PER_SAMPLE=per_sample, ACTIVATION=code, FLAT=known.flat,
                 X_ROWS_INNER=known.x_rows_inner, Y_ROWS_INNER=known.y_rows_inner, WIDE=known.wide, PRECISION=precision,
                 DOT=dot, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=tiles.warps,
@@ -308,23 +335,31 @@ def backward(
         )
 
     dw = weight.new_empty(0)
+    want_sums = not per_sample and (want_bias or want_shift or (want_gate and bias is not None))
     sums = None
-    if not per_sample and (want_bias or want_shift or (want_gate and bias is not None)):
-        sums = channel_sums(grad, saved, 1, activation)
+    partial = None
+    # gates belong to axis 0 of conv2d's weight, which stays first when the others are taken in their order in memory
+    taps_inner = layer.transposed or not is_channels_last(weight)
     if want_weight or (want_gate and not per_sample):
         a, b = (x, grad) if layer.transposed else (grad, x)
-        partial = partial_weight_gradient(
+        partial, sums = partial_weight_gradient(
             a, b, saved, not layer.transposed, tuple(weight.shape), layer.stride, layer.padding, layer.dilation,
-            layer.groups, activation,
+            layer.groups, activation, taps_inner, want_sums and not layer.transposed,
         )
+    if want_sums and sums is None:
+        sums = channel_sums(grad, saved, 1, activation)
+    if partial is not None:
         folded = layer.groups if layer.transposed else 0
+        stored = weight if taps_inner else weight.permute(0, 2, 3, 1)
         if per_sample:
-            dw = finish_weight_gradient(partial, None, weight, None, None, folded, (True, False, False, False))[0]
+            dw = finish_weight_gradient(partial, None, stored, None, None, folded, (True, False, False, False))[0]
         else:
             dw, db, dg, dt = finish_weight_gradient(
-                partial, sums, weight, bias, gate, folded, (want_weight, want_bias, want_gate, want_shift)
+                partial, sums, stored, bias, gate, folded, (want_weight, want_bias, want_gate, want_shift)
             )
-        if want_weight and not weight.is_contiguous():
+        if want_weight and not taps_inner:
+            dw = dw.permute(0, 3, 1, 2)
+        if want_weight and dw.stride() != weight.stride() and not weight.is_contiguous():
             dw = torch.empty_like(weight).copy_(dw)
     elif sums is not None:
         if want_bias and bias is not None:

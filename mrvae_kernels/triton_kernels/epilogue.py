@@ -25,9 +25,10 @@ from .activations import ACTIVATIONS, NEEDS_ARGUMENT, activate, activation_code
 from .device import on_device, processors
 from .epilogue_backward import ARGUMENT, INPUT, REAL, RESULT
 from .epilogue_plan import Wanted, backward
-from .launch import TRITON_NAMES, Variant, accumulation_dtype, check_device, wide
+from .launch import INT32_LIMIT, TRITON_NAMES, Variant, accumulation_dtype, check_device, wide
 from .views import (
     Layout,
+    in_order,
     laid_out,
     layout,
     offsets,
@@ -42,12 +43,14 @@ from .views import (
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 TILE, SMALL_TILE = 4096, 1024
 """Elements a program computes; the small one where tensors are too small to give each processor a program."""
+PARAMETERS = ["bias", "gate", "shift"]
+"""Slices of one tensor may start anywhere; read once a tile, they are not worth kernels of their own."""
 STRIDES = [f"{tensor}_{axis}" for tensor in "uy" for axis in ("sample", "channel", "position")]
 
 
 @triton.jit(
     do_not_specialize=["channel_units", "position_units", "sample_units", "magic", "magic_shift"],
-    do_not_specialize_on_alignment=STRIDES,
+    do_not_specialize_on_alignment=[*STRIDES, *PARAMETERS],
 )
 def forward(
     u, bias, gate, shift, y,
@@ -91,7 +94,8 @@ def largest_tile(dtype: torch.dtype, is_wide: bool) -> int:
 
 def make_plan(u: Tensor, axis: int, per_sample: bool, activation: int) -> Plan:
     found = layout(u, (), axis, per_sample)
-    is_wide = wide(u, slack=2 * TILE)
+    # u may be expanded, its result is not
+    is_wide = wide(u, slack=2 * TILE) or u.numel() + 2 * TILE > INT32_LIMIT
     elements = largest_tile(u.dtype, is_wide) if u.numel() >= 2 * TILE * processors(u.device) else SMALL_TILE
     block_c, block_j = tile_of(found, elements, found.lanes)
     units_of = dict(zip(("U_UNIT", "Y_UNIT"), found.tensor_units, strict=True))
@@ -147,11 +151,11 @@ def epilogue(
     """
     axis, per_sample = check("epilogue", u, bias, gate, shift, dim)
     code = activation_code(activation)
+    if u.numel() == 0:
+        return u if in_place else torch.empty_like(u)
     key = ("forward", u.shape, u.stride(), u.dtype, u.device, axis, per_sample, code)
     plan: Plan = remembered(key, lambda: make_plan(u, axis, per_sample, code))
     in_place = in_place and plan.dense
-    if u.numel() == 0:
-        return u if in_place else torch.empty_like(u)
     source = laid_out(u, plan.layout)
     y = source if in_place else result_of(u, plan.layout)
     with on_device(u):
@@ -159,7 +163,7 @@ def epilogue(
             source, contiguous(bias), contiguous(gate), contiguous(shift), y, *plan.numbers, **plan.constants
         )
     if in_place:
-        return u if y is u else u.copy_(y)
+        return u if y is u else u.copy_(in_order(y, plan.layout))
     return restored(y, u, plan.layout)
 
 
@@ -259,7 +263,7 @@ def _variant(dtype: torch.dtype, where: str, by_sample: bool, code: int, wide: b
     types = {"u": f"*{name}", "bias": f"*{name}", "y": f"*{name}"}
     types.update({tensor: f"*{TRITON_NAMES[real]}" for tensor in ("gate", "shift")})
     numbers = [*STRIDES, "channel_units", "position_units", "sample_units", "magic", "magic_shift"]
-    types.update({name: "i64" if name == "magic" or wide else "i32" for name in numbers if name not in constants})
+    types.update({name: "i64" if wide and name != "magic" else "i32" for name in numbers if name not in constants})
     constants.update(
         CHANNEL_UNIT=unit if channels_fastest else 1, LANES=1 if channels_fastest else unit, U_UNIT=unit, Y_UNIT=unit,
         CHANNELS_FASTEST=channels_fastest, ONE_SAMPLE=channels_fastest, GATE_BY_SAMPLE=by_sample, ACTIVATION=code,

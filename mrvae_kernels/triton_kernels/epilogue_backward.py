@@ -30,6 +30,8 @@ REAL = {torch.float32: tl.float32, torch.float64: tl.float64}
 TILE = 2048
 """Elements of a step; the sums of each stay in registers."""
 
+PARAMETERS = ["bias", "gate", "shift"]
+"""Slices of one tensor may start anywhere; read once a tile, they are not worth kernels of their own."""
 STRIDES = [f"{tensor}_{axis}" for tensor in "vrd" for axis in ("sample", "channel", "position")]
 
 # What `values` holds
@@ -59,7 +61,7 @@ def store_if_wanted(target, places, values, mask):
 
 @triton.jit(
     do_not_specialize=["channel_units", "position_units", "sample_units", "magic", "magic_shift", "steps"],
-    do_not_specialize_on_alignment=STRIDES,
+    do_not_specialize_on_alignment=[*STRIDES, *PARAMETERS],
 )
 def backward_shared(
     grad, values, bias, gate, shift, grad_u, grad_bias, grad_gate, grad_shift, partial,
@@ -133,7 +135,7 @@ def backward_shared(
 
 
 @triton.jit(
-    do_not_specialize=["channel_units", "samples", "sample_units"], do_not_specialize_on_alignment=STRIDES
+    do_not_specialize=["channel_units", "samples", "sample_units"], do_not_specialize_on_alignment=[*STRIDES, *PARAMETERS]
 )
 def backward_by_sample(
     grad, values, bias, gate, shift, grad_u, grad_bias, grad_gate, grad_shift, partial,
@@ -197,7 +199,7 @@ def backward_by_sample(
         store_if_wanted(grad_gate, places, dots, in_own)
 
 
-@triton.jit(do_not_specialize=["parts", "channels"])
+@triton.jit(do_not_specialize=["parts", "channels"], do_not_specialize_on_alignment=["gate"])
 def finish(
     partial, gate, grad_bias, grad_gate, grad_shift, parts, channels,
     SUM: tl.constexpr, DOT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, REAL: tl.constexpr,
@@ -257,7 +259,7 @@ def _variant(kernel: Any, dtype: torch.dtype, channels_fastest: bool, by_row: bo
     constants: dict[str, Any] = {f"{t}_{'channel' if channels_fastest else 'position'}": 1 for t in "vrd"}
     numbers = [*STRIDES, "channel_units", "sample_units"]
     numbers += ["position_units", "magic", "magic_shift", "steps"] if shared else ["samples"]
-    types.update({number: "i64" if number == "magic" else "i32" for number in numbers if number not in constants})
+    types.update({number: "i32" for number in numbers if number not in constants})
     constants.update(
         CHANNEL_UNIT=unit if channels_fastest else 1, LANES=lanes, V_UNIT=unit, R_UNIT=unit, D_UNIT=unit,
         CHANNELS_FASTEST=channels_fastest, ACTIVATION=code, READ_VALUES=True, SUM=True, DOT=not by_row,

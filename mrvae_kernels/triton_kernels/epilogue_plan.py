@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .device import on_device, processors
 from .epilogue_backward import REAL, TILE, backward_by_sample, backward_shared, finish, tile_elements
-from .launch import accumulation_dtype, block, wide
+from .launch import INT32_LIMIT, accumulation_dtype, block, wide
 from .views import Layout, laid_out, layout, remembered, restored, result_of, tile_of
 
 STEPS_A_PART = 8
@@ -52,7 +52,8 @@ def make_plan(
         **dict(zip(("V_UNIT", "R_UNIT", "D_UNIT"), found.tensor_units, strict=True)),
         "CHANNELS_FASTEST": found.channels_fastest, "ACTIVATION": activation,
         "READ_VALUES": activation != 0 or wanted.gate, "SUM": total, "DOT": dot, "REAL": real,
-        "WIDE": wide(values, grad, slack=4 * TILE),
+        # values and grad may be expanded, the result is not
+        "WIDE": wide(values, grad, slack=4 * TILE) or values.numel() + 4 * TILE > INT32_LIMIT,
     }
     target = PROGRAMS_A_PROCESSOR * processors(values.device)
     channel_units = view.channels // found.channel_unit

@@ -15,8 +15,12 @@ spent on a tap that does not meet the input. Where stride and dilation have a co
 Rows of the product are results (n, a, b), columns are output channels of a group, the reduction runs over taps and then
 blocks of channels. With fewer than FEW_CHANNELS channels a group, taps and channels are one axis (FLAT), so that the
 reduction is not padded to a multiple of its size. Every tensor is read and written through its strides: with the
-channels innermost (channels_last) accesses are 16 bytes wide where the channels are a multiple of 16, with the width
+channels innermost (channels_last) accesses are as wide as the channels' number divides, up to 16 bytes, with the width
 innermost (contiguous) neighbouring threads take neighbouring rows.
+
+Triton sees that a run-time number is a multiple of 16, and of no less. So channels, columns and the slow strides of
+tensors with the channels innermost come in units, which are compile-time constants: 36 channels are read 8 bytes at a
+time. Whether they are a multiple of 16 changes nothing then, and makes no machine code of its own.
 
 Grid: groups x blocks of rows x phases x blocks of output channels, along one axis; programs that share rows of x are
 neighbours. Bytes moved: x about once per block of output channels, mostly from cache, the weight once per block of
@@ -26,6 +30,7 @@ rows, from cache, and y once, with a second tensor where the backward pass needs
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterable
 
 import triton
@@ -75,6 +80,15 @@ def slope_times(grad, saved, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def times(stride, UNIT: tl.constexpr, WIDE: tl.constexpr):
+    """A stride in elements, from one in units; in 64 bits where it may need them."""
+    if WIDE:
+        return tl.cast(stride, tl.int64) * UNIT
+    else:
+        return stride * UNIT
+
+
+@triton.jit
 def phase_taps(phase, kernel, stride, padding, dilation, common, inverse):
     """The taps r of one phase along an axis: (first r, their distance, their number, input position of the first).
 
@@ -91,26 +105,32 @@ GEOMETRY = (
     "rows", "span", "span_magic", "span_shift", "across", "across_magic", "across_shift", "in_height", "in_width",
     "out_height", "out_width", "kernel_height", "kernel_width", "stride_height", "stride_width", "padding_height",
     "padding_width", "dilation_height", "dilation_width", "common_height", "common_width", "inverse_height",
-    "inverse_width", "total",
+    "inverse_width", "total", "x_n", "x_h", "saved_n", "saved_h", "weight_group", "weight_r", "weight_s", "y_n", "y_h",
 )
 """Scalars of `convolve` that are never specialised: a layer of another geometry runs the same machine code."""
 
 SPECIALISED = (
-    "channels", "columns", "x_n", "x_c", "x_h", "x_w", "saved_n", "saved_c", "saved_h", "saved_w", "weight_group",
-    "weight_column", "weight_channel", "weight_r", "weight_s", "y_n", "y_c", "y_h", "y_w",
+    "channel_units", "column_units", "x_c", "x_w", "saved_c", "saved_w", "weight_column", "weight_channel", "y_c",
+    "y_w",
 )
-"""Scalars whose being 1 or a multiple of 16 decides how wide the accesses are."""
+"""Scalars whose being 1 decides how wide the accesses are, or spares divisions; never whether 16 divides them."""
+
+PARAMETERS = ("bias", "gate", "shift")
+"""Often slices of one tensor with the parameters of many layers: any alignment, for which no code is compiled anew."""
 
 
-@triton.jit(do_not_specialize=list(GEOMETRY))
+@triton.jit(
+    do_not_specialize=list(GEOMETRY), do_not_specialize_on_alignment=list(SPECIALISED + PARAMETERS),
+)
 def convolve(
     x, saved, weight, bias, gate, shift, y, kept,
     rows, span, span_magic, span_shift, across, across_magic, across_shift, in_height, in_width,
     out_height, out_width, kernel_height, kernel_width, stride_height, stride_width, padding_height,
     padding_width, dilation_height, dilation_width, common_height, common_width, inverse_height,
-    inverse_width, total,
-    channels, columns, x_n, x_c, x_h, x_w, saved_n, saved_c, saved_h, saved_w, weight_group,
-    weight_column, weight_channel, weight_r, weight_s, y_n, y_c, y_h, y_w,
+    inverse_width, total, x_n, x_h, saved_n, saved_h, weight_group, weight_r, weight_s, y_n, y_h,
+    channel_units, column_units, x_c, x_w, saved_c, saved_w, weight_column, weight_channel, y_c, y_w,
+    CHANNEL_UNIT: tl.constexpr, COLUMN_UNIT: tl.constexpr, X_UNIT: tl.constexpr, SAVED_UNIT: tl.constexpr,
+    WEIGHT_CHANNEL_UNIT: tl.constexpr, WEIGHT_COLUMN_UNIT: tl.constexpr, Y_UNIT: tl.constexpr,
     TRANSPOSED: tl.constexpr, BACKWARD: tl.constexpr, PER_SAMPLE: tl.constexpr, ACTIVATION: tl.constexpr,
     FLAT: tl.constexpr, X_ROWS_INNER: tl.constexpr, Y_ROWS_INNER: tl.constexpr, WIDE: tl.constexpr,
     PRECISION: tl.constexpr, DOT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -122,6 +142,15 @@ def convolve(
     BACKWARD: x is dy, `saved` gives its activation's slope, gate (C,) belongs to the channels of x. Forward: bias,
     gate, shift belong to those of y, and `kept` receives the product (PER_SAMPLE) or the activation's argument.
     """
+    channels = channel_units * CHANNEL_UNIT
+    columns = column_units * COLUMN_UNIT
+    x_n, x_h, x_w = times(x_n, X_UNIT, WIDE), times(x_h, X_UNIT, WIDE), times(x_w, X_UNIT, WIDE)
+    y_n, y_h, y_w = times(y_n, Y_UNIT, WIDE), times(y_h, Y_UNIT, WIDE), times(y_w, Y_UNIT, WIDE)
+    weight_group = times(weight_group, WEIGHT_CHANNEL_UNIT * WEIGHT_COLUMN_UNIT, WIDE)
+    weight_r = times(weight_r, WEIGHT_CHANNEL_UNIT * WEIGHT_COLUMN_UNIT, WIDE)
+    weight_s = times(weight_s, WEIGHT_CHANNEL_UNIT * WEIGHT_COLUMN_UNIT, WIDE)
+    weight_channel = times(weight_channel, WEIGHT_CHANNEL_UNIT, WIDE)
+    weight_column = times(weight_column, WEIGHT_COLUMN_UNIT, WIDE)
     program = tl.program_id(0)
     column_tiles = tl.cdiv(columns, BLOCK_N)
     column_tile = program % column_tiles
@@ -166,15 +195,14 @@ def convolve(
     x_row = n * x_n + h * x_h + w * x_w
     if WIDE:
         group, column, lane = tl.cast(group, tl.int64), column.to(tl.int64), lane.to(tl.int64)
-        x_row = n.to(tl.int64) * x_n + h.to(tl.int64) * x_h + w.to(tl.int64) * x_w
     x += group * channels * x_c
     weight += group * weight_group
     weight_columns = column * weight_column
     if BACKWARD and ACTIVATION != NONE:
+        saved_n = times(saved_n, SAVED_UNIT, WIDE)
+        saved_h, saved_w = times(saved_h, SAVED_UNIT, WIDE), times(saved_w, SAVED_UNIT, WIDE)
         saved += group * channels * saved_c
         saved_row = n * saved_n + h * saved_h + w * saved_w
-        if WIDE:
-            saved_row = n.to(tl.int64) * saved_n + h.to(tl.int64) * saved_h + w.to(tl.int64) * saved_w
 
     result = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     channel = 0
@@ -232,8 +260,6 @@ def convolve(
 
     y_channel = group * columns + column
     y_row = n * y_n + p * y_h + q * y_w
-    if WIDE:
-        y_row = n.to(tl.int64) * y_n + p.to(tl.int64) * y_h + q.to(tl.int64) * y_w
     y_offsets = outer(y_row, y_channel * y_c, Y_ROWS_INNER)
     y_mask = outer_and(row_mask, column_mask, Y_ROWS_INNER)
     if not BACKWARD:
@@ -286,9 +312,17 @@ def blocks(
     )
 
 
-def signed(magic: tuple[int, int]) -> tuple[int, int]:
-    """`divisor`'s numbers with the magic one's 32 bits as a signed int32, so that its type is always the same."""
-    return magic[0] - 2**32 if magic[0] >= 2**31 else magic[0], magic[1]
+def channels_in_units(
+    shape: tuple[int, ...], strides: tuple[int, ...], most: int
+) -> tuple[tuple[int, int, int, int], int]:
+    """((n, c, h, w) strides as kernels take them, their unit): n, h and w in units, c in elements.
+
+    The unit is more than 1, up to `most`, where the channels are innermost. An axis of size 1 is not moved along: its
+    stride is 0, whatever it was.
+    """
+    n, _, h, w = (0 if size == 1 else step for size, step in zip(shape, strides, strict=True))
+    unit = math.gcd(most, n, h, w) if strides[1] == 1 else 1
+    return (n // unit, strides[1], h // unit, w // unit), unit
 
 
 def innermost_width(strides: tuple[int, ...]) -> bool:

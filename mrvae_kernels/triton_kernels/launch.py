@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from .device import DEVICE_TYPES, INTERPRETED, capturing, on_device, stream_of
 
 INT32_LIMIT = 2**31 - 1
 POINTERS_A_LAUNCH = 16
-TABLES_KEPT = 256
+TABLES_KEPT = 4096
 
 TRITON_NAMES = {
     torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64", torch.int32: "i32",
@@ -105,9 +106,14 @@ def divisor(value: int) -> tuple[int, int]:
     return ((1 << 32) * ((1 << shift) - value)) // value + 1, shift
 
 
+def signed(magic: tuple[int, int]) -> tuple[int, int]:
+    """`divisor`'s numbers with the magic one's 32 bits as a signed int32, so that its type is always the same."""
+    return magic[0] - 2**32 if magic[0] >= 2**31 else magic[0], magic[1]
+
+
 @triton.jit
 def divide(n, magic, shift):
-    """n // divisor as int32, from `divisor`'s magic number (passed as int64) and shift."""
+    """n // divisor as int32, from `divisor`'s magic number (as int64, or `signed`) and shift."""
     unsigned = n.to(tl.uint32)
     return ((tl.umulhi(unsigned, tl.cast(magic, tl.uint32)) + unsigned) >> tl.cast(shift, tl.uint32)).to(tl.int32)
 
@@ -115,8 +121,15 @@ def divide(n, magic, shift):
 # ---- tables of pointers ---------------------------------------------------------------------------------------------
 
 
+# The annotations fix the arguments' types: by its value a 0 would be taken for 32 bits, and each pattern of absent tensors
+# would be compiled anew.
 @triton.jit(do_not_specialize=[f"p{i}" for i in range(POINTERS_A_LAUNCH)])
-def write_pointers(table, p0, p1, p2, p3, p4, p5, p6, p7, p8, p9, p10, p11, p12, p13, p14, p15):
+def write_pointers(
+    table,
+    p0: tl.int64, p1: tl.int64, p2: tl.int64, p3: tl.int64, p4: tl.int64, p5: tl.int64, p6: tl.int64, p7: tl.int64,
+    p8: tl.int64, p9: tl.int64, p10: tl.int64, p11: tl.int64, p12: tl.int64, p13: tl.int64, p14: tl.int64, p15:
+    tl.int64,
+):
     tl.store(table + 0, p0)
     tl.store(table + 1, p1)
     tl.store(table + 2, p2)
@@ -135,6 +148,7 @@ def write_pointers(table, p0, p1, p2, p3, p4, p5, p6, p7, p8, p9, p10, p11, p12,
     tl.store(table + 15, p15)
 
 
+_tables_lock = threading.Lock()
 _tables: OrderedDict[tuple[Any, ...], Tensor] = OrderedDict()
 
 
@@ -143,25 +157,29 @@ def pointer_table(tensors: Sequence[Tensor | None], like: Tensor) -> Tensor:
 
     The addresses are written by a kernel, from its arguments: nothing is copied from the host, so that the launch does
     not wait and a CUDA graph can record it. A training step meets the same addresses again and again, since torch's
-    allocator hands out the same blocks: the tables of the last 256 lists are kept, by stream. A graph being recorded
+    allocator hands out the same blocks: the tables of the last 4,096 lists are kept, by stream. A graph being recorded
     gets a table of its own, written at each replay.
     """
     addresses = tuple(0 if tensor is None else tensor.data_ptr() for tensor in tensors)
     recording = capturing(like)
     key = (like.device, stream_of(like), addresses)
-    if not recording and (known := _tables.get(key)) is not None:
-        _tables.move_to_end(key)
-        return known
+    if not recording:
+        with _tables_lock:  # autograd runs backward passes in threads of its own
+            if (known := _tables.get(key)) is not None:
+                _tables.move_to_end(key)
+                return known
     launches = max(1, math.ceil(len(addresses) / POINTERS_A_LAUNCH))
-    padded = addresses + (0,) * (launches * POINTERS_A_LAUNCH - len(addresses))
+    signed = tuple(address - 2**64 if address >= 2**63 else address for address in addresses)
+    padded = signed + (0,) * (launches * POINTERS_A_LAUNCH - len(signed))
     table = torch.empty(len(padded), dtype=torch.int64, device=like.device)
     with on_device(like):
         for start in range(0, len(padded), POINTERS_A_LAUNCH):
             write_pointers[(1,)](table[start:], *padded[start : start + POINTERS_A_LAUNCH], num_warps=1)
     if not recording:
-        _tables[key] = table
-        while len(_tables) > TABLES_KEPT:
-            _tables.popitem(last=False)
+        with _tables_lock:
+            _tables[key] = table
+            while len(_tables) > TABLES_KEPT:
+                _tables.popitem(last=False)
     return table
 
 

@@ -23,17 +23,28 @@ from torch import Tensor
 from .activations import ACTIVATIONS, NEEDS_ARGUMENT, activate, activation_code
 from .configurations import Tiles, choose, every, precision_class
 from .device import float32_precision, on_device
-from .launch import TRITON_NAMES, Variant, check_device, dot_dtype, wide
+from .launch import TRITON_NAMES, Variant, dot_dtype, wide
 from .linear_backward import linear_backward
-from .matrices import COMPILED_DOT, as_matrix, blocks, places, strides_of, tile_of_program, unit_of
+from .matrices import (
+    COMPILED_DOT,
+    as_matrix,
+    blocks,
+    check_linear,
+    linear_refusal,
+    places,
+    strides_of,
+    tile_of_program,
+    unit_of,
+)
 from .views import remembered
 
 __all__ = ["linear", "linear_backward", "linear_refusal"]
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-
-@triton.jit(do_not_specialize=["rows", "channel_units", "inner_units"], do_not_specialize_on_alignment=["x_row"])
+@triton.jit(
+    do_not_specialize=["rows", "channel_units", "inner_units"],
+    do_not_specialize_on_alignment=["x_row", "bias", "gate", "shift"]
+)
 def forward(
     x, weight, bias, gate, shift, y, kept, rows, channel_units, inner_units, x_row, x_inner, w_channel, w_inner,
     rows_per_sample,
@@ -88,39 +99,6 @@ def forward(
     tl.store(y + target, activate(z, ACTIVATION).to(y.dtype.element_ty), mask=mask)
 
 
-def linear_refusal(x: Tensor, weight: Tensor) -> str | None:
-    """Why these kernels do not take x and weight; None where they do."""
-    if x.dtype != weight.dtype:
-        return f"x has dtype {x.dtype} and weight {weight.dtype}; expected the same dtype"
-    if x.dtype not in DTYPES:
-        return f"x has dtype {x.dtype}; expected float32, bfloat16 or float16"
-    return None
-
-
-def check(
-    name: str, x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor, shift: Tensor | None
-) -> None:
-    """ValueError, TypeError or RuntimeError where the arguments do not fit."""
-    refusal = linear_refusal(x, weight)
-    if refusal is not None:
-        raise TypeError(f"{name}: {refusal}")
-    if weight.dim() != 2:
-        raise ValueError(f"{name}: weight has shape {tuple(weight.shape)}; expected (C, K)")
-    channels, inner = weight.shape
-    if x.dim() < 1 or x.shape[-1] != inner:
-        raise ValueError(f"{name}: x has shape {tuple(x.shape)}; expected (..., {inner}), the weight's input features")
-    if gate.shape != (channels,) and not (x.dim() >= 2 and gate.shape == (x.shape[0], channels)):
-        raise ValueError(
-            f"{name}: gate has shape {tuple(gate.shape)} for x of shape {tuple(x.shape)}; expected (C,) with C = "
-            f"{channels}, or (N, C) for x with N samples in axis 0"
-        )
-    if bias is not None and bias.shape != (channels,):
-        raise ValueError(f"{name}: bias has shape {tuple(bias.shape)}; expected ({channels},)")
-    if shift is not None and shift.shape != gate.shape:
-        raise ValueError(f"{name}: shift has shape {tuple(shift.shape)}; expected {tuple(gate.shape)}, that of gate")
-    check_device(name, x, weight, bias, gate, shift)
-
-
 def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor, shift: Tensor | None, activation: str, keep: bool
 ) -> tuple[Tensor, Tensor]:
@@ -130,7 +108,7 @@ def linear(
     dtype, where `keep`: u = x W^T for one gate a sample, else z for the activations in NEEDS_ARGUMENT; (0,) otherwise.
     ValueError for shapes, TypeError for dtypes (see linear_refusal), RuntimeError for devices.
     """
-    check("linear", x, weight, bias, gate, shift)
+    check_linear("linear", x, weight, bias, gate, shift)
     code = activation_code(activation)
     by_sample = gate.dim() == 2
     channels, inner = weight.shape

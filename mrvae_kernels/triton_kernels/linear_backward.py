@@ -28,16 +28,31 @@ from .configurations import Tiles, choose, every, precision_class
 from .device import float32_precision, on_device, processors
 from .epilogue import channel_sums, epilogue_backward
 from .fold import finish_weight_gradient
-from .launch import TRITON_NAMES, Variant, check_device, dot_dtype, wide
-from .matrices import COMPILED_DOT, as_matrix, blocks, places, strides_of, through_activation, tile_of_program, unit_of
+from .launch import INT32_LIMIT, TRITON_NAMES, Variant, check_device, check_floating, dot_dtype, wide
+from .matrices import (
+    COMPILED_DOT,
+    as_matrix,
+    blocks,
+    check_linear,
+    places,
+    strides_of,
+    through_activation,
+    tile_of_program,
+    unit_of,
+)
 from .views import remembered
 
 MOST_PARTS = 16
 STEPS_A_PART = 4
+BEYOND = 2**16
+"""Elements that the last tile's offsets may pass a tensor's end by."""
 STRIDES = ["d_row", "s_row", "w_channel", "x_row"]
 
 
-@triton.jit(do_not_specialize=["rows", "channel_units", "inner_units"], do_not_specialize_on_alignment=STRIDES[:3])
+@triton.jit(
+    do_not_specialize=["rows", "channel_units", "inner_units"],
+    do_not_specialize_on_alignment=[*STRIDES[:3], "gate"]
+)
 def input_gradient(
     grad, saved, gate, weight, grad_x, rows, channel_units, inner_units, d_row, d_channel, s_row, s_channel, w_channel,
     w_inner,
@@ -147,8 +162,13 @@ def matrix_constants(
         found = strides_of(matrix)
         strides += found.strides
         constants.update(zip(names.split("__"), found.units, strict=True))
-    constants.update(DOT=dot_dtype(dtype), WIDE=wide(*matrices.values(), slack=2**16))
+    constants.update(DOT=dot_dtype(dtype), WIDE=wide(*matrices.values(), slack=BEYOND))
     return strides, constants
+
+
+def narrowed(tiles: Tiles, code: int) -> Tiles:
+    """A slope taken from the activation's argument needs registers: then a step takes no more than 32 of the sum."""
+    return tiles._replace(k=min(tiles.k, 32)) if ACTIVATIONS[code] in NEEDS_ARGUMENT else tiles
 
 
 def run_input_gradient(
@@ -164,12 +184,14 @@ def run_input_gradient(
     strides, constants = remembered(key, lambda: matrix_constants(
         channels, inner, weight.dtype, D_ROW__D_CHANNEL=grad, S_ROW__S_CHANNEL=saved, W_CHANNEL__W_INNER=weight
     ))
+    wide_result = constants["WIDE"] or rows * inner + BEYOND > INT32_LIMIT
 
     def launch(tiles: Tiles) -> None:
+        tiles = narrowed(tiles, code)
         grid = (blocks(rows, tiles.m) * blocks(inner, tiles.n),)
         input_gradient[grid](
             grad, saved, gate, weight, result, rows, channels // constants["CHANNEL_UNIT"],
-            inner // constants["INNER_UNIT"], *strides, **constants, ACTIVATION=code,
+            inner // constants["INNER_UNIT"], *strides, **{**constants, "WIDE": wide_result}, ACTIVATION=code,
             EVEN_CHANNELS=channels % tiles.k == 0, PRECISION=precision, BLOCK_M=tiles.m, BLOCK_N=tiles.n,
             BLOCK_K=tiles.k, num_warps=tiles.warps, num_stages=tiles.stages,
         )
@@ -201,6 +223,7 @@ def run_weight_gradient(
     wide_results = constants["WIDE"] or (MOST_PARTS + 1) * channels * inner >= 2**31
 
     def launch(tiles: Tiles) -> tuple[Tensor, Tensor | None]:
+        tiles = narrowed(tiles, code)
         count = blocks(channels, tiles.m) * blocks(inner, tiles.n)
         parts, steps = parts_of(rows, count, tiles.k, x.device)
         partial = torch.empty((parts, channels, inner), dtype=torch.float32, device=x.device)
@@ -228,19 +251,20 @@ def linear_backward(
     mask: which of them to compute; the others, and those of an absent bias or shift, are empty, (0,). dx has x's shape
     and dtype, dW the weight's, both the strides of torch.empty_like; db, dg and dt are contiguous, in the dtypes of
     bias, gate and shift. The same bits each time.
-    With one gate a sample, and neither activation nor dg, kept may be empty. ValueError for shapes,
-    RuntimeError for devices.
+    With one gate a sample, and neither activation nor dg, kept may be empty. Errors as for `linear`.
     """
     code = activation_code(activation)
     want_x, want_weight, want_bias, want_gate, want_shift = mask
     want_bias, want_shift = want_bias and bias is not None, want_shift and shift is not None
     want = (want_bias, want_gate, want_shift)
+    check_linear("linear_backward", x, weight, bias, gate, shift)
     channels, inner = weight.shape
     if grad.shape != (*x.shape[:-1], channels):
         raise ValueError(
             f"linear_backward: grad has shape {tuple(grad.shape)}; expected {(*x.shape[:-1], channels)}, that of y"
         )
-    check_device("linear_backward", grad, x, weight, y, kept)
+    check_floating("linear_backward", grad=grad)
+    check_device("linear_backward", grad, x, y, kept)
     precision = float32_precision(x.device, convolution=False) if x.dtype == torch.float32 else "ieee"
     dx, dw, db, dg, dt = x, weight, weight, gate, gate
     own_gate: Tensor | None = gate.contiguous()
@@ -266,17 +290,19 @@ def linear_backward(
         if (want_weight or want_gate) and rows.numel() > 0 and inner > 0:
             partial, sums = run_weight_gradient(rows, saved_rows, as_matrix(x), code, want_sums, precision)
             dw, *rest = finish_weight_gradient(
-                partial, sums, weight, bias, own_gate, 0, (want_weight, want_bias, want_gate, want_shift)
+                partial, sums, weight, bias, own_gate, 0, (want_weight, want_bias, want_gate, False)
             )
+            if want_shift and shift is not None and sums is not None:
+                rest[2] = sums.to(shift.dtype)
         else:
             dw = torch.zeros_like(weight, memory_format=torch.contiguous_format) if want_weight else dw
-            rest = sum_gradients(grad, saved, bias, gate, activation, (want_bias, want_gate, want_shift))
+            rest = sum_gradients(grad, saved, bias, gate, shift, activation, (want_bias, want_gate, want_shift))
     if gate.dim() == 1:
         db, dg, dt = rest
     return (
         restored(dx, x) if want_x else x.new_empty(0), restored(dw, weight) if want_weight else weight.new_empty(0),
         db if want[0] else weight.new_empty(0), dg if want[1] else gate.new_empty(0),
-        dt.to(shift.dtype) if want[2] and shift is not None else gate.new_empty(0),
+        dt if want[2] else gate.new_empty(0),
     )
 
 
@@ -289,10 +315,11 @@ def restored(result: Tensor, like: Tensor) -> Tensor:
 
 
 def sum_gradients(
-    grad: Tensor, saved: Tensor | None, bias: Tensor | None, gate: Tensor, activation: str, mask: Sequence[bool]
+    grad: Tensor, saved: Tensor | None, bias: Tensor | None, gate: Tensor, shift: Tensor | None, activation: str,
+    mask: Sequence[bool],
 ) -> list[Tensor]:
     """db, dg and dt where they do not depend on u, which is 0 or not asked for: g sum s, b sum s and sum s."""
-    like = (gate if bias is None else bias, gate, gate)
+    like = (gate if bias is None else bias, gate, gate if shift is None else shift)
     results = [tensor.new_empty(0) for tensor in like]
     if any(mask):
         sums = channel_sums(grad, saved if activation != "none" else None, grad.dim() - 1, activation)

@@ -1,4 +1,4 @@
-"""What the kernels of linear layers share: matrices with two strides, the order of programs, wide accesses."""
+"""What the kernels of linear layers share: checks, matrices with two strides, the order of programs, wide accesses."""
 
 from __future__ import annotations
 
@@ -11,10 +11,46 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import GELU, NONE, SILU, activation_slope, activation_slope_of_result
+from .launch import check_device, check_floating
 
 GROUP = tl.constexpr(8)
 COMPILED_DOT = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 """The dtype of tl.dot's operands outside of the interpreter."""
+DTYPES = tuple(COMPILED_DOT)
+
+
+def linear_refusal(x: Tensor, weight: Tensor) -> str | None:
+    """Why these kernels do not take x and weight; None where they do."""
+    if x.dtype != weight.dtype:
+        return f"x has dtype {x.dtype} and weight {weight.dtype}; expected the same dtype"
+    if x.dtype not in DTYPES:
+        return f"x has dtype {x.dtype}; expected float32, bfloat16 or float16"
+    return None
+
+
+def check_linear(
+    name: str, x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor, shift: Tensor | None
+) -> None:
+    """ValueError, TypeError or RuntimeError where the arguments do not fit; for the backward pass too."""
+    refusal = linear_refusal(x, weight)
+    if refusal is not None:
+        raise TypeError(f"{name}: {refusal}")
+    if weight.dim() != 2:
+        raise ValueError(f"{name}: weight has shape {tuple(weight.shape)}; expected (C, K)")
+    channels, inner = weight.shape
+    if x.dim() < 1 or x.shape[-1] != inner:
+        raise ValueError(f"{name}: x has shape {tuple(x.shape)}; expected (..., {inner}), the weight's input features")
+    if gate.shape != (channels,) and not (x.dim() >= 2 and gate.shape == (x.shape[0], channels)):
+        raise ValueError(
+            f"{name}: gate has shape {tuple(gate.shape)} for x of shape {tuple(x.shape)}; expected (C,) with C = "
+            f"{channels}, or (N, C) for x with N samples in axis 0"
+        )
+    if bias is not None and bias.shape != (channels,):
+        raise ValueError(f"{name}: bias has shape {tuple(bias.shape)}; expected ({channels},)")
+    if shift is not None and shift.shape != gate.shape:
+        raise ValueError(f"{name}: shift has shape {tuple(shift.shape)}; expected {tuple(gate.shape)}, that of gate")
+    check_floating(name, bias=bias, gate=gate, shift=shift)
+    check_device(name, x, weight, bias, gate, shift)
 
 
 def as_matrix(tensor: Tensor) -> Tensor:
@@ -65,7 +101,9 @@ def tile_of_program(program, row_tiles, column_tiles):
 
 @triton.jit
 def places(rows, columns, row_stride, column_stride, ROW_UNIT: tl.constexpr, COLUMN_UNIT: tl.constexpr):
-    """Offsets of a tile's elements; rows and columns broadcast against each other."""
+    """Offsets of a tile's elements; rows and columns broadcast against each other, and where they have 64 bits all do."""
+    if rows.dtype == tl.int64:
+        row_stride, column_stride = tl.cast(row_stride, tl.int64), tl.cast(column_stride, tl.int64)
     return rows * (row_stride * ROW_UNIT) + columns * (column_stride * COLUMN_UNIT)
 
 

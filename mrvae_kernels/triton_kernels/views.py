@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import block, divide, divisor
+from .launch import block, divide, divisor, signed
 
 PLANS_KEPT = 1024
 
@@ -114,8 +114,10 @@ def divided(strides: Strides, channels_fastest: bool, unit: int) -> tuple[int, i
 class Layout(NamedTuple):
     """How tensors of one shape are addressed together."""
 
-    copy: str  # "": as they are; "like": those of other strides as empty_like(u); "contiguous": all
-    strides: tuple[tuple[int, ...], ...]  # of empty_like(u), or contiguous: those of a result
+    copy: str  # "": as they are; "like": those of other strides as empty_like(u); "contiguous", "channels second": all
+    strides: tuple[tuple[int, ...], ...]  # of empty_like(u), and of copies that do not have these
+    shape: tuple[int, ...]  # as kernels see it
+    axis: int  # the channels' in the tensors themselves
     view: View
     channels_fastest: bool
     lanes: int
@@ -130,16 +132,23 @@ class Layout(NamedTuple):
     def division(self) -> tuple[int, int, int]:
         """sample_units, magic and magic_shift."""
         per_sample = self.view.positions // self.lanes
-        return per_sample, *divisor(max(1, min(per_sample, 2**31 - 1)))
+        return per_sample, *signed(divisor(max(1, min(per_sample, 2**31 - 1))))
 
 
 def layout(u: Tensor, others: Sequence[Tensor], axis: int, per_sample: bool) -> Layout:
-    """Of u, a result with the strides of empty_like(u), and others."""
-    shape, result = u.shape, torch.empty_like(u, device="meta").stride()
-    contiguous = torch.empty(shape, device="meta").stride()
+    """Of u, which has elements, a result with the strides of empty_like(u), and others."""
+    result = torch.empty_like(u, device="meta").stride()
+    contiguous = torch.empty(u.shape, device="meta").stride()
+    # with a gate a sample and axes on both sides of the channels' even contiguous tensors need an axis too many
+    moved = u.shape[:1] + u.shape[axis : axis + 1] + u.shape[1:axis] + u.shape[axis + 1 :] if per_sample else u.shape
+    second = torch.empty(moved, device="meta").stride()
     strides = [u.stride(), result, *(other.stride() for other in others)]
-    for copy, tried in (("", strides), ("like", [result] * len(strides)), ("contiguous", [contiguous] * len(strides))):
-        view = common_view(shape, axis, per_sample, tried)
+    count = len(strides)
+    for copy, shape, channel_axis, tried in (
+        ("", u.shape, axis, strides), ("like", u.shape, axis, [result] * count),
+        ("contiguous", u.shape, axis, [contiguous] * count), ("channels second", moved, 1, [second] * count),
+    ):
+        view = common_view(shape, channel_axis, per_sample, tried)
         if view is not None:
             # where each position has a gate of its own, positions are not taken several at a time
             one_gate_each = per_sample and view.samples == 1 and view.strides[0].position == 1
@@ -149,14 +158,18 @@ def layout(u: Tensor, others: Sequence[Tensor], axis: int, per_sample: bool) -> 
                 for number in divided(own, fastest, tensor_unit)
             )
             lanes, channel_unit = (1, unit) if fastest else (unit, 1)
-            return Layout(copy, (result, contiguous), view, fastest, lanes, channel_unit, tensor_units, arguments)
-    raise AssertionError("contiguous tensors always have a view")
+            return Layout(
+                copy, (result, tried[0]), tuple(shape), axis, view, fastest, lanes, channel_unit, tensor_units, arguments
+            )
+    raise AssertionError("contiguous tensors with the channels in axis 0 or 1 always have a view")
 
 
 def laid_out(tensor: Tensor, plan: Layout) -> Tensor:
     """The tensor, or its copy as the layout's `copy` says."""
     if plan.copy == "contiguous":
         return tensor.contiguous()
+    if plan.copy == "channels second":
+        return tensor.movedim(plan.axis, 1).contiguous()
     if plan.copy == "like" and tensor.stride() != plan.strides[0]:
         copy = torch.empty_strided(tensor.shape, plan.strides[0], dtype=tensor.dtype, device=tensor.device)
         return copy.copy_(tensor)
@@ -164,15 +177,21 @@ def laid_out(tensor: Tensor, plan: Layout) -> Tensor:
 
 
 def result_of(u: Tensor, plan: Layout) -> Tensor:
-    strides = plan.strides[1 if plan.copy == "contiguous" else 0]
-    return torch.empty_strided(u.shape, strides, dtype=u.dtype, device=u.device)
+    strides = plan.strides[1 if plan.copy in ("contiguous", "channels second") else 0]
+    return torch.empty_strided(plan.shape, strides, dtype=u.dtype, device=u.device)
 
 
 def restored(result: Tensor, like: Tensor, plan: Layout) -> Tensor:
     """The result with the strides of empty_like(like)."""
-    if plan.copy != "contiguous":
+    if plan.copy not in ("contiguous", "channels second"):
         return result
-    return torch.empty_strided(like.shape, plan.strides[0], dtype=result.dtype, device=result.device).copy_(result)
+    target = torch.empty_strided(like.shape, plan.strides[0], dtype=result.dtype, device=result.device)
+    return target.copy_(in_order(result, plan))
+
+
+def in_order(result: Tensor, plan: Layout) -> Tensor:
+    """A kernel's result with the axes of the tensors themselves."""
+    return result.movedim(1, plan.axis) if plan.copy == "channels second" else result
 
 
 def tile_of(layout: Layout, elements: int, lanes: int) -> tuple[int, int]:
@@ -219,7 +238,12 @@ def sample_and_position(
 def offsets(
     c, n, m, sample, channel, position, UNIT: tl.constexpr, LANES: tl.constexpr, CHANNELS_FASTEST: tl.constexpr
 ):
-    """Offsets of [channels, units of positions, LANES] elements; slow strides are in units of UNIT."""
+    """Offsets of [channels, units of positions, LANES] elements; slow strides are in units of UNIT.
+
+    They have 64 bits where c, n and m do.
+    """
+    if c.dtype == tl.int64:
+        sample, channel, position = tl.cast(sample, tl.int64), tl.cast(channel, tl.int64), tl.cast(position, tl.int64)
     if CHANNELS_FASTEST:
         row = n * (sample * UNIT) + m * (position * UNIT)
         return (c * channel)[:, None, None] + row[None, :, None]

@@ -101,6 +101,8 @@ def faulty(mutant: Mutant, folder: Path) -> ModuleType:
 
 def must_fail(mutant: Mutant, folder: Path) -> None:
     """The check passes on the kernels as they are, and fails on the copy with the fault."""
+    if DEVICE != "cpu":
+        pytest.skip("a fault may write anywhere: in the interpreter only")
     mutant.check(importlib.import_module(f"mrvae_kernels.triton_kernels.{mutant.file}"))
     broken = faulty(mutant, folder)
     try:

@@ -277,14 +277,26 @@ def test_what_others_wrote_meanwhile_stays(tmp_path):
 WRITER = """
 import sys
 from mrvae_kernels.triton_kernels import tuning
+print("ready", flush=True)
+sys.stdin.readline()
 for i in range(40):
+    tuning.forget()
     tuning._remember(f"{sys.argv[1]} {i}", (64, 64, 64, 4, 3))
 """
 
 
 def test_two_processes_that_write_at_once(tmp_path):
     root = Path(mrvae_kernels.__file__).parents[1]
-    writers = [subprocess.Popen([sys.executable, "-c", WRITER, name], cwd=root) for name in ("one", "two")]
+    writers = [
+        subprocess.Popen(
+            [sys.executable, "-c", WRITER, name], cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        for name in ("one", "two")
+    ]
+    assert [writer.stdout.readline() for writer in writers] == ["ready\n"] * 2
+    for writer in writers:
+        writer.stdin.write("go\n")
+        writer.stdin.flush()
     assert [writer.wait(timeout=120) for writer in writers] == [0, 0]
     results = json.loads((tmp_path / "triton-tiles.json").read_text())["results"]
     assert set(results) == {f"{name} {i}" for name in ("one", "two") for i in range(40)}

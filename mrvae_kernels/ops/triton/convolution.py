@@ -79,7 +79,7 @@ CONVOLUTION = define(
 CONVOLUTION_BACKWARD = define(
     "convolution_backward(Tensor grad, Tensor x, Tensor weight, Tensor? bias, Tensor gate, Tensor? shift, Tensor? y, "
     "Tensor kept, " + _GEOMETRY + "str activation, bool[5] mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _convolution_backward, _fake_backward,
+    _convolution_backward, _fake_backward, tables=True,
 )
 
 

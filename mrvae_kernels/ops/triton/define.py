@@ -16,10 +16,16 @@ ONCE = (
 LIBRARY = torch.library.Library("mrvae_triton", "DEF")
 
 
-def define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """The operator mrvae_triton::<name of the schema>, on whatever device the kernel takes; returns its overload."""
+def define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any], tables: bool = False) -> Any:
+    """The operator mrvae_triton::<name of the schema>, on whatever device the kernel takes; returns its overload.
+
+    tables: its kernel keeps tables of pointers from one call to the next. torch.compile's own CUDA graphs ("reduce-
+    overhead") run a step in their memory pool before they record it, and refuse memory that stays: they leave such an
+    operator out of the graph. A torch.cuda.graph of the user's takes it.
+    """
     name = schema.partition("(")[0]
-    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    tags = (torch.Tag.pt2_compliant_tag, *((torch.Tag.cudagraph_unsafe,) if tables else ()))
+    LIBRARY.define(schema, tags=tags)
     LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"mrvae_triton::{name}", fake, lib=LIBRARY)
     return getattr(torch.ops.mrvae_triton, name).default

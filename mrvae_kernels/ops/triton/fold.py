@@ -42,12 +42,12 @@ def _fake(
 
 FOLD = define(
     "fold(Tensor[] weights, Tensor[] biases, Tensor[] gates, Tensor[] shifts, int[] groups) -> (Tensor[], Tensor[])",
-    _fold, _fake,
+    _fold, _fake, tables=True,
 )
 FOLD_BACKWARD = define(
     "fold_backward(Tensor?[] grad_weights, Tensor?[] grad_biases, Tensor[] weights, Tensor?[] biases, Tensor[] gates, "
     "Tensor?[] shifts, int[] groups, bool[] mask) -> (Tensor[], Tensor[], Tensor[], Tensor[])",
-    kernels.fold_backward, fake_fold_backward,
+    kernels.fold_backward, fake_fold_backward, tables=True,
 )
 
 

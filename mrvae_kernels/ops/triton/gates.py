@@ -18,11 +18,12 @@ def _separate(weight: Tensor, bias: Tensor, eta: Tensor, sizes: Sequence[int], k
 
 
 GATES = define(
-    "gates(Tensor weight, Tensor bias, Tensor eta, int[] sizes, int[] kinds) -> Tensor[]", _separate, fake_gates
+    "gates(Tensor weight, Tensor bias, Tensor eta, int[] sizes, int[] kinds) -> Tensor[]",
+    _separate, fake_gates, tables=True,
 )
 GATES_BACKWARD = define(
     "gates_backward(Tensor?[] grads, Tensor weight, Tensor bias, Tensor eta, int[] sizes, int[] kinds, "
-    "bool eta_needs_grad) -> (Tensor, Tensor, Tensor)", kernels.gates_backward, fake_gates_backward,
+    "bool eta_needs_grad) -> (Tensor, Tensor, Tensor)", kernels.gates_backward, fake_gates_backward, tables=True,
 )
 
 

@@ -34,7 +34,7 @@ LINEAR = define(
 LINEAR_BACKWARD = define(
     "linear_backward(Tensor grad, Tensor x, Tensor weight, Tensor? bias, Tensor gate, Tensor? shift, Tensor? y, "
     "Tensor kept, str activation, bool[5] mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    kernels.linear_backward, _fake_backward,
+    kernels.linear_backward, _fake_backward, tables=True,
 )
 
 
