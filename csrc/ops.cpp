@@ -33,7 +33,8 @@ FoldGrads fold_backward_op(const OptionalTensorList& grad_weights, const Optiona
   return out;
 }
 
-// ---- autocast: inputs and weights take its dtype; gates, shifts and biases keep theirs -----------------------------
+// ---- autocast: inputs and weights of products take its dtype; gates, shifts and biases keep theirs, and so do folded
+// weights: the product that takes them casts them, or does not, in a part of a network where autocast is off -----------
 
 template <c10::DeviceType device>
 struct Autocast {
@@ -64,19 +65,9 @@ struct Autocast {
                    groups, activation, strategy);
   }
 
-  // The weights of products only: a norm's affine stays in float32, as autocast leaves norms.
-  static Folded fold(TensorList weights, const OptionalTensorList& biases, TensorList gates,
-                     const OptionalTensorList& shifts, IntArrayRef groups) {
-    const c10::impl::ExcludeDispatchKeyGuard guard(key);
-    std::vector<Tensor> casts;
-    for (const Tensor& weight : weights) casts.push_back(weight.dim() > 1 ? cast(weight) : weight);
-    return call_fold(casts, biases, gates, shifts, groups);
-  }
-
   static void register_in(torch::Library& m) {
     m.impl("gated_linear", linear);
     m.impl("gated_convolution", convolution);
-    m.impl("fold", fold);
   }
 };
 

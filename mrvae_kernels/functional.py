@@ -116,11 +116,13 @@ def epilogue(
 
 def _operators(backend: str) -> ModuleType:
     """The backend's operators; triton, which is slow to import, only when it is first needed."""
+    if backend == "cpp":
+        return ops
     if backend == "triton":
         from .ops import triton
 
         return triton
-    return ops if backend == "cpp" else reference
+    return reference
 
 
 def gated_linear(
@@ -154,7 +156,14 @@ def linear_strategy(x: Tensor, weight: Tensor, per_sample: bool, asked: str | No
 
 def linear_product(x: Tensor, weight: Tensor, device: torch.device) -> Product:
     """x W^T on this device as measurements know it."""
-    return Product("linear", device, x.dtype, math.prod(x.shape[:-1]), *weight.shape)
+    return Product("linear", device, _dtype_of_product(x), math.prod(x.shape[:-1]), *weight.shape)
+
+
+def _dtype_of_product(x: Tensor) -> torch.dtype:
+    """x's, or autocast's where it casts x."""
+    kind = x.device.type
+    autocast = kind != "meta" and torch.is_autocast_enabled(kind) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(kind) if autocast else x.dtype
 
 
 def gated_conv1d(
@@ -295,7 +304,7 @@ def convolution_strategy(
     product = None if x.device.type == "cpu" else convolution_product(x, weight, outputs, geometry, x.device)
     how = choose_strategy(weight.numel(), outputs, per_sample, None, product)
     if how == "fused" and current().strategy is None and _operators("triton").refusal(x, weight, *geometry):
-        how = choose_strategy(weight.numel(), outputs, per_sample)
+        how = choose_strategy(weight.numel(), outputs, per_sample, None, product, fused_refused=True)
     return how
 
 
@@ -308,7 +317,8 @@ def convolution_product(
     *_, transposed, _, groups = geometry
     columns = weight.shape[1] if transposed else weight.shape[0] // groups
     rows, terms = (numel // max(1, columns * groups) for numel in (outputs, weight.numel()))
-    return Product("conv_transpose2d" if transposed else "conv2d", device, x.dtype, rows, columns, terms)
+    operation = ("conv_transpose2d" if transposed else "conv2d") + (f"/{groups}" if groups > 1 else "")
+    return Product(operation, device, _dtype_of_product(x), rows, columns, terms)
 
 
 def _ints(value: IntOrInts, count: int) -> tuple[int, ...]:

@@ -117,6 +117,8 @@ def choose_backend(device: torch.device, dtype: torch.dtype, operator: str = "ep
     """The backend for "gates", "fold", "epilogue" or "fused"; RuntimeError if the one asked for refuses the tensors."""
     asked = _override.backend
     if operator == "fused":
+        if asked not in (None, "triton"):
+            raise ValueError(f"strategy 'fused' has kernels in Triton only; backend {asked!r} was asked for")
         asked = "triton"
     elif asked == "reference" or (asked is None and torch.compiler.is_compiling()):
         return "reference"
@@ -133,14 +135,15 @@ def choose_backend(device: torch.device, dtype: torch.dtype, operator: str = "ep
 
 
 def choose_strategy(
-    weight_numel: int, output_numel: int, per_sample: bool, asked: str | None = None, product: Product | None = None
+    weight_numel: int, output_numel: int, per_sample: bool, asked: str | None = None, product: Product | None = None,
+    fused_refused: bool = False,
 ) -> str:
     """"fold", "epilogue" or "fused": what is asked for, else what was measured for `product` (where it was), else by
-    bytes moved; ValueError if the one asked for cannot be done."""
+    bytes moved; ValueError if the one asked for cannot be done. fused_refused: the fused kernels do not take it."""
     asked = asked or _override.strategy
     if asked is None:
-        if product is not None and (won := _measured(product, per_sample)) is not None:
-            return won
+        if product is not None and (times := _measured(product, per_sample, fused_refused)):
+            return min(times, key=times.__getitem__)
         if per_sample:
             return "epilogue"
         # one program for every batch size: comparing them would pin the exported one's
@@ -157,14 +160,19 @@ def choose_strategy(
     return asked
 
 
-def _measured(product: Product, per_sample: bool) -> str | None:
+def _measured(product: Product, per_sample: bool, fused_refused: bool = False) -> measurements.Times:
+    """Times of the strategies that can run, where they were measured on this device for this shape class."""
     if product.device.type == "cpu" or torch.compiler.is_compiling():
-        return None
-    won = measurements.best_strategy(product.device, product.key(per_sample))
-    if won == "fused" and (_override.backend not in (None, "triton")
-                           or triton_refusals(product.device, product.dtype, "fused")):
-        return None
-    return None if won == "fold" and per_sample else won
+        return {}
+    known = measurements.records(product.device)["strategies"]
+    times = known.get(product.key(per_sample), {}) if known else {}
+    if not times:
+        return times
+    fused = not fused_refused and _override.backend in (None, "triton") and not triton_refusals(
+        product.device, product.dtype, "fused"
+    )
+    possible = {"epilogue", *([] if per_sample else ["fold"]), *(["fused"] if fused else [])}
+    return {name: time for name, time in times.items() if name in possible}
 
 
 def triton_refusals(device: torch.device, dtype: torch.dtype, operator: str = "epilogue") -> list[str]:
@@ -172,11 +180,14 @@ def triton_refusals(device: torch.device, dtype: torch.dtype, operator: str = "e
     reasons = []
     if not TRITON_INSTALLED:
         reasons.append(NO_TRITON)
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        reasons.append("Triton's kernels do not run inside torch.func's transforms")
     if device.type not in TRITON_DEVICE_TYPES:
         taken = " and ".join(TRITON_DEVICE_TYPES)
         reasons.append(f"Triton takes {taken} tensors, this one is on {device}")
     if dtype not in TRITON_DTYPES or (operator == "fused" and dtype == torch.float64):
-        reasons.append(f"Triton's kernels take float32, bfloat16 and float16, this one is {dtype}")
+        wide = "" if operator == "fused" else ", float64"
+        reasons.append(f"its kernels take float32{wide}, bfloat16 and float16, this one is {dtype}")
     return reasons
 
 
@@ -209,41 +220,47 @@ def explain(
     device = torch.device(device)
     strategy = choose_strategy(weight_numel, output_numel, per_sample, None, product)
     backend = choose_backend(device, dtype, strategy)
+    times = {} if product is None or _override.strategy else _measured(product, per_sample)
     fold_cost, epilogue_cost = weight_numel * FOLD_PASSES, output_numel * EPILOGUE_PASSES
-    measured = None if product is None or _override.strategy else _measured(product, per_sample)
     if _override.strategy:
         reason = "asked for by override or MRVAE_STRATEGY"
-    elif measured:
-        reason = f"measured fastest on {measurements.device_name(device)} for this shape class"
+    elif times:
+        reason = f"fastest of those measured on {measurements.device_name(device)} for this shape class"
     elif per_sample:
         reason = "one beta a sample"
     else:
         reason = f"fold moves {fold_cost:,} elements, epilogue {epilogue_cost:,}"
     rejected = []
-    for other in ("fold", "epilogue"):
-        if other != strategy:
-            rejected.append(f"{other}: {'needs one beta for the batch' if other == 'fold' and per_sample else reason}")
-    if strategy != "fused":
-        refusals = triton_refusals(device, dtype, "fused")
-        rejected.append(f"fused: {'; '.join(refusals) or _unmeasured(device, measured)}")
+    for other in STRATEGIES:
+        refusals = triton_refusals(device, dtype, "fused") if other == "fused" else []
+        if other == strategy:
+            continue
+        if other == "fold" and per_sample:
+            why = "needs one beta for the batch"
+        elif refusals:
+            why = "; ".join(refusals)
+        elif other in times:
+            why = f"measured {times[other] / times[strategy]:.2f} times slower"
+        else:
+            why = _unmeasured(device, False) if other == "fused" and not _override.strategy else reason
+        rejected.append(f"{other}: {why}")
     if backend != "cpp":
         refusals = _cpp_refusals(device, dtype)
         rejected.append(f"cpp: {'; '.join(refusals) or 'asked for by override or MRVAE_BACKEND'}")
     if backend != "triton":
         refusals = triton_refusals(device, dtype)
         if not refusals and _override.backend is None:
-            refusals = [_unmeasured(device, measurements.best_backend(device, strategy))]
+            refusals = [_unmeasured(device, measurements.best_backend(device, strategy) is not None)]
         rejected.append(f"triton: {'; '.join(refusals) or 'asked for by override or MRVAE_BACKEND'}")
     return Choice(strategy, backend, reason, tuple(rejected))
 
 
-def _unmeasured(device: torch.device, measured: str | None) -> str:
+def _unmeasured(device: torch.device, slower: bool) -> str:
     if device.type == "cpu":
         return "on CPU tensors it is interpreted, for tests"
-    if measured:
+    if slower:
         return f"measured slower on {measurements.device_name(device)}"
     return f"not measured on {measurements.device_name(device)}; {HOW_TO_MEASURE}"
-
 
 
 _override = _from_environment()

@@ -137,6 +137,33 @@ def test_bfloat16_and_autocast_stay_near_float64(backend, beta, strategy):
                 assert error < 0.15, name  # a rounded unit near 0 may fall on the other side of ReLU
 
 
+class PartlyFloat32(torch.nn.Module):
+    """A network whose head runs without autocast, as loss-like parts do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.decoder = torch.nn.Linear(6, 5), torch.nn.Linear(5, 4)
+
+    def forward(self, x):
+        h = self.encoder(x)
+        with torch.autocast("cpu", enabled=False):
+            return self.decoder(h.float())
+
+
+@pytest.mark.parametrize("strategy", ["fold", "epilogue"])
+def test_a_part_without_autocast_stays_in_float32(backend, strategy):
+    model, x = mk.multirate(PartlyFloat32()), torch.rand(3, 6)
+    expected = model(x, beta=0.3)
+    with mk.override(strategy=strategy), torch.autocast("cpu", torch.bfloat16):
+        for _ in range(2):
+            y = model(x, beta=0.3)
+            assert y.dtype == torch.float32
+        plain = mk.bake(model, 0.3)
+    torch.testing.assert_close(y, expected, rtol=3e-2, atol=3e-2)
+    assert {p.dtype for p in plain.parameters()} == {torch.float32}
+    torch.testing.assert_close(plain(x), expected)
+
+
 def test_a_layer_replaced_after_multirate_is_named():
     model = mk.multirate(ConvolutionalVAE(True))
     model.network = nn.SyncBatchNorm.convert_sync_batchnorm(model.network)

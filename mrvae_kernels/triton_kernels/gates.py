@@ -30,6 +30,7 @@ from .launch import TRITON_NAMES, Variant, accumulation_dtype, check_device, che
 SHARED_COLUMNS = 128  # features a program handles with one eta for all
 TILE = (8, 128)  # samples x features, forward
 BACKWARD_TILE = (32, 32)
+BACKWARD_TILE_FLOAT64 = (16, 32)  # with 32 samples Triton 3.6 spills registers
 SHARED_ETA_TILE = (1, 512)  # of the programs that sum deta
 ETA_TILE = (4, 256)
 
@@ -205,6 +206,13 @@ def gates(
     return results
 
 
+def backward_tiles(shared: bool, sums: torch.dtype) -> tuple[int, int, int, int]:
+    """Samples and features of a program, then those of a program that sums deta."""
+    if shared:
+        return 1, SHARED_COLUMNS, *SHARED_ETA_TILE
+    return *(BACKWARD_TILE_FLOAT64 if sums == torch.float64 else BACKWARD_TILE), *ETA_TILE
+
+
 def gates_backward(
     grads: Sequence[Tensor | None], weight: Tensor, bias: Tensor, eta: Tensor, sizes: Sequence[int],
     kinds: Sequence[int], eta_needs_grad: bool,
@@ -228,8 +236,7 @@ def gates_backward(
     check_device("gates_backward", weight, *dense)
     grad_weight, grad_bias = torch.empty_like(weight), torch.empty_like(bias)
     grad_eta = torch.empty(eta.shape if eta_needs_grad else (0,), dtype=eta.dtype, device=eta.device)
-    rows, columns = (1, SHARED_COLUMNS) if shared else BACKWARD_TILE
-    eta_rows, eta_columns = SHARED_ETA_TILE if shared else ETA_TILE
+    rows, columns, eta_rows, eta_columns = backward_tiles(shared, dtype)
     programs = triton.cdiv(features, columns) + (triton.cdiv(samples, eta_rows) if eta_needs_grad else 0)
     if programs > 0:
         with on_device(weight):
@@ -257,8 +264,7 @@ def variants(architecture: str = "sm_90") -> list[Variant]:
                 constants = {"ROWS": rows, "COLUMNS": columns, "SHARED": shared, "SEPARATE": separate, "WIDE": False}
                 label = f"gates {name} shared={shared} separate={separate}"
                 result.append(Variant(label, gates_kernel, types, constants, divisible=divisible))
-            rows, columns = (1, SHARED_COLUMNS) if shared else BACKWARD_TILE
-            eta_rows, eta_columns = SHARED_ETA_TILE if shared else ETA_TILE
+            rows, columns, eta_rows, eta_columns = backward_tiles(shared, accumulation_dtype(dtype))
             outputs = {"grad_weight": f"*{name}", "grad_bias": f"*{name}", "grad_eta": f"*{sums}"}
             for eta in (True, False):
                 constants = {

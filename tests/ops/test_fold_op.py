@@ -230,16 +230,15 @@ def test_keeps_only_its_inputs():
     assert set(kept) == {t.data_ptr() for t in leaves}
 
 
-def test_autocast_casts_weights_of_products_only():
+def test_autocast_leaves_folding_to_the_products():
     weights = [leaf(torch.randn(4, 6)), leaf(torch.randn(5))]
     gates = [leaf(torch.rand(4)), leaf(torch.rand(5))]
     with torch.autocast("cpu", torch.bfloat16):
         folded, biases = ops.fold(weights, [leaf(torch.randn(4)), None], gates, [None, leaf(torch.randn(5))], [0, 0])
-    assert [f.dtype for f in folded] == [torch.bfloat16, torch.float32]
-    assert [b.dtype for b in biases] == [torch.bfloat16, torch.float32]
-    sum(f.float().sum() for f in folded).backward()
+    assert {t.dtype for t in (*folded, *biases)} == {torch.float32}
+    sum(f.sum() for f in folded).backward()
     assert weights[0].grad.dtype == torch.float32 and gates[0].grad.dtype == torch.float32
-    torch.testing.assert_close(gates[0].grad, weights[0].detach().sum(1), rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(gates[0].grad, weights[0].detach().sum(1))
 
 
 @pytest.mark.parametrize("name", ["linear", "conv2d, channels_last", "transposed2d, groups", "norm"])

@@ -144,11 +144,11 @@ def test_autocast_casts_products_and_leaves_gates(name, strategy):
     assert [g.dtype for g in grads] == [torch.float32] * 5
 
 
-def test_autocast_leaves_a_norms_affine():
+def test_autocast_leaves_folding_to_the_products():
     weights, biases = [draw(5, 3), draw(4)], [draw(5), draw(4)]
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
         folded, folded_biases = operators.fold(weights, biases, [draw(5), draw(4)], [None, None], [0, 0])
-    assert [w.dtype for w in folded] == [b.dtype for b in folded_biases] == [torch.bfloat16, torch.float32]
+    assert {t.dtype for t in (*folded, *folded_biases)} == {torch.float32}
 
 
 def test_gradients_are_only_computed_where_asked():
@@ -166,6 +166,33 @@ def test_differentiating_twice_is_an_error():
     (grad,) = torch.autograd.grad(y.sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="is differentiable once: .* mrvae_kernels.reference"):
         (y.sum() + grad.square().sum()).backward()
+
+
+@pytest.mark.parametrize("strategy", ["fold", "epilogue", "fused"])
+def test_no_derivative_is_lost_in_silence(strategy):
+    x, weight, bias, gate, _ = layer(False, "linear")
+    with mk.override(backend="triton", strategy=strategy):
+        with torch.no_grad(), torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(gate.detach(), torch.ones_like(gate))
+            with pytest.raises((RuntimeError, NotImplementedError)):
+                mk.gated_linear(x, weight, bias, dual)
+        with pytest.raises(RuntimeError, match="torch.func"):
+            torch.func.grad(lambda g: mk.gated_linear(x, weight, bias, g).sum())(gate.detach())
+        mk.gated_linear(x, weight, bias, gate).sum().backward()  # and nothing is left behind
+        with torch.utils.flop_counter.FlopCounterMode(display=False):
+            y = mk.gated_linear(x, weight, bias, gate, activation="tanh")
+            (grad,) = torch.autograd.grad(y.sum(), gate, create_graph=True)
+            with pytest.raises(RuntimeError, match="is differentiable once"):
+                (y.sum() + grad.square().sum()).backward()
+
+
+def test_a_frozen_gate_keeps_no_product():
+    saved: list[Tensor] = []
+    u, gate = draw(4, 5), torch.rand(5, device=DEVICE)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y = operators.epilogue(u, None, gate, None, 1, "none")
+    assert [t.shape for t in saved] == [gate.shape]
+    torch.testing.assert_close(torch.autograd.grad(y.sum(), u)[0], gate.expand(4, 5))
 
 
 def test_nothing_is_kept_for_a_backward_pass_that_needs_nothing():

@@ -14,7 +14,7 @@ from ...triton_kernels.conv_transpose2d import (
     conv_transpose2d_backward,
     conv_transpose2d_refusal,
 )
-from .define import LIBRARY, autocast, define, once_differentiable, recording, traced, unwanted
+from .define import LIBRARY, autocast, autocast_dtype, define, once_differentiable, recording, traced, unwanted
 from .fused import Gradients, fake_gradients, fake_kept, result_for_backward
 
 Geometry = tuple[Sequence[int], Sequence[int], Sequence[int], bool, Sequence[int], int]
@@ -119,7 +119,7 @@ class _Convolution(torch.autograd.Function):
 
 
 torch.library.register_autograd(
-    "mrvae_triton::convolution", _backward, setup_context=_setup, lib=LIBRARY
+    "mrvae_triton::convolution", once_differentiable(_backward), setup_context=_setup, lib=LIBRARY
 )
 
 
@@ -127,7 +127,8 @@ def refusal(
     x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
     transposed: bool, output_padding: Sequence[int], groups: int,
 ) -> str | None:
-    """Why the fused kernels do not take this convolution, or None."""
+    """Why the fused kernels do not take this convolution, or None; dtypes as autocast makes them."""
+    x, weight = (torch.empty_like(value, device="meta", dtype=autocast_dtype(value)) for value in (x, weight))
     if transposed:
         return conv_transpose2d_refusal(x, weight, stride, padding, output_padding, dilation, groups)
     return conv2d_refusal(x, weight, stride, padding, dilation, groups)

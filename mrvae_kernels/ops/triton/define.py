@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 ONCE = (
     b"this operator of mrvae_kernels is differentiable once: its gradient has no derivative. For second derivatives "
@@ -40,16 +41,28 @@ def traced() -> bool:
 
 
 def recording(*tensors: Tensor | None) -> bool:
-    """True where autograd has to record: grad mode is on and one of the tensors requires a gradient."""
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    """True where autograd has to know: grad mode is on and a tensor requires a gradient, or one has a tangent.
+
+    With a tangent (forward-mode AD) the autograd.Function raises, which has no jvp; past it the tangent would be lost.
+    """
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
+        return True
+    if forward_ad._current_level < 0:
+        return False
+    return any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+
+
+def autocast_dtype(tensor: Tensor) -> torch.dtype:
+    """Autocast's dtype where it is on for the tensor's device and casts its dtype, else the tensor's."""
+    kind = tensor.device.type
+    if torch.is_autocast_enabled(kind) and tensor.dtype in (torch.float32, torch.float16, torch.bfloat16):
+        return torch.get_autocast_dtype(kind)
+    return tensor.dtype
 
 
 def autocast(tensor: Tensor) -> Tensor:
-    """In autocast's dtype, where autocast is on for the tensor's device and it is a float32, float16 or bfloat16."""
-    kind = tensor.device.type
-    if torch.is_autocast_enabled(kind) and tensor.dtype in (torch.float32, torch.float16, torch.bfloat16):
-        return tensor.to(torch.get_autocast_dtype(kind))
-    return tensor
+    """The tensor in `autocast_dtype`."""
+    return tensor.to(autocast_dtype(tensor))
 
 
 def once_differentiable(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
@@ -63,12 +76,17 @@ def once_differentiable(backward: Callable[..., tuple[Any, ...]]) -> Callable[..
     def guarded(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         with torch.no_grad():
             results = backward(ctx, *grads)
-        if not torch.is_grad_enabled() or traced():
-            return results
-        refuse = torch._C._functions.DelayedError(ONCE, 1)
-        return tuple(None if g is None else refuse(g.detach().requires_grad_()) for g in results)
+        return tuple(_refusing(result) for result in results) if torch.is_grad_enabled() else results
 
     return guarded
+
+
+def _refusing(result: Any) -> Any:
+    if isinstance(result, list):
+        return [_refusing(value) for value in result]
+    if result is None:
+        return None
+    return torch._C._functions.DelayedError(ONCE, 1)(result.detach().requires_grad_())
 
 
 def unwanted(gradient: Tensor, wanted: bool) -> Tensor | None:

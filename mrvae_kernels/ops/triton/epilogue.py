@@ -54,14 +54,16 @@ def epilogue(
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     u, bias, gate, shift, ctx.dim, ctx.activation = inputs
-    ctx.save_for_backward(u, bias, gate, shift)
+    # without gate gradient and activation u has no influence, and is not kept
+    needed = gate.requires_grad or ctx.activation != "none"
+    ctx.save_for_backward(u if needed else None, bias, gate, shift)
 
 
 def _backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
     mask = list(ctx.needs_input_grad[:4])
     run = EPILOGUE_BACKWARD if traced() else kernels.epilogue_backward
     u, bias, gate, shift = ctx.saved_tensors
-    results = run(grads[0], u, bias, gate, shift, ctx.dim, ctx.activation, mask)
+    results = run(grads[0], grads[0] if u is None else u, bias, gate, shift, ctx.dim, ctx.activation, mask)
     return (*map(unwanted, results, mask), None, None)
 
 
@@ -71,4 +73,6 @@ class _Epilogue(torch.autograd.Function):
     backward = staticmethod(once_differentiable(_backward))  # type: ignore[assignment]
 
 
-torch.library.register_autograd("mrvae_triton::epilogue", _backward, setup_context=_setup, lib=LIBRARY)
+torch.library.register_autograd(
+    "mrvae_triton::epilogue", once_differentiable(_backward), setup_context=_setup, lib=LIBRARY
+)

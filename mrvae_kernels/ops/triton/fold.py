@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...triton_kernels import fold as kernels
 from ..fold import fake_fold, fake_fold_backward
-from .define import LIBRARY, autocast, define, once_differentiable, recording, traced
+from .define import LIBRARY, define, once_differentiable, recording, traced
 
 Optional = Sequence[Tensor | None]
 
@@ -54,11 +54,10 @@ FOLD_BACKWARD = define(
 def fold(
     weights: Sequence[Tensor], biases: Optional, gates: Sequence[Tensor], shifts: Optional, groups: Sequence[int]
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """W' = g W and b' = g b + t for every layer; as mrvae_kernels.ops.fold.
+    """W' = g W and b' = g b + t for every layer, in their own dtypes; as mrvae_kernels.ops.fold.
 
-    Under autocast the weights of products take its dtype; a norm's affine stays as it is, as autocast leaves norms.
+    Also under autocast: the product that takes W' casts it, or does not, where autocast is off.
     """
-    weights = [autocast(weight) if weight.dim() > 1 else weight for weight in weights]
     if traced():
         return FOLD(weights, _stand_ins(biases, weights), gates, _stand_ins(shifts, gates), groups)
     if recording(*weights, *biases, *gates, *shifts):
@@ -116,4 +115,6 @@ def _backward(ctx: Any, grad_weights: Optional, grad_biases: Optional) -> tuple[
     return (*_gradients(ctx, grad_weights, grad_biases, ctx.saved_tensors, ctx.wanted), None)
 
 
-torch.library.register_autograd("mrvae_triton::fold", _backward, setup_context=_setup, lib=LIBRARY)
+torch.library.register_autograd(
+    "mrvae_triton::fold", once_differentiable(_backward), setup_context=_setup, lib=LIBRARY
+)

@@ -64,4 +64,6 @@ class _Gates(torch.autograd.Function):
         return _backward(ctx, grads)
 
 
-torch.library.register_autograd("mrvae_triton::gates", _backward, setup_context=_setup, lib=LIBRARY)
+torch.library.register_autograd(
+    "mrvae_triton::gates", once_differentiable(_backward), setup_context=_setup, lib=LIBRARY
+)

@@ -71,4 +71,6 @@ class _Linear(torch.autograd.Function):
     backward = staticmethod(once_differentiable(_backward))  # type: ignore[assignment]
 
 
-torch.library.register_autograd("mrvae_triton::linear", _backward, setup_context=_setup, lib=LIBRARY)
+torch.library.register_autograd(
+    "mrvae_triton::linear", once_differentiable(_backward), setup_context=_setup, lib=LIBRARY
+)

@@ -39,7 +39,9 @@ def gated_convolution(
         return convolution(x, weight, bias, gate, shift, geometry, activation)
     if strategy == "fold":
         folded, folded_bias = _folded(weight, bias, gate, shift, groups if transposed else 0)
-        return activate(torch.convolution(autocast(x), folded, folded_bias, *geometry), activation)
+        folded_bias = None if folded_bias is None else autocast(folded_bias)
+        # autocast knows torch's conv2d and its kin on every device, torch.convolution on some
+        return activate(torch.convolution(autocast(x), autocast(folded), folded_bias, *geometry), activation)
     u = torch.convolution(autocast(x), autocast(weight), None, *geometry)
     return epilogue(u, bias, gate, shift, 1, activation, u_is_free=True)
 
