@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import ast
-import importlib.metadata
 import os
 import platform
 import sys
@@ -16,6 +15,7 @@ from torch import nn
 from . import __version__, measurements, ops, strategy
 from .adapters import ADAPTERS, RecurrentAdapter
 from .strategy import NO_TRITON, TRITON_INSTALLED, explain
+from .triton_kernels.device import INTERPRETED
 
 EXAMPLES: tuple[tuple[str, tuple[int, ...]], ...] = (
     ("Linear(784, 300)", (128, 784)),
@@ -27,6 +27,8 @@ EXAMPLES: tuple[tuple[str, tuple[int, ...]], ...] = (
     ("BatchNorm2d(256)", (128, 256, 7, 7)),
 )
 """Layers of the bundled networks, with the batches of the paper."""
+
+VARIABLES = ("MRVAE_STRATEGY", "MRVAE_BACKEND")
 
 
 def parse_layer(text: str) -> nn.Module:
@@ -76,7 +78,10 @@ def describe(layer: nn.Module, text: str, shape: Sequence[int], per_sample: bool
     product = None
     if adapter.product:
         product = adapter.measured_product(layer, torch.empty(tuple(shape), device="meta"), torch.device(device))
-    choice = explain(weights, output.numel(), per_sample, device, product=product)
+    try:
+        choice = explain(weights, output.numel(), per_sample, device, product=product)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"{text}: {error}{_advice()}") from None
     if per_sample and isinstance(adapter, RecurrentAdapter):
         reason = "a Python step for each time step: torch's kernels take one weight a batch"
         return [head, f"  the recurrence written out, {reason}"]
@@ -84,6 +89,17 @@ def describe(layer: nn.Module, text: str, shape: Sequence[int], per_sample: bool
         reason = "norms and recurrent layers always fold one beta into their parameters"
         return [head, f"  fold on {choice.backend}: {reason}"]
     return [head, f"  {choice.strategy} on {choice.backend}: {choice.reason}", *(f"  not {r}" for r in choice.rejected)]
+
+
+def _advice() -> str:
+    """What to do about an error that MRVAE_STRATEGY or MRVAE_BACKEND causes; empty where neither is set."""
+    names = [name for name in VARIABLES if os.environ.get(name)]
+    if not names:
+        return ""
+    steps = f"; unset {' and '.join(names)}"
+    if {"triton", "fused"} & {os.environ[name] for name in names} and TRITON_INSTALLED and not INTERPRETED:
+        steps += ", or set TRITON_INTERPRET=1 to run Triton's kernels on CPU tensors, slowly"
+    return steps
 
 
 def environment() -> list[str]:
@@ -103,10 +119,16 @@ def environment() -> list[str]:
         lines += [f"GPU            {line}" for line in map(_gpu, range(torch.cuda.device_count()))]
     else:
         lines.append("GPU            none that torch can use")
-    lines.append(f"Triton         {importlib.metadata.version('triton') if TRITON_INSTALLED else NO_TRITON}")
-    for name in ("MRVAE_STRATEGY", "MRVAE_BACKEND"):
+    lines.append(f"Triton         {_triton()}")
+    for name in VARIABLES:
         lines.append(f"{name} {os.environ.get(name, 'not set')}")
     return lines
+
+
+def _triton() -> str:
+    if not TRITON_INSTALLED:
+        return NO_TRITON
+    return measurements.triton_version() or "installed, in an unknown version: no distribution tells"
 
 
 def _gpu(index: int) -> str:
@@ -120,7 +142,7 @@ def _gpu(index: int) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; 0, or 2 for arguments that make no sense."""
+    """The command; 0, or 2 for arguments or environment variables that make no sense."""
     parser = argparse.ArgumentParser(
         prog="python -m mrvae_kernels.doctor",
         description="Print versions, what was built, and what would run for a layer and why.",
@@ -136,18 +158,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     if (options.layer is None) != (options.input is None):
         parser.error("--layer and --input go together")
     examples = EXAMPLES
+    print("\n".join(environment()))
     try:
-        torch.device(options.device)
+        strategy.current()
+    except (ValueError, RuntimeError) as error:
+        print(f"doctor: {error}{_advice()}", file=sys.stderr)
+        return 2
+    try:
+        _check_device(options.device)
         if options.layer is not None:
             examples = ((options.layer, parse_shape(options.input)),)
-        lines = environment()
         for text, shape in examples:
-            lines += ["", *describe(parse_layer(text), text, shape, options.per_sample, options.device)]
-    except (ValueError, RuntimeError) as error:
+            lines = describe(parse_layer(text), text, shape, options.per_sample, options.device)
+            print("\n".join(["", *lines]))
+    except (ValueError, RuntimeError, AssertionError) as error:
         print(f"doctor: {error}", file=sys.stderr)
         return 2
-    print("\n".join(lines))
     return 0
+
+
+def _check_device(name: str) -> None:
+    """RuntimeError or AssertionError for a device that torch does not know, or of a kind that is there without it."""
+    measurements.device_name(torch.device(name))
 
 
 if __name__ == "__main__":

@@ -2,24 +2,23 @@
 
 A record is one JSON file a device,
 
-    {"device": "NVIDIA H200", "versions": {...},
+    {"device": "NVIDIA H200", "versions": {"torch": "2.11.0", "triton": "3.6.0"},
      "backends": {"gates": {"reference": 3.0, "triton": 2.0}, "fold": ..., "epilogue": ...},
      "strategies": {"linear float32 shared 7 9 10": {"fold": 3, "epilogue": 2, "fused": 1}}}
 
 whose numbers are times relative to anything that is the same within one entry: the smallest wins. Records that come
 with the package lie in mrvae_kernels/measured/, those of `mrvae_kernels.tune` in the user's cache folder, and win over
-them. Without an entry nothing is known, and the caller keeps to its cost model and to plain PyTorch.
+them. Without an entry nothing is known, and the caller keeps to its cost model and to plain PyTorch. Another version of
+torch or Triton (major.minor) has other times: a record made with one counts as empty, and the next one replaces it.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import json
 import math
-import os
 import re
-import sys
-import tempfile
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,22 +26,38 @@ from typing import Any
 
 import torch
 
+from .triton_kernels.cache import cache_folder, locked, write_json
+
 Times = dict[str, float]
 Record = dict[str, dict[str, Times]]
 
-SECTIONS = ("backends", "strategies")
+SECTIONS = {"backends": ("cpp", "triton", "reference"), "strategies": ("fold", "epilogue", "fused")}
+"""A record's sections, and whose times their entries hold."""
+
+MARGIN = 0.05
+"""How much less than plain PyTorch's time a backend must take: the last tuned network decides for all of them."""
+
+TRITON_DISTRIBUTIONS = ("triton", "pytorch-triton", "pytorch-triton-rocm", "pytorch-triton-xpu", "triton-windows")
 SHIPPED = Path(__file__).parent / "measured"
 
+generation = 0
+"""Increased when this process writes a record: what was chosen before may be chosen otherwise now."""
 
-def cache_folder() -> Path:
-    """MRVAE_CACHE, or the platform's folder for caches with /mrvae_kernels."""
-    if chosen := os.environ.get("MRVAE_CACHE"):
-        return Path(chosen)
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local")) / "mrvae_kernels"
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "mrvae_kernels"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mrvae_kernels"
+
+@functools.cache
+def triton_version() -> str | None:
+    """The installed Triton's version, without importing it; None where no distribution tells."""
+    for name in TRITON_DISTRIBUTIONS:
+        try:
+            return importlib.metadata.version(name)
+        except Exception:  # not there, or with damaged metadata: nothing that a forward pass may fail of
+            continue
+    return None
+
+
+def installed_versions() -> dict[str, str | None]:
+    """What times depend on besides the device."""
+    return {"torch": str(torch.__version__), "triton": triton_version()}
 
 
 @functools.cache
@@ -75,8 +90,15 @@ def best_strategy(device: torch.device, key: str) -> str | None:
 
 def best_backend(device: torch.device, operator: str) -> str | None:
     """The backend that won for "gates", "fold" or "epilogue" on this device; None where it was not measured."""
-    times = records(device)["backends"].get(operator)
-    return min(times, key=times.__getitem__) if times else None
+    return winner(records(device)["backends"].get(operator, {}))
+
+
+def winner(times: Times) -> str | None:
+    """The fastest backend if it beats "reference" by MARGIN, else "reference"; None without a time to compare with."""
+    if "reference" not in times:
+        return None
+    best = min(times, key=times.__getitem__)
+    return best if times[best] <= (1 - MARGIN) * times["reference"] else "reference"
 
 
 @functools.cache
@@ -85,39 +107,59 @@ def records(device: torch.device) -> Record:
     name = file_name(device_name(device))
     known: Record = {section: {} for section in SECTIONS}
     for folder in (SHIPPED, cache_folder()):
-        for section, entries in read(folder / name).items():
-            known[section].update(entries)
+        if folder is not None:
+            for section, entries in read(folder / name).items():
+                known[section].update(entries)
     return known
 
 
-def read(path: Path) -> Record:
-    """A record's sections; empty for a file that is not there, and with a warning for one that is no record."""
+def read(path: Path, warn: bool = True) -> Record:
+    """A record's sections, without names that this version does not know.
+
+    Empty for a file that is not there, for one of other versions, and, with a warning, for one that is no record.
+    """
     try:
-        content = json.loads(path.read_text())
-        return {section: {str(key): _times(value) for key, value in content.get(section, {}).items()}
-                for section in SECTIONS}
-    except FileNotFoundError:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        made_with = content["versions"]
+        if any(_differ(made_with.get(name), version) for name, version in installed_versions().items()):
+            return {}
+        found: Record = {section: {} for section in SECTIONS}
+        for section, names in SECTIONS.items():
+            for key, value in content.get(section, {}).items():
+                if times := _times(value, names):
+                    found[section][key] = times
+        return found
+    except (FileNotFoundError, NotADirectoryError):
         return {}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        warnings.warn(f"{path} is not a record of measurements ({error}) and is left alone; delete it", stacklevel=2)
+    except (OSError, ValueError, TypeError, AttributeError, LookupError, OverflowError, RecursionError) as error:
+        if warn:
+            message = f"{path} is not a record of measurements, is ignored, and replaced when there are new ones"
+            warnings.warn(f"{message} ({type(error).__name__}: {error})", stacklevel=2)
         return {}
 
 
-def _times(value: Any) -> Times:
-    times = {str(name): float(time) for name, time in value.items()}
+def _differ(recorded: object, present: str | None) -> bool:
+    """Whether major.minor differ; a version that cannot be told now does not."""
+    return present is not None and str(recorded).split(".")[:2] != present.split(".")[:2]
+
+
+def _times(value: Any, names: tuple[str, ...]) -> Times:
+    times = {name: float(time) for name, time in value.items() if name in names}
     if not all(0 < time < math.inf for time in times.values()):
         raise ValueError(f"times are {times}; expected positive numbers")
     return times
 
 
-def write(path: Path, device: str, versions: Mapping[str, str], found: Record) -> None:
-    """Merge `found` into the record at `path`, whole or not at all; what another process wrote meanwhile stays."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    merged = {section: {**read(path).get(section, {}), **found.get(section, {})} for section in SECTIONS}
-    content = {"device": device, "versions": dict(versions), **merged}
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".json")
-    with os.fdopen(handle, "w") as file:
-        json.dump(content, file, indent=1, sort_keys=True)
-        file.write("\n")
-    os.replace(temporary, path)
+def write(path: Path, device: str, versions: Mapping[str, str | None], found: Record) -> None:
+    """Merge `found` into the record at `path`, whole or not at all; what another process wrote meanwhile stays.
+
+    versions: in place of `installed_versions()`. From then on this process follows the record. OSError where
+    the folder is not writable.
+    """
+    global generation
+    with locked(path):
+        known = read(path, warn=False)
+        merged = {section: {**known.get(section, {}), **found.get(section, {})} for section in SECTIONS}
+        write_json(path, {"device": device, "versions": {**installed_versions(), **versions}, **merged}, indent=1)
     records.cache_clear()
+    generation += 1

@@ -10,35 +10,41 @@ Without them nothing is measured: strategy.py then keeps to its cost model and t
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
-import statistics
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
-from . import functional, measurements
+from . import functional, measurements, strategy
 from .adapters import FoldJob, fold_layers
 from .gates import Beta
 from .measurements import Record, Times
 from .multirate import MultiRate
 from .strategy import STRATEGIES, override, triton_refusals
-
-Step = Callable[[], object]
+from .timing import Step, backward, medians, preserved, running, tensors
 
 
 def warm_up(model: nn.Module, *args: Any, **kwargs: Any) -> None:
-    """Run model(*args, **kwargs) forward and, where something requires a gradient, backward.
+    """Run model(*args, **kwargs) forward and, where something requires a gradient, backward; twice, since a MultiRate's
+    first call for new shapes makes the plan that the second follows, with other kernels.
 
     Triton compiles a kernel when it is first launched with new dtypes, block sizes or alignments, which takes a second
     or more: do this before timing, and before recording a CUDA graph. `.grad`, buffers (running statistics) and random
-    states are as before afterwards.
+    states are as before afterwards. ValueError where parameters require a gradient and nothing in the output does.
     """
-    with _preserved(model):
-        _step(model, args, kwargs)()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    with preserved(model):
+        for _ in range(2):
+            outputs = model(*args, **kwargs)
+            if parameters and torch.is_grad_enabled() and not any(t.requires_grad for t in tensors(outputs)):
+                raise ValueError(
+                    f"the model's output, a {type(outputs).__name__}, holds no tensor that requires a gradient, and "
+                    f"{len(parameters)} parameters do: return what the loss is computed from, or call warm_up under "
+                    "torch.no_grad() for the forward alone"
+                )
+            backward(outputs, parameters)
 
 
 def tune(model: MultiRate, *args: Any, beta: Beta, rounds: int = 20, **kwargs: Any) -> Record:
@@ -47,108 +53,87 @@ def tune(model: MultiRate, *args: Any, beta: Beta, rounds: int = 20, **kwargs: A
     model(*args, beta=beta, **kwargs) is run as in training. Timed on the model's device, forward and backward, in
     interleaved rounds: each backend for the gates and the folds of all layers and for each layer's epilogue, then each
     strategy for each product layer. Block sizes of fused kernels are tuned first (triton_kernels.tuning.autotune). The
-    record goes to `measurements.cache_folder()`, and strategy.py follows it from then on, here and in later processes,
-    for every layer of the same shape class. Times are in milliseconds. Takes minutes, most of them Triton's compiler.
+    record goes to `measurements.cache_folder()`, layer by layer, and strategy.py follows it from then on, here and in
+    later processes. Times are in milliseconds. Takes minutes, most of them Triton's compiler.
 
-    RuntimeError where Triton's kernels do not run: on CPU tensors there is nothing to choose.
+    Strategies are kept by shape class, for every layer of that class. Backends are kept by device and operator: the
+    network tuned last decides for all networks on the device. `override` and MRVAE_STRATEGY do not count meanwhile.
+
+    TypeError for anything but a MultiRate. RuntimeError where Triton's kernels do not run: on CPU tensors there is
+    nothing to choose. Warnings for what failed or could not be written; what was measured is returned all the same.
     """
+    if not isinstance(model, MultiRate):
+        raise TypeError(f"tune takes the MultiRate that multirate() returned, not a {type(model).__name__}")
     like = next(model.parameters())
     if refusals := triton_refusals(like.device, like.dtype):
         raise RuntimeError(f"tune measures Triton's kernels against plain PyTorch: {'; '.join(refusals)}")
     from .triton_kernels.tuning import autotune
 
     found: Record = {"backends": {}, "strategies": {}}
-    with _preserved(model):
+    failures: list[str] = []
+    with preserved(model), _no_override(), torch.enable_grad():
         inputs = inputs_of_layers(model, args, {**kwargs, "beta": beta})
-        found["backends"] = time_backends(model, inputs, beta, rounds)
-        best = {name: min(times, key=times.__getitem__) for name, times in found["backends"].items()}
+        found["backends"] = time_backends(model, inputs, beta, rounds, failures)
+        best = {name: measurements.winner(times) for name, times in found["backends"].items()}
+        writable = _keep(found, like.device)
         for i, x in inputs.items():
+            layer, entry = model._hosts()[i], model._entries[i]
+            label = f"layer {entry.name!r}"
+            product = entry.adapter.measured_product(layer, x, x.device)
+            if product is None:
+                continue
             with autotune():
-                for step in _candidates(model, i, x, beta, best).values():
-                    step()
-            times = interleaved(_candidates(model, i, x, beta, best), like.device, rounds)
-            layer, adapter = model._hosts()[i], model._entries[i].adapter
-            product = adapter.measured_product(layer, x, x.device)
-            if product is not None:
-                key = product.key(model._gates(beta)[i].gate.dim() == 2)
-                found["strategies"][key] = {name: statistics.median(taken) for name, taken in times.items()}
-    name = measurements.device_name(like.device)
-    versions = {"torch": torch.__version__, "triton": importlib.metadata.version("triton")}
-    measurements.write(measurements.cache_folder() / measurements.file_name(name), name, versions, found)
+                steps = running(_candidates(model, i, x, beta, best), label, failures)
+            times = medians(steps, like.device, rounds, label, failures)
+            if times:
+                found["strategies"][product.key(model._gates(beta)[i].gate.dim() == 2)] = times
+                writable = writable and _keep(found, like.device)
+    if failures:
+        warnings.warn("tune could not run everything:\n  " + "\n  ".join(failures), stacklevel=2)
     return found
 
 
-def interleaved(steps: Mapping[str, Step], device: torch.device, rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of each step in each round; a round runs all of them, so that drift hits them alike.
+def _keep(found: Record, device: torch.device) -> bool:
+    """Into the user's record; False, with a warning, where it cannot be written."""
+    import triton
 
-    On a GPU by events around the launches, long enough that the queue does not run dry; elsewhere by the clock.
-    """
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for step in steps.values():
-        step()
-    for _ in range(rounds):
-        for name, step in steps.items():
-            times[name].append(_milliseconds(step, device))
-    return times
-
-
-def _milliseconds(step: Step, device: torch.device) -> float:
-    if device.type == "cpu":
-        start = time.perf_counter()
-        step()
-        return (time.perf_counter() - start) * 1e3
-    module = torch.get_device_module(device)
-    begin, end = module.Event(enable_timing=True), module.Event(enable_timing=True)
-    begin.record()
-    for _ in range(5):
-        step()
-    end.record()
-    end.synchronize()
-    return float(begin.elapsed_time(end)) / 5
-
-
-def _step(model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> Step:
-    parameters = [p for p in model.parameters() if p.requires_grad]
-
-    def step() -> None:
-        _backward(model(*args, **kwargs), parameters)
-
-    return step
-
-
-def _backward(outputs: Any, leaves: Sequence[Tensor]) -> None:
-    results = [out for out in tree_leaves(outputs) if isinstance(out, Tensor) and out.requires_grad]
-    if results and leaves:
-        torch.autograd.grad(results, leaves, [torch.ones_like(out) for out in results], allow_unused=True)
+    name, folder = measurements.device_name(device), measurements.cache_folder()
+    try:
+        if folder is None:
+            raise OSError("there is no home folder; set MRVAE_CACHE to a folder that can be written")
+        versions = {"torch": str(torch.__version__), "triton": str(triton.__version__)}
+        measurements.write(folder / measurements.file_name(name), name, versions, found)
+    except OSError as error:
+        warnings.warn(f"what tune measures is not kept, and not followed: {error}", stacklevel=3)
+        return False
+    return True
 
 
 @contextlib.contextmanager
-def _preserved(model: nn.Module) -> Iterator[None]:
-    """Buffers and random states are put back."""
-    buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
-    devices = [d.index or 0 for d in {b.device for b in model.parameters()} if d.type == "cuda"]
-    with torch.random.fork_rng(devices):
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for name, buffer in model.named_buffers():
-                    buffer.copy_(buffers[name])
+def _no_override() -> Iterator[None]:
+    """Without what the user asked for, which `override` can change but not clear: all candidates are to run."""
+    before = strategy._override
+    strategy._override = strategy.Override()
+    try:
+        yield
+    finally:
+        strategy._override = before
 
 
 def inputs_of_layers(model: MultiRate, args: Any, kwargs: Mapping[str, Any]) -> dict[int, Tensor]:
     """The first input that each product layer sees in a forward pass, by the layer's index; without its gradient."""
     seen: dict[int, Tensor] = {}
 
-    def note(index: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def hook(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
-            seen.setdefault(index, inputs[0].detach())
+    def note(index: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def hook(layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+            seen.setdefault(index, (inputs[0] if inputs else named["input"]).detach())
 
         return hook
 
     hosts = zip(model._hosts(), model._entries, strict=True)
     handles = [
-        layer.register_forward_pre_hook(note(i)) for i, (layer, entry) in enumerate(hosts) if entry.adapter.product
+        layer.register_forward_pre_hook(note(i), with_kwargs=True)
+        for i, (layer, entry) in enumerate(hosts) if entry.adapter.product
     ]
     try:
         with torch.no_grad():
@@ -159,8 +144,15 @@ def inputs_of_layers(model: MultiRate, args: Any, kwargs: Mapping[str, Any]) -> 
     return seen
 
 
-def time_backends(model: MultiRate, inputs: dict[int, Tensor], beta: Beta, rounds: int) -> dict[str, Times]:
-    """Milliseconds of each operator on each backend: the gates and folds of all layers, and all layers' epilogues."""
+def time_backends(
+    model: MultiRate, inputs: dict[int, Tensor], beta: Beta, rounds: int, failures: list[str] | None = None
+) -> dict[str, Times]:
+    """Milliseconds of each operator on each backend: the gates and folds of all layers, and all layers' epilogues.
+
+    Without those that the network does not run: gates that are networks of their own have no operator, one beta a
+    sample folds nothing, and norms and recurrent layers have no product for an epilogue. Errors go to `failures`; None
+    raises them.
+    """
     gates = [g.gate.detach().requires_grad_() for g in model._gates(beta)]
     own = [p for p in model.gate_parameters() if p.requires_grad]
     device = gates[0].device
@@ -174,22 +166,29 @@ def time_backends(model: MultiRate, inputs: dict[int, Tensor], beta: Beta, round
         outputs[i] = u.detach().requires_grad_()
 
     def all_gates() -> None:
-        _backward([g.gate for g in model._gates(beta)], own)
+        backward([g.gate for g in model._gates(beta)], own)
 
     def all_folds() -> None:
         folded = [w for layer in fold_layers(jobs) for w in layer.values() if w is not None]
-        _backward(folded, [p for p in model.network_parameters() if p.requires_grad])
+        backward(folded, [p for p in model.network_parameters() if p.requires_grad])
 
     def all_epilogues() -> None:
         for i, u in outputs.items():
-            dim = u.dim() - 1 if isinstance(model._hosts()[i], nn.Linear) else 1
-            _backward(functional.epilogue(u, None, gates[i], None, dim), [u, gates[i]])
+            dim = u.dim() - 1 - getattr(model._entries[i].adapter, "spatial", 0)  # also without a batch axis
+            backward(functional.epilogue(u, None, gates[i], None, dim), [u, gates[i]])
 
-    operators = {"gates": all_gates, "fold": all_folds, "epilogue": all_epilogues}
+    operators: dict[str, Step] = {}
+    if model.gate_networks is None:
+        operators["gates"] = all_gates
+    if gates[0].dim() == 1:
+        operators["fold"] = all_folds
+    if outputs:
+        operators["epilogue"] = all_epilogues
     found = {}
     for name, step in operators.items():
-        times = interleaved({b: _with_backend(step, b) for b in ("reference", "triton")}, device, rounds)
-        found[name] = {backend: statistics.median(taken) for backend, taken in times.items()}
+        steps = running({b: _with_backend(step, b) for b in ("reference", "triton")}, name, failures)
+        if times := medians(steps, device, rounds, name, failures):
+            found[name] = times
     return found
 
 
@@ -202,9 +201,9 @@ def _with_backend(step: Step, backend: str) -> Step:
 
 
 def _candidates(
-    model: MultiRate, index: int, x: Tensor, beta: Beta, backends: Mapping[str, str]
+    model: MultiRate, index: int, x: Tensor, beta: Beta, backends: Mapping[str, str | None]
 ) -> dict[str, Step]:
-    """Forward and backward of one layer by each strategy that can run it."""
+    """Forward and backward of one layer by each strategy that may run it."""
     layer, adapter = model._hosts()[index], model._entries[index].adapter
     gate = model._gates(beta)[index].gate.detach().requires_grad_()
     x = x.detach().requires_grad_(x.is_floating_point())
@@ -213,17 +212,9 @@ def _candidates(
     def step(name: str) -> Step:
         def run() -> None:
             with override(backend=backends.get(name)):
-                _backward(adapter.run(layer, gate, None, None, name, x), leaves)
+                backward(adapter.run(layer, gate, None, None, name, x), leaves)
 
         return run
 
-    found = {}
-    for name in STRATEGIES:
-        if name == "fold" and gate.dim() == 2:
-            continue
-        if name == "fused" and triton_refusals(x.device, x.dtype, name):
-            continue
-        with contextlib.suppress(ValueError):  # a kernel that refuses this layer is no candidate
-            step(name)()
-            found[name] = step(name)
-    return found
+    refused = {"fold": gate.dim() == 2, "fused": bool(triton_refusals(x.device, x.dtype, "fused"))}
+    return {name: step(name) for name in STRATEGIES if not refused.get(name)}

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import functional, reference, strategy
+from . import functional, measurements, reference, strategy
 from .adapters import ADAPTERS, Adapter, FoldJob, fold_layers
 from .gates import (
     DEFAULT_BETA_RANGE,
@@ -157,7 +157,8 @@ class MultiRate(Recorded):
         """The network's forward at this beta: a positive number, a 0-d tensor, or one a sample, shape (N,)."""
         key = None
         if not (torch.compiler.is_compiling() or _saving_is_hooked()):
-            key = (strategy.current(), *(value.shape if isinstance(value, Tensor) else None for value in args))
+            shapes = (value.shape if isinstance(value, Tensor) else None for value in args)
+            key = (strategy.current(), measurements.generation, *shapes)
         layers = self._hosts()
         bank = self._planned_banks.get(key)
         if bank is not None and type(beta) is float:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import mrvae_kernels as mk
-from mrvae_kernels import doctor, ops, strategy
+from mrvae_kernels import doctor, measurements, ops, strategy
 
 
 @pytest.fixture(autouse=True)
@@ -91,7 +91,8 @@ def test_norms_recurrent_layers_and_another_device(capsys):
 def test_arguments_that_make_no_sense(capsys, arguments, message):
     assert doctor.main(arguments) == 2
     captured = capsys.readouterr()
-    assert captured.out == "" and captured.err.startswith("doctor: ") and message in captured.err
+    assert captured.err.startswith("doctor: ") and message in captured.err
+    assert captured.out.startswith("mrvae_kernels ") and "one beta" not in captured.out, "the environment comes first"
 
 
 def test_layer_and_input_go_together(capsys):
@@ -108,3 +109,45 @@ def test_layers_take_no_memory():
 def test_it_runs_as_a_module():
     done = subprocess.run([sys.executable, "-m", "mrvae_kernels.doctor", "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and "example: python -m mrvae_kernels.doctor --layer" in done.stdout
+
+
+def test_a_device_that_is_not_there(capsys, monkeypatch):
+    def name(device):
+        raise AssertionError("Invalid device id")
+
+    monkeypatch.setattr(measurements, "device_name", name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert doctor.main(["--device", "cuda:9"]) == 2
+    assert "doctor: Invalid device id" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("variable", "value", "error"), [
+    ("MRVAE_STRATEGY", "magic", "strategy is 'magic'; expected one of fold, epilogue, fused"),
+    ("MRVAE_BACKEND", "gpu", "backend is 'gpu'; expected one of cpp, triton, reference"),
+])
+def test_a_bad_environment_variable_is_said_after_the_environment(capsys, monkeypatch, variable, value, error):
+    monkeypatch.setenv(variable, value)
+    monkeypatch.setattr(strategy, "current", strategy._from_environment)
+    assert doctor.main([]) == 2
+    captured = capsys.readouterr()
+    assert f"{variable} {value}" in captured.out and f"doctor: {error}; unset {variable}\n" == captured.err
+
+
+@pytest.mark.parametrize("interpreted", [False, True])
+def test_a_variable_that_this_device_cannot_honour(capsys, monkeypatch, interpreted):
+    monkeypatch.setattr(strategy, "TRITON_INSTALLED", True)
+    monkeypatch.setattr(doctor, "TRITON_INSTALLED", True)
+    monkeypatch.setattr(doctor, "INTERPRETED", interpreted)
+    monkeypatch.setattr(strategy, "TRITON_DEVICE_TYPES", ("cuda", "xpu"))
+    monkeypatch.setenv("MRVAE_BACKEND", "triton")
+    monkeypatch.setattr(strategy, "_override", strategy.Override(None, "triton"))
+    assert doctor.main([]) == 2
+    captured = capsys.readouterr()
+    assert "MRVAE_BACKEND triton" in captured.out and "this one is on cpu" in captured.err
+    assert "; unset MRVAE_BACKEND" in captured.err and ("TRITON_INTERPRET=1" in captured.err) != interpreted
+
+
+def test_a_triton_without_a_known_version(capsys, monkeypatch):
+    monkeypatch.setattr(doctor, "TRITON_INSTALLED", True)
+    monkeypatch.setattr(measurements, "triton_version", lambda: None)
+    assert any("Triton         installed, in an unknown version" in line for line in lines(capsys))

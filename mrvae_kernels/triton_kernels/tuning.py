@@ -14,10 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import statistics
-import sys
-import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -27,6 +24,7 @@ from typing import Any, TypeVar
 import torch
 import triton
 
+from .cache import cache_folder, locked, write_json
 from .device import capturing
 
 FORMAT = 1
@@ -163,19 +161,9 @@ def event_timer(device: torch.device) -> Timer:
 
 
 def cache_file() -> Path | None:
-    """triton-tiles.json in $MRVAE_CACHE, else in mrvae_kernels of the user's cache folder; None without a home."""
-    if chosen := os.environ.get("MRVAE_CACHE"):
-        return Path(chosen) / "triton-tiles.json"
-    variable, default = {
-        "win32": ("LOCALAPPDATA", "AppData/Local"), "darwin": ("", "Library/Caches"),
-    }.get(sys.platform, ("XDG_CACHE_HOME", ".cache"))
-    folder = Path(os.environ.get(variable, ""))
-    if not folder.is_absolute():
-        try:
-            folder = Path.home() / default
-        except RuntimeError:
-            return None
-    return folder / "mrvae_kernels" / "triton-tiles.json"
+    """triton-tiles.json in the user's cache folder; None without a home."""
+    folder = cache_folder()
+    return None if folder is None else folder / "triton-tiles.json"
 
 
 def _valid(value: object) -> bool:
@@ -212,17 +200,6 @@ def _remembered() -> dict[str, tuple[int, ...]]:
     return _results
 
 
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Between processes, where the system and the file system have locks; without, a result may get lost."""
-    with open(path.with_suffix(".lock"), "w") as file:
-        with contextlib.suppress(ImportError, OSError):
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
 def _remember(name: str, chosen: tuple[int, ...]) -> None:
     """Into memory and the file, beside what other processes wrote there meanwhile."""
     results = _remembered()
@@ -230,20 +207,9 @@ def _remember(name: str, chosen: tuple[int, ...]) -> None:
     path = cache_file()
     if path is None:
         return
-    temporary = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(path):
+        with locked(path):
             results.update({**_read(path, warn=False), name: chosen})
-            document = {"format": FORMAT, "results": {key: list(results[key]) for key in sorted(results)}}
-            handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-            with open(handle, "w", encoding="utf-8") as file:
-                json.dump(document, file, indent=0)
-            os.replace(temporary, path)
-            temporary = None
+            write_json(path, {"format": FORMAT, "results": {key: list(results[key]) for key in sorted(results)}})
     except OSError as error:
         warnings.warn(f"tuned block sizes are not written to {path}: {error}", RuntimeWarning, stacklevel=2)
-    finally:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                os.remove(temporary)
