@@ -82,10 +82,9 @@ def shape_class(operation: str, numbers: str, per_sample: bool, rows: int, colum
     return " ".join((operation, numbers, "per-sample" if per_sample else "shared", *map(str, sizes)))
 
 
-def best_strategy(device: torch.device, key: str) -> str | None:
-    """The strategy that won for this shape class on this device; None where it was not measured."""
-    times = records(device)["strategies"].get(key)
-    return min(times, key=times.__getitem__) if times else None
+def strategy_times(device: torch.device, key: str) -> Times:
+    """Times of the strategies for this shape class on this device; empty where it was not measured."""
+    return records(device)["strategies"].get(key, {})
 
 
 def best_backend(device: torch.device, operator: str) -> str | None:

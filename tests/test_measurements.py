@@ -16,10 +16,15 @@ import torch
 
 import mrvae_kernels as mk
 from mrvae_kernels import measurements, strategy
-from mrvae_kernels.measurements import best_backend, best_strategy, read, shape_class, write
+from mrvae_kernels.measurements import best_backend, read, shape_class, strategy_times, write
 from mrvae_kernels.triton_kernels import cache
 
 CPU = torch.device("cpu")
+
+
+def best_strategy(device: torch.device, key: str) -> str | None:
+    times = strategy_times(device, key)
+    return min(times, key=times.__getitem__, default=None)
 VERSIONS = measurements.installed_versions()
 
 
