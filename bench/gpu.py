@@ -1,194 +1,44 @@
 """Correctness, timings and a profile of the GPU kernels in one run: `python -m bench.gpu --out FOLDER`.
 
 Correctness: every strategy of every layer in bench/shapes.py, y and all gradients, against float64 on the same GPU.
-Timings: each layer by each variant of bench/layer_variants.py at batch 16, 128 and 1024, forward and forward +
+Timings: each layer by each variant of bench/layer_variants.py at batch 128, 16 and 1024, forward and forward +
 backward; GPU time from CUDA graphs, host time by the clock, medians of interleaved rounds, as ratios to the library's
 layer followed by its activation. The fraction of the roofline takes the bytes and operations that the gated layer needs
-at least over ceilings measured in the same run. A time budget stops the run between layers;
-what was left out is listed.
+at least over ceilings measured in the same run. Calls cycle through up to 8 inputs; where those fit into twice the
+last-level cache all the same, the entry says `cached`, and its times are those of warm inputs. torch.compile takes
+part at the first batch, in TF32, for the layers of each network with the most operations. A time budget stops the run
+between layers; what was left out is listed, and so is what failed.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
+import importlib
 import json
-import math
-import statistics
+import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from mrvae_models.networks import build
-from torch import Tensor, nn
 
 import mrvae_kernels as mk
 from mrvae_kernels import measurements
-from mrvae_kernels.adapters import ADAPTERS
-from mrvae_kernels.functional import convolution_output_numel
 from mrvae_kernels.measuring import inputs_of_layers, time_backends
 from mrvae_kernels.strategy import triton_refusals
 
-from .gpu_timing import ceilings, device_times, float32_precision, host_times, synchronize
-from .layer_variants import OURS, VARIANTS, GatedCase
+from .gpu_correctness import LIMITS, NUMBERS, checked, errors, faults
+from .gpu_layers import time_case
+from .gpu_prepare import prepare
+from .gpu_report import record, table
+from .gpu_timing import ceilings, failure, synchronize
+from .layer_variants import OURS, GatedCase
 from .overhead import machine
-from .shapes import BATCHES, CASES, Case
-
-LIMITS = {"ieee": 1e-5, "tf32": 1e-3, "bfloat16": 1e-2}
-"""Largest relative error, in norm, by precision."""
-NUMBERS = {"ieee": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-# ---- correctness -----------------------------------------------------------------------------------------------------
-
-
-def errors(case: Case, batch: int, precision: str, device: torch.device) -> dict[str, Any]:
-    """Each strategy's relative errors in y and the gradients, or why it does not take the layer."""
-    gated = GatedCase(case, batch, NUMBERS[precision], device)
-    x = gated.inputs[0]
-    found: dict[str, Any] = {}
-    with float32_precision(precision if precision == "tf32" else "ieee"):
-        for name in OURS:
-            try:
-                with mk.override(backend="triton"):
-                    y = gated.forward(name, x)
-                    got = (y, *gated.both(name, x))
-            except ValueError as refusal:
-                found[name] = {"refused": str(refusal)}
-                continue
-            exact = _exact(gated, x)
-            labels = ("y", "dx", "dweight", "dbias", "dgate")
-            pairs = zip(labels, got, exact, strict=True)
-            found[name] = {label: _error(a, b) for label, a, b in pairs}
-    return {"case": case.name, "network": case.network, "batch": batch, "precision": precision, "errors": found}
-
-
-def _exact(gated: GatedCase, x: Tensor) -> tuple[Tensor, ...]:
-    double = GatedCase.__new__(GatedCase)
-    double.case, double.layer = gated.case, gated.case.layer(x.device, torch.float64)
-    double.layer.load_state_dict(gated.layer.state_dict())
-    double.gate = gated.gate.detach().double().requires_grad_()
-    wide = x.detach().double().requires_grad_()
-    y = double._separate(wide)
-    assert gated.grad is not None
-    return (y, *torch.autograd.grad(y, [wide, *double.layer.parameters(), double.gate], gated.grad.double()))
-
-
-def _error(got: Tensor, exact: Tensor) -> float:
-    error, scale = (got.double() - exact).norm().item(), exact.norm().item()
-    return error / scale if scale > 0 else error
-
-
-# ---- timings ---------------------------------------------------------------------------------------------------------
-
-
-def least_bytes(case: Case, batch: int, item: int, backward: bool) -> int:
-    """Bytes that the gated layer moves at least: forward reads x and W, writes y; backward reads dy, x and W, and y for
-    the activation's slope, and writes dx and dW."""
-    x, weight, y = batch * math.prod(case.shape), case.layer().weight.numel(), _outputs(case, batch)
-    forward = x + weight + y
-    return item * (forward + (y + y + x + weight + x + weight if backward else 0))
-
-
-def _outputs(case: Case, batch: int) -> int:
-    layer: Any = case.layer()
-    if case.kind is nn.Linear:
-        return batch * layer.out_features
-    geometry = (layer.stride, layer.padding, layer.dilation, layer.transposed, layer.output_padding, layer.groups)
-    return convolution_output_numel(torch.empty((batch, *case.shape), device="meta"), layer.weight, *geometry)
-
-
-def time_case(
-    case: Case, batch: int, precision: str, device: torch.device, tops: dict[str, float], rounds: int, compiled: bool
-) -> dict[str, Any]:
-    """GPU and host milliseconds of every variant, forward and forward + backward."""
-    dtype = NUMBERS[precision]
-    item = torch.empty((), dtype=dtype).element_size()
-    # inputs beyond twice the last-level cache, so that it does not hold them from one call to the next
-    a_call = item * (batch * math.prod(case.shape) + _outputs(case, batch))
-    copies = max(1, min(8, math.ceil((120 << 20) / max(1, a_call))))
-    gated = GatedCase(case, batch, dtype, device, copies)
-    result: dict[str, Any] = {"case": case.name, "network": case.network, "batch": batch, "precision": precision}
-    with float32_precision(precision if precision == "tf32" else "ieee"), mk.override(backend="triton"):
-        names = [name for name in VARIANTS if (compiled or not name.endswith("compiled")) and _runs(gated, name)]
-        for kind in ("forward", "both"):
-            steps = {name: gated.steps(name, kind == "both") for name in names}
-            gpu = device_times(steps, device, copies, rounds)
-            host = host_times(steps, device, max(1, rounds // 3), 10 if device.type == "cuda" else 1)
-            floor = max(
-                least_bytes(case, batch, item, kind == "both") / tops["bytes"],
-                case.operations(batch) * (3 if kind == "both" else 1) / tops[precision],
-            )
-            medians = {name: statistics.median(times) for name, times in gpu.items()}
-            result[kind] = {
-                "gpu_ms": gpu, "host_ms": host, "floor_ms": floor * 1e3,
-                "ratio": {name: _ratio(gpu[name], gpu["library"]) for name in names},
-                "host_ratio": {name: _ratio(host[name], host["library"]) for name in names},
-                "roofline": {name: floor * 1e3 / median for name, median in medians.items()},
-            }
-    return result
-
-
-def _runs(gated: GatedCase, name: str) -> bool:
-    try:
-        gated.both(name, gated.inputs[0])
-    except ValueError:
-        return False  # a strategy that refuses this layer
-    return True
-
-
-def _ratio(times: list[float], baseline: list[float]) -> float:
-    return statistics.median(a / b for a, b in zip(times, baseline, strict=True))
-
-
-# ---- reports ---------------------------------------------------------------------------------------------------------
-
-
-def table(results: list[dict[str, Any]], kind: str = "both") -> str:
-    """Markdown: GPU time over the library's, one row a layer, losing shapes included; then the geometric means."""
-    columns = [name for name in VARIANTS if name != "library"]
-    lines = ["| network | layer | batch | precision | " + " | ".join(columns) + " | best of ours, host | roofline |"]
-    lines.append("|---" * (len(columns) + 6) + "|")
-    for result in results:
-        part = result[kind]
-        best = min((name for name in OURS if name in part["ratio"]), key=part["ratio"].__getitem__)
-        cells = [f"{part['ratio'][name]:.3f}" if name in part["ratio"] else "" for name in columns]
-        row = (result["network"], result["case"], result["batch"], result["precision"], *cells)
-        lines.append(f"| {' | '.join(map(str, row))} | {part['host_ratio'][best]:.2f} | {part['roofline'][best]:.2f} |")
-    means = []
-    for name in columns:
-        ratios = [result[kind]["ratio"][name] for result in results if name in result[kind]["ratio"]]
-        means.append(f"{statistics.geometric_mean(ratios):.3f}" if ratios else "")
-    lines.append(f"| all | geometric mean | | | {' | '.join(means)} | | |")
-    return "\n".join(lines)
-
-
-def record(results: list[dict[str, Any]], backends: dict[str, measurements.Times]) -> measurements.Record:
-    """What `measurements` keeps: times over the library's by shape class, forward + backward, and the backends."""
-    strategies: dict[str, measurements.Times] = {}
-    classes: dict[str, list[measurements.Times]] = {}
-    for result in results:
-        case = next(case for case in CASES if case.name == result["case"] and case.network == result["network"])
-        key = shape_class(case, result["batch"], result["precision"])
-        ratios = result["both"]["ratio"]
-        classes.setdefault(key, []).append({name: ratios[name] for name in OURS if name in ratios})
-    for key, found in classes.items():
-        common = set.intersection(*(set(times) for times in found))
-        strategies[key] = {name: statistics.geometric_mean(times[name] for times in found) for name in sorted(common)}
-    return {"backends": backends, "strategies": strategies}
-
-
-def shape_class(case: Case, batch: int, precision: str) -> str:
-    """The case's class in `measurements`, for one beta a batch."""
-    x = torch.empty((batch, *case.shape), device="meta")
-    product = ADAPTERS[case.kind].measured_product(case.layer(), x, torch.device("cpu"))
-    assert product is not None
-    numbers = "float32" if precision == "ieee" else precision
-    return measurements.shape_class(
-        product.operation, numbers, False, product.rows, product.columns, product.terms
-    )
+from .shapes import BATCHES, CASES, Case, in_turn, largest
 
 
 def backends_of_a_network(device: torch.device, rounds: int) -> dict[str, measurements.Times]:
@@ -202,9 +52,14 @@ def profile(device: torch.device) -> str:
     """torch.profiler's table of the kernels of one layer's forward and backward by each of our strategies."""
     gated = GatedCase(CASES[1], 128, torch.float32, device)
     with mk.override(backend="triton"):
-        steps = [gated.steps(name, True) for name in OURS if _runs(gated, name)]
-        for step in steps:
-            step()
+        steps = []
+        for name in OURS:
+            step = gated.steps(name, True)
+            try:
+                step()
+            except ValueError:
+                continue  # a strategy that refuses this layer
+            steps.append(step)
         activities = [torch.profiler.ProfilerActivity.CPU]
         if device.type == "cuda":
             activities.append(torch.profiler.ProfilerActivity.CUDA)
@@ -216,14 +71,159 @@ def profile(device: torch.device) -> str:
     return events.key_averages().table(sort_by=order, row_limit=40)
 
 
+# ---- the run ---------------------------------------------------------------------------------------------------------
+
+
+class Run:
+    """One run's report, written after every case, and what went wrong in it."""
+
+    def __init__(self, cases: list[Case], device: torch.device, options: argparse.Namespace) -> None:
+        self.cases, self.device, self.options = in_turn(cases), device, options
+        self.deadline = time.monotonic() + options.seconds
+        self.name = measurements.device_name(device)
+        self.versions = {"torch": torch.__version__, "triton": importlib.import_module("triton").__version__}
+        self.report: dict[str, Any] = {
+            "machine": {**machine(), "device": self.name, **self.versions}, "command": sys.argv[1:], "seconds": {},
+            "correctness": [], "results": [], "left_out": [], "failed": [],
+        }
+        stem = measurements.file_name(self.name).removesuffix(".json")
+        self.path = options.out / f"{stem}-{self.report['machine']['date']}.json"
+
+    def write(self) -> None:
+        """The report as it is, whole or not at all."""
+        part = self.path.with_suffix(".part")
+        part.write_text(json.dumps(self.report))
+        os.replace(part, self.path)
+
+    @contextmanager
+    def part(self, name: str, guarded: bool = False) -> Iterator[None]:
+        """Notes the seconds that a part takes; guarded: and that it failed, which does not end the run."""
+        start = time.monotonic()
+        try:
+            yield
+        except Exception as error:
+            if not guarded:
+                self.report["failed"].append(f"{name}: {type(error).__name__}: {error}")
+                raise
+            self.report["failed"].append(f"{name}: {failure(error, self.device)}")
+            print(self.report["failed"][-1], flush=True)
+        finally:
+            self.report["seconds"][name] = round(time.monotonic() - start, 1)
+            self.write()
+            print(f"[{self.report['seconds'][name]:.1f} s] {name}", flush=True)
+
+    def late(self, label: str) -> bool:
+        """Whether the time is up, in which case the label is listed as left out."""
+        if time.monotonic() > self.deadline:
+            self.report["left_out"].append(label)
+            return True
+        return False
+
+    def prepare(self) -> None:
+        """Compile the kernels of what follows, in that order, for a third of the time at most."""
+        options = self.options
+        smallest = [] if options.no_correctness else [min(options.batch)]
+        todo = [(case, batch, precision) for batch in smallest for precision in LIMITS for case in self.cases]
+        for batch in () if options.no_timing else options.batch:
+            if batch not in smallest:
+                todo += [(case, batch, precision) for case in self.cases for precision in options.precision]
+        seconds = min(options.seconds / 3, self.deadline - time.monotonic())
+        done = prepare(todo, self.device, seconds, options.prepare)
+        print(f"compiled ahead: {done} of {len(todo)}", flush=True)
+
+    def correctness(self) -> list[str]:
+        """What is wrong; exact products first, at the smallest batch."""
+        wrong: list[str] = []
+        for precision in LIMITS:
+            for case in self.cases:
+                if self.late(f"correctness: {case.name} {precision}"):
+                    continue
+                found = errors(case, min(self.options.batch), precision, self.device)
+                self.report["correctness"].append(found)
+                wrong += faults(found)
+                self.write()
+        print(f"correctness: {len(self.report['correctness'])} layers and precisions, {len(wrong)} wrong", *wrong,
+              sep="\n  ")
+        return wrong
+
+    def timings(self) -> None:
+        """Every case in every precision, batch by batch."""
+        options = self.options
+        compiled = [] if options.no_compile else largest(self.cases, options.compiled)
+        with_compiled = (options.batch[0], "tf32" if "tf32" in options.precision else options.precision[0])
+        for batch in options.batch:
+            for case in self.cases:
+                for precision in options.precision:
+                    label = f"{case.name} batch {batch} {precision}"
+                    if self.late(label):
+                        continue
+                    try:
+                        result = time_case(
+                            case, batch, precision, self.device, self.report["ceilings"], options.rounds,
+                            case in compiled and (batch, precision) == with_compiled,
+                        )
+                        self.report["results"].append(result)
+                        failed = [f"{label} {name}: {text}" for name, text in result["failed"].items()]
+                    except Exception as error:
+                        failed = [f"{label}: {failure(error, self.device)}"]
+                    self.report["failed"] += failed
+                    print(*failed, sep="\n", end="\n" if failed else "", flush=True)
+                    torch._dynamo.reset()
+                    torch.get_device_module(self.device).empty_cache() if self.device.type != "cpu" else None
+                    self.write()
+
+
+def run(cases: list[Case], device: torch.device, options: argparse.Namespace, size: int = 8192) -> int:
+    """Everything, and the exit code: 1 if something is wrong, failed, or was asked for and not reached at all."""
+    options.out.mkdir(parents=True, exist_ok=True)
+    this = Run(cases, device, options)
+    report, wrong = this.report, []
+    with this.part("ceilings"):
+        report["ceilings"] = ceilings(device, max(1, size // 4), size)
+    print(", ".join(f"{key} {value:.4g}/s" for key, value in report["ceilings"].items()), flush=True)
+    if options.prepare:
+        with this.part("compiling ahead", guarded=True):
+            this.prepare()
+    if not options.no_correctness:
+        with this.part("correctness"):
+            wrong = this.correctness()
+    if not options.no_timing:
+        with this.part("timings"):
+            this.timings()
+    results = [found for found in report["results"] if all("library" in found[k]["ratio"] for k in ("forward", "both"))]
+    if results:
+        with this.part("backends", guarded=True):
+            report["backends"] = backends_of_a_network(device, options.rounds)
+        measured = record(results, report.get("backends", {}), this.cases)
+        measurements.write(options.out / measurements.file_name(this.name), this.name, this.versions, measured)
+        with this.part("profile", guarded=True):
+            (options.out / "profile.txt").write_text(profile(device))
+        for kind in ("forward", "both"):
+            print(f"\n{kind}: GPU time over the library's\n{table(results, kind)}")
+    if report["left_out"]:
+        print(f"\nleft out for lack of time: {len(report['left_out'])}", *report["left_out"], sep="\n  ")
+    unreached = [
+        part for part, asked, reached in (
+            ("correctness", not options.no_correctness, any(map(checked, report["correctness"]))),
+            ("timings", not options.no_timing, bool(results)),
+        ) if asked and not reached
+    ]
+    print(f"\nwritten: {this.path}" + "".join(f"; nothing came of {part}" for part in unreached))
+    return 1 if wrong or report["failed"] or unreached else 0
+
+
 def main(argv: list[str] | None = None) -> int:
-    """The command; 0, 1 for a kernel that is wrong, 2 where nothing can be measured."""
+    """The command; 0, 1 for a kernel that is wrong or nothing reached, 2 where nothing can be measured."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for the result files")
     parser.add_argument("--networks", nargs="+", choices=sorted({case.network for case in CASES}))
     parser.add_argument("--batch", nargs="+", type=int, default=list(BATCHES))
     parser.add_argument("--precision", nargs="+", choices=list(NUMBERS), default=list(NUMBERS))
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--prepare", nargs="?", type=int, const=8, default=0, metavar="PROCESSES",
+                        help="compile kernels in so many processes first (8), for a third of the time at most")
+    parser.add_argument("--compiled", type=int, default=1, metavar="N",
+                        help="torch.compile takes part in N layers a network (default 1)")
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile")
     parser.add_argument("--no-correctness", action="store_true", help="timings only")
     parser.add_argument("--no-timing", action="store_true", help="correctness only")
@@ -238,59 +238,6 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     cases = [case for case in CASES if not options.networks or case.network in options.networks]
     return run(cases, device, options)
-
-
-def run(cases: list[Case], device: torch.device, options: argparse.Namespace, size: int = 8192) -> int:
-    """Everything, with the results written after each part; the worst error decides the exit code."""
-    deadline = time.monotonic() + options.seconds
-    options.out.mkdir(parents=True, exist_ok=True)
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "triton")}
-    name = measurements.device_name(device)
-    report: dict[str, Any] = {"machine": {**machine(), "device": name, **versions}, "command": sys.argv[1:]}
-    path = options.out / f"{measurements.file_name(name).removesuffix('.json')}-{report['machine']['date']}.json"
-    wrong: list[str] = []
-    report["ceilings"] = ceilings(device, max(1, size // 4), size)
-    print(", ".join(f"{key} {value:.4g}/s" for key, value in report["ceilings"].items()), flush=True)
-    if not options.no_correctness:
-        report["correctness"] = []
-        for case in cases:
-            for precision in LIMITS:
-                if time.monotonic() > deadline:
-                    break
-                found = errors(case, min(options.batch), precision, device)
-                report["correctness"].append(found)
-                for strategy, values in found["errors"].items():
-                    bad = [f"{k} {v:.2g}" for k, v in values.items() if k != "refused" and not v <= LIMITS[precision]]
-                    if bad:
-                        wrong.append(f"{case.name} {precision} {strategy}: {', '.join(bad)}")
-        path.write_text(json.dumps(report))
-        count = len(report["correctness"])
-        print(f"correctness: {count} layers and precisions, {len(wrong)} wrong", *wrong, sep="\n  ")
-    results: list[dict[str, Any]] = []
-    left_out: list[str] = []
-    for batch in () if options.no_timing else options.batch:
-        for case in cases:
-            for precision in options.precision:
-                label = f"{case.name} batch {batch} {precision}"
-                if time.monotonic() > deadline:
-                    left_out.append(label)
-                    continue
-                tops, compiled = report["ceilings"], not options.no_compile
-                results.append(time_case(case, batch, precision, device, tops, options.rounds, compiled))
-                torch._dynamo.reset()
-                torch.get_device_module(device).empty_cache() if device.type != "cpu" else None
-        report |= {"results": results, "left_out": left_out}
-        path.write_text(json.dumps(report))
-    if results:
-        report["backends"] = backends_of_a_network(device, options.rounds)
-        path.write_text(json.dumps(report))
-        measured = record(results, report["backends"])
-        measurements.write(options.out / measurements.file_name(name), name, versions, measured)
-        (options.out / "profile.txt").write_text(profile(device))
-        for kind in ("forward", "both"):
-            print(f"\n{kind}: GPU time over the library's\n{table(results, kind)}")
-    print(f"\nwritten: {path}" + (f"; left out for lack of time: {len(left_out)}" if left_out else ""))
-    return 1 if wrong else 0
 
 
 if __name__ == "__main__":

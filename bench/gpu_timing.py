@@ -10,6 +10,8 @@ from typing import Any
 import torch
 
 Step = Callable[[], Any]
+BUSY_CYCLES = 1_000_000
+"""About half a millisecond: what the host may take to launch a graph."""
 
 
 def synchronize(device: torch.device) -> None:
@@ -48,6 +50,7 @@ def milliseconds(run: Step, device: torch.device) -> float:
         run()
         return (time.perf_counter() - start) * 1e3
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda._sleep(BUSY_CYCLES)  # the GPU reaches `begin` after the host has launched the run, not before
     begin.record()
     run()
     end.record()
@@ -55,9 +58,23 @@ def milliseconds(run: Step, device: torch.device) -> float:
     return begin.elapsed_time(end)
 
 
-def device_times(steps: Mapping[str, Step], device: torch.device, calls: int, rounds: int) -> dict[str, list[float]]:
-    """Milliseconds a call of every step in every round, GPU time only, rounds interleaved."""
-    runs = {name: recorded(step, calls, device) for name, step in steps.items()}
+def failure(error: Exception, device: torch.device) -> str:
+    """The error in words; raises it again if the device is lost, as after an illegal address."""
+    try:
+        synchronize(device)
+    except Exception:
+        raise error from None
+    return f"{type(error).__name__}: {error}"[:2000]
+
+
+def cache_bytes(device: torch.device) -> int:
+    """Of the last-level cache; 60 MB where torch does not know."""
+    properties = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
+    return getattr(properties, "L2_cache_size", 0) or 60 << 20
+
+
+def device_times(runs: Mapping[str, Step], device: torch.device, calls: int, rounds: int) -> dict[str, list[float]]:
+    """Milliseconds a call in every round of runs that `recorded` made: GPU time only, rounds interleaved."""
     for run in runs.values():
         run()
     synchronize(device)
@@ -105,15 +122,23 @@ def _rate(run: Step, amount: int, device: torch.device) -> float:
 
 
 class float32_precision:
-    """Within the block float32 products and convolutions are exact ("ieee") or TF32's ("tf32")."""
+    """Within the block float32 products and convolutions are exact ("ieee") or TF32's ("tf32").
+
+    By torch's older flags, which the newer ones follow: torch.compile reads the older ones in places, and those raise
+    where only the newer were set.
+    """
 
     def __init__(self, precision: str) -> None:
         self.precision = precision
 
     def __enter__(self) -> None:
-        self.before = torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision
-        torch.backends.cuda.matmul.fp32_precision = self.precision
-        torch.backends.cudnn.conv.fp32_precision = self.precision
+        settings: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)  # type: ignore[attr-defined]
+        self.before = [setting.fp32_precision == "tf32" for setting in settings]
+        self._allow(self.precision == "tf32", self.precision == "tf32")
 
     def __exit__(self, *error: object) -> None:
-        torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision = self.before
+        self._allow(*self.before)
+
+    @staticmethod
+    def _allow(products: bool, convolutions: bool) -> None:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = products, convolutions

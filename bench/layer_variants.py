@@ -59,11 +59,15 @@ class GatedCase:
         return self._functions[name](x)
 
     def both(self, name: str, x: Tensor) -> tuple[Tensor, ...]:
-        """y's gradients by `leaves`, for a fixed random gradient of y."""
+        """y, and its gradients by `leaves` for a fixed random gradient of y."""
         y = self.forward(name, x)
         if self.grad is None:
             self.grad = torch.randn(y.shape, device=y.device, dtype=torch.float32).to(y.dtype)
-        return torch.autograd.grad(y, self.leaves(name, x), self.grad)
+        return (y.detach(), *torch.autograd.grad(y, self.leaves(name, x), self.grad))
+
+    def exact(self, x: Tensor) -> ExactCase:
+        """The same layer in float64."""
+        return ExactCase(self, x)
 
     def steps(self, name: str, backward: bool) -> Callable[[], Any]:
         """A function without arguments that runs the variant on the next of the inputs."""
@@ -134,3 +138,27 @@ class GatedCase:
 
     def _fused(self, x: Tensor) -> Tensor:
         return self._ours(x, "fused")
+
+
+class ExactCase:
+    """A gated case in float64: z = g (product(x) + b), y = act(z) and the gradients."""
+
+    def __init__(self, gated: GatedCase, x: Tensor) -> None:
+        assert gated.grad is not None, "y's gradient is drawn by the first backward"
+        layer = gated.case.layer(x.device, torch.float64)
+        layer.load_state_dict(gated.layer.state_dict())
+        gate, wide = (tensor.detach().double().requires_grad_() for tensor in (gated.gate, x))
+        product = layer(wide)
+        self.activation, self.grad = gated.case.activation, gated.grad.double()
+        self.leaves = [wide, *layer.parameters(), gate]
+        self.z = product * gated._along(gate, product)
+        self.y = activate(self.z, self.activation)
+
+    def gradients(self, computed: Tensor) -> tuple[Tensor, ...]:
+        """By x, weight, bias and gate, as `GatedCase.both` has them, for the y that was computed.
+
+        relu's slope jumps: where z is nearly 0 its computed sign is rounding's, and one gradient differs by all of
+        itself. Taking that sign from the computed y leaves the arithmetic to compare.
+        """
+        y = torch.where(computed > 0, self.z, 0.0) if self.activation == "relu" else self.y
+        return torch.autograd.grad(y, self.leaves, self.grad, retain_graph=True)

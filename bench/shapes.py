@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from mrvae_kernels.adapters import ADAPTERS
+from mrvae_kernels.functional import convolution_output_numel
 
 
 class Case(NamedTuple):
@@ -31,15 +35,66 @@ class Case(NamedTuple):
         return self.kind(*self.arguments, **self.options, device=device, dtype=dtype)
 
     def operations(self, batch: int) -> int:
-        """Floating-point operations of the forward product: two for each multiplication and addition."""
-        layer, x = self.layer(), torch.empty((batch, *self.shape), device="meta")
-        outputs = x if self.kind is nn.ConvTranspose2d else layer(x)
-        per_place = layer.weight.numel() // layer.weight.shape[0]
-        return 2 * outputs.numel() * per_place
+        """Floating-point operations of the forward product: two for each multiplication and addition.
+
+        Taps that fall on padding (transposed: outside of the output) are none.
+        """
+        layer: Any = self.layer()
+        if self.kind is nn.Linear:
+            return 2 * batch * layer.weight.numel()
+        pairs = layer.weight.shape[0] * layer.weight.shape[1]
+        y = layer(torch.empty((batch, *self.shape), device="meta"))
+        # a transposed convolution meets its output where the convolution of the same geometry meets its input
+        places, reached = (self.shape[1:], y.shape[2:]) if layer.transposed else (y.shape[2:], self.shape[1:])
+        geometry = (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
+        taps = math.prod(_taps(*axis) for axis in zip(places, reached, *geometry, strict=True))
+        return int(2 * batch * pairs * taps)
+
+    def outputs(self, batch: int) -> int:
+        """Elements of y."""
+        layer: Any = self.layer()
+        if self.kind is nn.Linear:
+            return int(batch * layer.out_features)
+        geometry = (layer.stride, layer.padding, layer.dilation, layer.transposed, layer.output_padding, layer.groups)
+        return convolution_output_numel(torch.empty((batch, *self.shape), device="meta"), layer.weight, *geometry)
+
+    def least_bytes(self, batch: int, item: int, backward: bool) -> int:
+        """Bytes that the gated layer moves at least, with elements of `item` bytes: forward reads x and W, writes y;
+        backward reads dy, x and W, and y for the activation's slope, and writes dx and dW."""
+        layer: Any = self.layer()
+        x, weight, y = batch * math.prod(self.shape), layer.weight.numel(), self.outputs(batch)
+        return item * (x + weight + y + (y + y + x + weight + x + weight if backward else 0))
 
     def features(self) -> int:
         """Gate features."""
         return ADAPTERS[self.kind].features(self.layer())
+
+
+def _taps(places: int, reached: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
+    """Pairs of a place i < places and a tap t < kernel with 0 <= i stride + t dilation - padding < reached."""
+    found = 0
+    for tap in range(kernel):
+        offset = tap * dilation - padding
+        first, last = max(0, -(offset // stride)), min(places - 1, (reached - 1 - offset) // stride)
+        found += max(0, last - first + 1)
+    return found
+
+
+def in_turn(cases: Sequence[Case]) -> list[Case]:
+    """The cases with the networks taking turns, so that a run which is cut short has met all of them."""
+    networks: dict[str, list[Case]] = {}
+    for case in cases:
+        networks.setdefault(case.network, []).append(case)
+    return [case for turn in itertools.zip_longest(*networks.values()) for case in turn if case is not None]
+
+
+def largest(cases: Sequence[Case], count: int) -> list[Case]:
+    """The `count` layers of each network with the most operations."""
+    ranked = sorted(cases, key=lambda case: case.operations(1), reverse=True)
+    return [
+        case for network in dict.fromkeys(case.network for case in cases)
+        for case in [other for other in ranked if other.network == network][:count]
+    ]
 
 
 Row = tuple[type[nn.Module], tuple[int, ...], tuple[int, ...]]
@@ -97,4 +152,5 @@ CASES: list[Case] = [
         (LINEAR, (1200, 4096), (1200,)),
     ]),
 ]
-BATCHES = (16, 128, 1024)
+BATCHES = (128, 16, 1024)
+"""In order of interest."""

@@ -16,6 +16,7 @@ from kernel_checks import PACKAGE
 
 ahead_of_time = pytest.importorskip("bench.ahead_of_time")
 
+pytestmark = pytest.mark.ahead_of_time
 ROOT = PACKAGE.parents[1]
 MINUTES = 15
 

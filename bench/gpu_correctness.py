@@ -1,0 +1,59 @@
+"""Every strategy of a layer against float64 on the same device: y and all gradients, by relative error in norm."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import mrvae_kernels as mk
+
+from .gpu_timing import failure, float32_precision
+from .layer_variants import OURS, GatedCase
+from .shapes import Case
+
+LIMITS = {"ieee": 1e-5, "tf32": 1e-3, "bfloat16": 1e-2}
+"""Largest relative error, in norm, by precision."""
+NUMBERS = {"ieee": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16}
+LABELS = ("y", "dx", "dweight", "dbias", "dgate")
+
+
+def errors(case: Case, batch: int, precision: str, device: torch.device) -> dict[str, Any]:
+    """Each strategy's relative errors in y and the gradients, why it does not take the layer, or how it failed."""
+    found: dict[str, Any] = {}
+    with float32_precision(precision), mk.override(backend="triton"):
+        gated = GatedCase(case, batch, NUMBERS[precision], device)
+        x, exact = gated.inputs[0], None
+        for name in OURS:
+            try:
+                got = gated.both(name, x)
+                exact = exact or gated.exact(x)
+                pairs = zip(LABELS, got, (exact.y, *exact.gradients(got[0])), strict=True)
+                found[name] = {label: _error(a, b) for label, a, b in pairs}
+            except ValueError as refusal:
+                found[name] = {"refused": str(refusal)}
+            except Exception as error:
+                found[name] = {"failed": failure(error, device)}
+    return {"case": case.name, "network": case.network, "batch": batch, "precision": precision, "errors": found}
+
+
+def _error(got: Tensor, exact: Tensor) -> float:
+    error, scale = (got.double() - exact).norm().item(), exact.norm().item()
+    return error / scale if scale > 0 else error
+
+
+def faults(found: dict[str, Any]) -> list[str]:
+    """One line for every strategy that failed or exceeds its limit in what `errors` gave."""
+    lines = []
+    for strategy, values in found["errors"].items():
+        limit = LIMITS[found["precision"]]
+        bad = [f"{label} {values[label]:.2g}" for label in LABELS if label in values and not values[label] <= limit]
+        if bad or "failed" in values:
+            lines.append(f"{found['case']} {found['precision']} {strategy}: {', '.join(bad) or values['failed']}")
+    return lines
+
+
+def checked(found: dict[str, Any]) -> bool:
+    """Whether a strategy was compared at all."""
+    return any("y" in values for values in found["errors"].values())
