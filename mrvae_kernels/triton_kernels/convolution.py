@@ -149,6 +149,7 @@ class Plan(NamedTuple):
     reach: int
     repeats: int
     flat: bool
+    access: int
     x_rows_inner: bool
     y_rows_inner: bool
     wide: bool
@@ -190,6 +191,7 @@ def plan(
     beyond = sum(step * (2 * pad + size * hop + 2 * leap) for step, pad, size, hop, leap in zip(
         map(max, x[1][2:], saved[2:]), padding, kernel, dilation, stride, strict=True
     ))
+    widths = min(y_unit, units["COLUMN_UNIT"]), most if flat else min(x_unit, units["CHANNEL_UNIT"])
     span = lines * across
     return Plan(
         (samples * span, span, *signed(divisor(span)), across, *signed(divisor(across)), in_height, in_width,
@@ -198,7 +200,7 @@ def plan(
          channels // units["CHANNEL_UNIT"], columns // units["COLUMN_UNIT"], x_c, x_w, saved_c, saved_w,
          column_step // units["WEIGHT_COLUMN_UNIT"], channel_step // units["WEIGHT_CHANNEL_UNIT"], y_c, y_w),
         units, samples * span, columns, channels, channels * math.prod(kernel), groups * math.prod(phases),
-        flat, innermost_width(x[1]), innermost_width(y[1]),
+        flat, min(widths) * itemsize, innermost_width(x[1]), innermost_width(y[1]),
         reaches_beyond((x, weight, y, (x[0], saved)), beyond),
     )
 
@@ -234,7 +236,8 @@ def product(
 
     def launch(tiles: Tiles) -> None:
         block_m, block_n, block_k = blocks(
-            tiles, known.rows, known.columns, known.channels, known.reach, known.x_rows_inner, prologue
+            tiles, known.rows, known.columns, known.channels, known.reach, known.x_rows_inner, prologue,
+            known.access, activation,
         )
         programs = known.repeats * -(-known.rows // block_m) * -(-known.columns // block_n)
         with on_device(x):

@@ -38,6 +38,7 @@ import triton.language as tl
 
 from .activations import (
     GELU,
+    NEEDS_ARGUMENT,
     NONE,
     SILU,
     activate,
@@ -295,21 +296,36 @@ def convolve(
 
 @functools.lru_cache(maxsize=4096)
 def blocks(
-    tiles: Tiles, rows: int, columns: int, channels: int, reach: int, rows_inner: bool, prologue: bool
+    tiles: Tiles, rows: int, columns: int, channels: int, reach: int, rows_inner: bool, prologue: bool, access: int,
+    activation: str,
 ) -> tuple[int, int, int]:
     """BLOCK_M, BLOCK_N, BLOCK_K of `convolve`: the tiles', less where the product is small or registers would spill.
 
     256 columns leave no registers for the epilogue, nor do 128 where each result is stored by itself. A prologue, and x
     with its rows innermost, pass through registers, so that a block of x takes half of k, and with 64 columns in
     float32 no more than 64 rows; FLAT holds an address and a mask for each of the block's elements.
+    access: bytes of the shortest accesses of x and y; where they are too short to bypass the registers, a thread takes
+    8 elements of x, or 16 with x's rows innermost. silu and gelu, whose argument is
+    kept, leave registers for 32 results a thread.
     """
-    flat = channels < FEW_CHANNELS
+    flat, narrow = channels < FEW_CHANNELS, access < SHORTEST_COPY
     most = 16 if flat else max(16, tiles.k // 2) if prologue or rows_inner else tiles.k
-    tall = 64 if prologue and most <= 16 and tiles.n <= 64 else tiles.m
+    tall, broad = tiles.m, 64 if rows_inner or narrow else 128
+    if prologue and most <= 16 and tiles.n <= 64:
+        tall = 64
+    if narrow:
+        tall, most = min(tall, 16 * tiles.warps), min(most, 32 if rows_inner and not prologue else 16)
+        broad = 64 if rows_inner else min(64, 8 * tiles.warps)
+    if activation in NEEDS_ARGUMENT and not prologue:
+        broad = min(broad, 8 * tiles.warps)
     return (
-        block(rows, 16, min(tiles.m, tall)), block(columns, 16, min(tiles.n, 64 if rows_inner else 128)),
+        block(rows, 16, min(tiles.m, tall)), block(columns, 16, min(tiles.n, broad)),
         block(reach if flat else channels, 16, min(tiles.k, most)),
     )
+
+
+SHORTEST_COPY = 4
+"""Bytes: shorter accesses cannot go from global to shared memory directly."""
 
 
 def channels_in_units(

@@ -32,6 +32,7 @@ from .configurations import Tiles, choose, precision_class
 from .device import float32_precision, on_device, processors
 from .implicit_gemm import (
     FEW_CHANNELS,
+    SHORTEST_COPY,
     channels_in_units,
     innermost_width,
     outer,
@@ -189,6 +190,7 @@ class Plan(NamedTuple):
     a_channels: int
     b_channels: int
     flat: bool
+    narrow: bool
     b_rows_inner: bool
     wide: bool
 
@@ -219,27 +221,31 @@ def plan(
         "A_CHANNEL_UNIT": math.gcd(a_channels, most), "B_CHANNEL_UNIT": 1 if flat else math.gcd(b_channels, most),
         "A_UNIT": a_unit, "B_UNIT": b_unit, "SAVED_UNIT": saved_unit,
     }
+    widths = (a_unit, units["A_CHANNEL_UNIT"]) if flat else (*units.values(),)[:4]
     return Plan(
         samples * span,
         (span, *signed(divisor(span)), across, *signed(divisor(across)), height, width, *weight[2:], *stride, *padding,
          *dilation),
         (a_n, a_h, b_n, b_h, saved_n, saved_h, a_channels // units["A_CHANNEL_UNIT"],
          b_channels // units["B_CHANNEL_UNIT"], a_c, a_w, b_c, b_w, saved_c, saved_w),
-        units, a_channels, b_channels, flat, innermost_width(b[1]),
+        units, a_channels, b_channels, flat, min(widths) * itemsize < SHORTEST_COPY, innermost_width(b[1]),
         reaches_beyond((a, b, (a[0], saved), (b[0], saved)), reach),
     )
 
 
 @functools.lru_cache(maxsize=4096)
 def blocks(
-    tiles: Tiles, a_channels: int, b_columns: int, flat: bool, b_rows_inner: bool, activation: str
+    tiles: Tiles, a_channels: int, b_columns: int, flat: bool, b_rows_inner: bool, activation: str, narrow: bool
 ) -> tuple[int, int, int]:
     """BLOCK_M, BLOCK_N, BLOCK_K of `convolve_weight`: the tiles', less where registers would spill.
 
     b_columns: the channels of b's group, FLAT times the taps. Where b passes through registers, or a slope is taken
-    from its argument, a step takes fewer positions.
+    from its argument, a step takes fewer positions, and fewer still with a slope of what is read in accesses too short
+    to bypass the registers (`narrow`).
     """
-    most = 32 if flat or b_rows_inner or activation in NEEDS_ARGUMENT else tiles.k
+    most = 32 if flat or b_rows_inner or narrow or activation in NEEDS_ARGUMENT else tiles.k
+    if narrow and activation != "none":
+        most = 16
     return block(a_channels, 16, min(tiles.m, 64)), block(b_columns, 16, tiles.n), min(tiles.k, most)
 
 
@@ -258,8 +264,8 @@ def partial_weight_gradient(
 ) -> tuple[Tensor, Tensor | None]:
     """The sums dW' in parts, float32: (splits, *weight), or (splits, w[0], w[2], w[3], w[1]) unless taps_inner.
 
-    With it, where want_sums, the sum of act'(.) a over all but its channels, (w[0],), float32, for slope_of_a or without
-    an activation; None where not wanted, or where a or b is empty.
+    With it, where want_sums, the sum of act'(.) a over all but its channels, (w[0],), float32, for slope_of_a or
+    without an activation; None where not wanted, or where a or b is empty.
 
     a (N, weight[0], P, Q), b (N, weight[1] * groups, H, W), of one dtype and any strides. saved: the activation's
     result or argument, of the shape of a (slope_of_a) or b, or None without an activation.
@@ -279,7 +285,9 @@ def partial_weight_gradient(
     code, dot = activation_code(activation), dot_dtype(a.dtype)
 
     def launch(tiles: Tiles) -> tuple[Tensor, Tensor | None]:
-        block_m, block_n, block_k = blocks(tiles, a_channels, b_columns, known.flat, known.b_rows_inner, activation)
+        block_m, block_n, block_k = blocks(
+            tiles, a_channels, b_columns, known.flat, known.b_rows_inner, activation, known.narrow
+        )
         columns = (1 if known.flat else taps) * -(-b_columns // block_n)
         programs = groups * columns * -(-a_channels // block_m)
         chunk, splits = parts(known.before_chunk, programs, elements, block_k, a.device)
@@ -290,8 +298,8 @@ def partial_weight_gradient(
                 a, b, saved, partial, sums, known.before_chunk, chunk, *known.after_chunk, splits, elements,
                 *known.after_splits, **known.units,
                 ACTIVATION=code, SLOPE_OF_A=slope_of_a, FLAT=known.flat,
-                B_ROWS_INNER=known.b_rows_inner, TAPS_INNER=taps_inner, WIDE=known.wide, PRECISION=precision, DOT=dot, BLOCK_M=block_m,
-                BLOCK_N=block_n, BLOCK_K=block_k, num_warps=tiles.warps, num_stages=tiles.stages,
+                B_ROWS_INNER=known.b_rows_inner, TAPS_INNER=taps_inner, WIDE=known.wide, PRECISION=precision, DOT=dot,
+                BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=tiles.warps, num_stages=tiles.stages,
             )
         return partial, sums
 

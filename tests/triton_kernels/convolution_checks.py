@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import functools
 import importlib
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from kernel_checks import DEVICE, assert_close, poisoned
+from kernel_checks import DEVICE, PACKAGE, assert_close, poisoned
 from torch import Tensor
 
 from mrvae_kernels import reference
@@ -138,3 +141,138 @@ def wide_offsets(kernels: ModuleType, transposed: bool, monkeypatch: pytest.Monk
             module.plan.cache_clear()
         for a, b in zip((narrow[0], *narrow[2]), (far[0], *far[2]), strict=True):
             assert torch.equal(a, b)
+
+
+class Recorder:
+    """Takes the place of a kernel, and notes what it is launched with: by name, with the number of programs."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel, self.launches = kernel, list[dict[str, Any]]()
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
+        def launch(*arguments: Any, **options: Any) -> Any:
+            self.launches.append({**dict(zip(self.kernel.arg_names, arguments, strict=False)), **options, "grid": grid})
+            return self.kernel[grid](*arguments, **options)
+
+        return launch
+
+
+def recorded(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> tuple[Recorder, Recorder]:
+    """Of convolve and convolve_weight."""
+    found = []
+    for name, kernel in (("convolution", "convolve"), ("weight_gradient", "convolve_weight")):
+        module = importlib.import_module(f"{kernels.__package__}.{name}")
+        recorder = Recorder(getattr(module, kernel))
+        monkeypatch.setattr(module, kernel, recorder)
+        found.append(recorder)
+    return found[0], found[1]
+
+
+def half_precision_products(kernels: ModuleType, transposed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Halves are never multiplied as TF32, which AMD's compiler refuses but for one architecture."""
+    launches = [recorder.launches for recorder in recorded(kernels, monkeypatch)]
+    for dtype in (torch.bfloat16, torch.float16):
+        Case(transposed, samples=1, c_in=1, c_out=1, image=2, kernel=1, dtype=dtype).run(kernels)
+    assert [launch["PRECISION"] for launch in launches[0]] == ["ieee"] * 4
+    assert [launch["PRECISION"] for launch in launches[1]] == ["ieee"] * 2
+
+
+def channels_last(*shape: int) -> Tensor:
+    tensor = torch.randn(shape, generator=torch.Generator().manual_seed(4)).to(DEVICE, torch.bfloat16)
+    return tensor.to(memory_format=torch.channels_last)
+
+
+def wide_accesses(kernels: ModuleType, transposed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The units of channels_last tensors are what their channels allow, and the strides are in them."""
+    forward, weight_gradient = recorded(kernels, monkeypatch)
+    for c_in, c_out, unit_in, unit_out in ((36, 24, 4, 8), (17, 18, 1, 2), (40, 20, 8, 4)):
+        forward.launches.clear()
+        weight_gradient.launches.clear()
+        weight = channels_last(*((c_in, c_out) if transposed else (c_out, c_in)), 1, 2)
+        agree(
+            kernels, transposed, samples=2, c_in=c_in, c_out=c_out, image=(2, 3), weight=weight, grad=channels_last,
+            kernel=(1, 2), dtype=torch.bfloat16, channels_last=True, activation="relu",
+        )
+        (result, gradient), (product,) = forward.launches, weight_gradient.launches
+        assert (result["X_UNIT"], result["CHANNEL_UNIT"]) == (unit_in, unit_in)
+        assert (result["Y_UNIT"], result["COLUMN_UNIT"]) == (unit_out, unit_out)
+        assert gradient["X_UNIT"] == gradient["SAVED_UNIT"] == gradient["CHANNEL_UNIT"] == unit_out
+        weight_units = [
+            launch[name] for launch in (result, gradient) for name in ("WEIGHT_CHANNEL_UNIT", "WEIGHT_COLUMN_UNIT")
+        ]
+        unit = unit_out if transposed else unit_in
+        assert weight_units == ([unit, 1, 1, unit] if transposed else [1, unit, unit, 1])
+        a, b = (unit_in, unit_out) if transposed else (unit_out, unit_in)
+        assert (product["A_UNIT"], product["A_CHANNEL_UNIT"]) == (a, a)
+        assert (product["B_UNIT"], product["B_CHANNEL_UNIT"], product["SAVED_UNIT"]) == (b, b, unit_out)
+        assert result["x_n"] * unit_in == 6 * c_in and result["x_c"] == 1
+        assert result["channel_units"] * unit_in == c_in and result["column_units"] * unit_out == c_out
+
+
+def scattered_accesses(kernels: ModuleType) -> None:
+    """Tiles are smaller where each element is an access of its own."""
+    gemm, gradient, tables = (
+        importlib.import_module(f"{kernels.__package__}.{name}")
+        for name in ("implicit_gemm", "weight_gradient", "configurations")
+    )
+    tiles = tables.Tiles(128, 128, 64, 8, 4)
+    shape = (10**5, 10**3, 10**3, 10**4)
+    assert gemm.blocks(tiles, *shape, False, False, 16, "relu") == (128, 128, 64)
+    assert gemm.blocks(tiles, *shape, False, False, 16, "silu") == (128, 64, 64)
+    assert gemm.blocks(tiles, *shape, False, False, 2, "relu") == (128, 64, 16)
+    assert gemm.blocks(tables.Tiles(128, 64, 64, 4, 4), *shape, False, True, 2, "relu") == (64, 32, 16)
+    assert gemm.blocks(tables.Tiles(128, 64, 64, 4, 4), *shape, True, False, 2, "relu") == (64, 64, 32)
+    tiles = tables.Tiles(64, 64, 64, 4, 4)
+    assert gradient.blocks(tiles, 10**3, 10**3, False, False, "relu", False) == (64, 64, 64)
+    assert gradient.blocks(tiles, 10**3, 10**3, False, False, "none", True) == (64, 64, 32)
+    assert gradient.blocks(tiles, 10**3, 10**3, False, False, "relu", True) == (64, 64, 16)
+
+
+def many_positions(kernels: ModuleType, transposed: bool) -> None:
+    """What programs count up to beyond the last position stays within 32 bits."""
+    gradient, common = (
+        importlib.import_module(f"{kernels.__package__}.{name}") for name in ("weight_gradient", "convolution")
+    )
+    limit = 2**31 - 1
+    most = limit - common.BEYOND_POSITIONS
+    for positions in (most, most - 12345):
+        for tiles in (1, 3, 100):
+            chunk, splits = gradient.parts(positions, tiles, 1, 64, torch.device(DEVICE))
+            assert splits * chunk <= limit
+    layer = common.geometry((1, 1), (0, 0), (1, 1), transposed, (0, 0), 1)
+    weight = torch.empty(1, 1, 1, 1, device=DEVICE)
+    for samples, refused in ((limit // 4 - 2**12, True), (limit // 4 - 2**15, False)):
+        x = torch.empty(1, 1, 1, 1, device=DEVICE).expand(samples, 1, 1, 1)
+        assert (common.refusal(x, weight, layer) is not None) == refused
+
+
+ALIGNMENT = """
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.compiler import make_backend
+from triton.runtime import jit
+
+from mrvae_kernels.triton_kernels import implicit_gemm, weight_gradient
+
+backend, tensor = make_backend(GPUTarget("cuda", 90, 32)), torch.empty(8)
+for kernel in (implicit_gemm.convolve, weight_gradient.convolve_weight):
+    bind = jit.create_function_from_signature(kernel.signature, kernel.params, backend)
+    values = {parameter.name: 32 for parameter in kernel.params}
+    pointers = {"x", "saved", "weight", "bias", "gate", "shift", "y", "kept", "a", "b", "partial", "partial_sums"}
+    values |= {name: tensor for name in pointers & set(values)}
+    numbers = [parameter.name for parameter in kernel.params if not parameter.is_constexpr]
+    for name in numbers:
+        changed = {**values, name: tensor[1:] if name in pointers else 33}
+        if bind(**changed)[1] != bind(**values)[1]:
+            print(name, end=" ")
+"""
+
+
+def specialised_on_alignment() -> set[str]:
+    """Arguments of the kernels whose being a multiple of 16 makes machine code of its own."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", ALIGNMENT], capture_output=True, text=True, check=True, timeout=100,
+        cwd=PACKAGE.parents[1], env=environment,
+    )
+    return set(done.stdout.split())

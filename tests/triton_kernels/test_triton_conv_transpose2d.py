@@ -8,7 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from convolution_checks import Case, agree, exact_float32, wide_offsets
+from convolution_checks import (
+    Case,
+    agree,
+    exact_float32,
+    half_precision_products,
+    many_positions,
+    wide_accesses,
+    wide_offsets,
+)
 from kernel_checks import DEVICE, Mutant, choices, layouts, must_fail, requires_triton
 
 pytestmark = requires_triton
@@ -105,6 +113,18 @@ def test_no_samples(per_sample: bool) -> None:
 
 def test_wide_offsets(monkeypatch: pytest.MonkeyPatch) -> None:
     wide_offsets(kernels, True, monkeypatch)
+
+
+def test_half_precision_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    half_precision_products(kernels, True, monkeypatch)
+
+
+def test_wide_accesses(monkeypatch: pytest.MonkeyPatch) -> None:
+    wide_accesses(kernels, True, monkeypatch)
+
+
+def test_many_positions() -> None:
+    many_positions(kernels, True)
 
 
 def test_large_products_copy_the_weight_to_channels_last(monkeypatch: pytest.MonkeyPatch) -> None:
