@@ -83,7 +83,11 @@ def source(variant: Variant) -> ASTSource:
         wrong = set(names) ^ {*variant.types, *variant.constants} or {*variant.types} & {*variant.constants}
         raise ValueError(f"{variant.label}: arguments that the kernel or the variant lacks: {', '.join(sorted(wrong))}")
     signature = {name: variant.types.get(name, "constexpr") for name in names}
-    aligned = [i for i, name in enumerate(names) if signature[name].startswith("*") or name in variant.divisible]
+    anywhere = {parameter.name for parameter in variant.kernel.params if parameter.do_not_specialize_on_alignment}
+    aligned = [
+        i for i, name in enumerate(names)
+        if (signature[name].startswith("*") and name not in anywhere) or name in variant.divisible
+    ]
     return ASTSource(variant.kernel, signature, variant.constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
 
 

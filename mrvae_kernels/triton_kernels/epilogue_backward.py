@@ -9,7 +9,7 @@ Memory: as in epilogue.py. s is had from z, from u and the parameters, or, for s
 Grid: with one gate for all, a program for each tile of channels and each part of the positions; it adds up in
 registers and writes its part's sums, which a second small launch adds in order (left out where there is one part). With
 one gate a sample, a program for each tile of samples and channels runs over their positions, and only db needs the
-second launch.
+second launch; where these are too few programs, each runs over a part of the positions (SPLIT), and all sums need it.
 
 Bytes: reads u and dy and writes du, each once, and only where they are needed.
 """
@@ -135,20 +135,22 @@ def backward_shared(
 
 
 @triton.jit(
-    do_not_specialize=["channel_units", "samples", "sample_units"], do_not_specialize_on_alignment=[*STRIDES, *PARAMETERS]
+    do_not_specialize=["channel_units", "samples", "sample_units", "steps"],
+    do_not_specialize_on_alignment=[*STRIDES, *PARAMETERS]
 )
 def backward_by_sample(
     grad, values, bias, gate, shift, grad_u, grad_bias, grad_gate, grad_shift, partial,
     v_sample, v_channel, v_position, r_sample, r_channel, r_position, d_sample, d_channel, d_position,
-    channel_units, samples, sample_units,
+    channel_units, samples, sample_units, steps,
     CHANNEL_UNIT: tl.constexpr, LANES: tl.constexpr, V_UNIT: tl.constexpr, R_UNIT: tl.constexpr, D_UNIT: tl.constexpr,
     CHANNELS_FASTEST: tl.constexpr, ACTIVATION: tl.constexpr, READ_VALUES: tl.constexpr, SUM: tl.constexpr,
-    DOT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, REAL: tl.constexpr,
-    WIDE: tl.constexpr,
+    DOT: tl.constexpr, SPLIT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+    REAL: tl.constexpr, WIDE: tl.constexpr,
 ):
     """A program sums BLOCK_N samples of BLOCK_C channels; axis 1 of a tile is samples x units of positions.
 
-    partial: (tiles of samples, 2, C), the sums of g s over the tile's samples in [:, 0].
+    partial: (tiles of samples, 2, C), the sums of g s over the tile's samples in [:, 0]; with SPLIT (parts of the
+    positions, 2, N, C), the sums of s and of s (u + b).
     """
     program = tl.program_id(0)
     if WIDE:
@@ -157,6 +159,12 @@ def backward_by_sample(
     tiles = tl.cdiv(channels, BLOCK_C)
     c = program % tiles * BLOCK_C + tl.arange(0, BLOCK_C)
     part = program // tiles
+    first = 0
+    if SPLIT:
+        sample_tiles = tl.cdiv(samples, BLOCK_N)
+        slab = part // sample_tiles
+        part = part % sample_tiles
+        first = slab * steps
     in_c = c < channels
     lane = tl.arange(0, BLOCK_N * BLOCK_M)
     n = part * BLOCK_N + lane // BLOCK_M
@@ -164,8 +172,8 @@ def backward_by_sample(
     b, g, t = parameters(bias, gate, shift, c, n, channels, in_c, in_n, True, REAL)
     total = tl.zeros((BLOCK_C, BLOCK_N * BLOCK_M, LANES), REAL)
     dot = tl.zeros((BLOCK_C, BLOCK_N * BLOCK_M, LANES), REAL)
-    for start in range(0, sample_units, BLOCK_M):
-        m = start + lane % BLOCK_M
+    for step in range(steps):
+        m = (first + step) * BLOCK_M + lane % BLOCK_M
         if WIDE:
             m = m.to(tl.int64)
         in_tile = in_n & (m < sample_units)[None, :, None]
@@ -188,15 +196,21 @@ def backward_by_sample(
     in_own = in_c[:, None] & (own_n < samples)[None, :]
     if SUM:
         sums = tl.sum(tl.reshape(tl.sum(total, 2), (BLOCK_C, BLOCK_N, BLOCK_M)), 2)
-        store_if_wanted(grad_shift, places, sums, in_own)
-        if grad_bias is not None or partial is not None:
+        if SPLIT:
+            tl.store(partial + slab * 2 * samples * channels + places, sums, mask=in_own)
+        else:
+            store_if_wanted(grad_shift, places, sums, in_own)
+        if not SPLIT and (grad_bias is not None or partial is not None):
             own_gate = tl.load(gate + places, mask=in_own, other=0.0).to(REAL)
             scaled = tl.sum(own_gate * sums, 1)
             store_if_wanted(grad_bias, c, scaled, in_c)
             store_if_wanted(partial, part * 2 * channels + c, scaled, in_c)
     if DOT:
         dots = tl.sum(tl.reshape(tl.sum(dot, 2), (BLOCK_C, BLOCK_N, BLOCK_M)), 2)
-        store_if_wanted(grad_gate, places, dots, in_own)
+        if SPLIT:
+            tl.store(partial + (slab * 2 + 1) * samples * channels + places, dots, mask=in_own)
+        else:
+            store_if_wanted(grad_gate, places, dots, in_own)
 
 
 @triton.jit(do_not_specialize=["parts", "channels"], do_not_specialize_on_alignment=["gate"])
@@ -228,6 +242,41 @@ def finish(
         store_if_wanted(grad_gate, c, tl.sum(dot, 0), in_c)
 
 
+@triton.jit(do_not_specialize=["parts", "samples", "channels"], do_not_specialize_on_alignment=["gate"])
+def finish_by_sample(
+    partial, gate, grad_bias, grad_gate, grad_shift, parts, samples, channels,
+    SUM: tl.constexpr, DOT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
+    REAL: tl.constexpr,
+):
+    """Adds up partial (parts, 2, N, C), the sums of s and of s (u + b); db is the sum of g s over the samples."""
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    in_c = c < channels
+    scaled = tl.zeros((BLOCK_N, BLOCK_C), REAL)
+    for first in range(0, samples, BLOCK_N):
+        n = first + tl.arange(0, BLOCK_N)
+        in_own = (n < samples)[:, None] & in_c[None, :]
+        places = (n * channels)[:, None] + c[None, :]
+        total = tl.zeros((BLOCK_P, BLOCK_N, BLOCK_C), REAL)
+        dot = tl.zeros((BLOCK_P, BLOCK_N, BLOCK_C), REAL)
+        for start in range(0, parts, BLOCK_P):
+            part = start + tl.arange(0, BLOCK_P)
+            in_tile = (part < parts)[:, None, None] & in_own[None, :, :]
+            own = partial + (part * 2 * samples * channels)[:, None, None] + places[None, :, :]
+            if SUM:
+                total += tl.load(own, mask=in_tile, other=0.0)
+            if DOT:
+                dot += tl.load(own + samples * channels, mask=in_tile, other=0.0)
+        if SUM:
+            sums = tl.sum(total, 0)
+            store_if_wanted(grad_shift, places, sums, in_own)
+            if grad_bias is not None:
+                scaled += tl.load(gate + places, mask=in_own, other=0.0).to(REAL) * sums
+        if DOT:
+            store_if_wanted(grad_gate, places, tl.sum(dot, 0), in_own)
+    if SUM:
+        store_if_wanted(grad_bias, c, tl.sum(scaled, 0), in_c)
+
+
 def tile_elements(dtype: torch.dtype) -> int:
     return TILE // 4 if dtype == torch.float64 else TILE
 
@@ -237,19 +286,30 @@ def variants(architecture: str = "sm_90") -> list[Variant]:
     found: list[Variant] = []
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         for channels_fastest in (False, True):
-            for kernel, by_row in ((backward_shared, False), (backward_shared, True), (backward_by_sample, False)):
+            for kernel, by_row, split in (
+                (backward_shared, False, False), (backward_shared, True, False), (backward_by_sample, False, False),
+                (backward_by_sample, False, True),
+            ):
                 if not by_row or channels_fastest:
-                    found.append(_variant(kernel, dtype, channels_fastest, by_row, len(found) % len(ACTIVATIONS)))
+                    code = len(found) % len(ACTIVATIONS)
+                    found.append(_variant(kernel, dtype, channels_fastest, by_row, split, code))
     for real, number in (("fp32", tl.float32), ("fp64", tl.float64)):
         types = {name: f"*{real}" for name in ("partial", "gate", "grad_bias", "grad_gate", "grad_shift")}
         found.append(Variant(
             f"epilogue_backward.finish {real}", finish, {**types, "parts": "i32", "channels": "i32"},
             {"SUM": True, "DOT": True, "BLOCK_C": 16, "BLOCK_P": 128, "REAL": number},
         ))
+        found.append(Variant(
+            f"epilogue_backward.finish_by_sample {real}", finish_by_sample,
+            {**types, "parts": "i32", "samples": "i32", "channels": "i32"},
+            {"SUM": True, "DOT": True, "BLOCK_C": 8, "BLOCK_N": 32, "BLOCK_P": 8, "REAL": number},
+        ))
     return found
 
 
-def _variant(kernel: Any, dtype: torch.dtype, channels_fastest: bool, by_row: bool, code: int) -> Variant:
+def _variant(
+    kernel: Any, dtype: torch.dtype, channels_fastest: bool, by_row: bool, split: bool, code: int
+) -> Variant:
     name, real = TRITON_NAMES[dtype], accumulation_dtype(dtype)
     unit, shared = 16 // dtype.itemsize, kernel is backward_shared
     lanes = 1 if channels_fastest else unit
@@ -257,8 +317,8 @@ def _variant(kernel: Any, dtype: torch.dtype, channels_fastest: bool, by_row: bo
     parameters = ("gate", "shift", "grad_gate", "grad_shift", "partial")
     types.update({tensor: f"*{TRITON_NAMES[real]}" for tensor in parameters})
     constants: dict[str, Any] = {f"{t}_{'channel' if channels_fastest else 'position'}": 1 for t in "vrd"}
-    numbers = [*STRIDES, "channel_units", "sample_units"]
-    numbers += ["position_units", "magic", "magic_shift", "steps"] if shared else ["samples"]
+    numbers = [*STRIDES, "channel_units", "sample_units", "steps"]
+    numbers += ["position_units", "magic", "magic_shift"] if shared else ["samples"]
     types.update({number: "i32" for number in numbers if number not in constants})
     constants.update(
         CHANNEL_UNIT=unit if channels_fastest else 1, LANES=lanes, V_UNIT=unit, R_UNIT=unit, D_UNIT=unit,
@@ -268,7 +328,10 @@ def _variant(kernel: Any, dtype: torch.dtype, channels_fastest: bool, by_row: bo
     rows = tile_elements(dtype) // (constants["BLOCK_C"] * lanes)
     constants.update(
         {"BLOCK_J": rows, "GATE_BY_SAMPLE": by_row, "ONE_SAMPLE": channels_fastest, "VALUES": 0} if shared
-        else {"BLOCK_N": 2, "BLOCK_M": rows // 2}
+        else {"BLOCK_N": 1 if split else 2, "BLOCK_M": rows // (1 if split else 2), "SPLIT": split}
     )
-    label = f"epilogue_backward.{kernel.__name__} {name} channels_fastest={channels_fastest} {ACTIVATIONS[code]}"
+    label = (
+        f"epilogue_backward.{kernel.__name__} {name} channels_fastest={channels_fastest} split={split} "
+        f"{ACTIVATIONS[code]}"
+    )
     return Variant(label, kernel, types, constants)

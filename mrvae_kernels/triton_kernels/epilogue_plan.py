@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 
 from .device import on_device, processors
-from .epilogue_backward import REAL, TILE, backward_by_sample, backward_shared, finish, tile_elements
+from .epilogue_backward import REAL, TILE, backward_by_sample, backward_shared, finish, finish_by_sample, tile_elements
 from .launch import INT32_LIMIT, accumulation_dtype, block, wide
 from .views import Layout, laid_out, layout, remembered, restored, result_of, tile_of
 
@@ -32,9 +32,10 @@ class Plan(NamedTuple):
     layout: Layout
     kernel: Any
     grid: tuple[int]
-    parts: int  # 0 where no second launch is needed
+    partial: tuple[int, ...]  # shape of the sums for a second launch, (parts, 2, ...); () where none is needed
     numbers: tuple[int, ...]
     constants: dict[str, Any]
+    finish_by_sample: bool
     finish_grid: tuple[int]
     finish_constants: dict[str, Any]
 
@@ -58,12 +59,18 @@ def make_plan(
     target = PROGRAMS_A_PROCESSOR * processors(values.device)
     channel_units = view.channels // found.channel_unit
     numbers: tuple[int, ...]
+    slabs = 1
     if per_sample and not by_row:
         kernel, block_c, block_n, block_m = backward_by_sample, *blocks_by_sample(found, tile, target)
         parts = triton.cdiv(view.samples, block_n)
-        numbers = (channel_units, view.samples, found.division()[0])
-        constants.update(BLOCK_C=block_c, BLOCK_N=block_n, BLOCK_M=block_m)
-        second = wanted.bias and parts > 1
+        steps = triton.cdiv(found.division()[0], block_m)
+        most = target // (triton.cdiv(view.channels, block_c) * parts)
+        slabs = max(1, min(triton.cdiv(steps, STEPS_A_PART) if total or dot else steps, most))
+        steps = triton.cdiv(steps, slabs)
+        slabs = triton.cdiv(found.division()[0], block_m * steps)
+        numbers = (channel_units, view.samples, found.division()[0], steps)
+        constants.update(BLOCK_C=block_c, BLOCK_N=block_n, BLOCK_M=block_m, SPLIT=slabs > 1)
+        second = (total or dot) if slabs > 1 else wanted.bias and parts > 1
     else:
         kernel, (block_c, block_j) = backward_shared, tile_of(found, tile, lanes)
         steps = triton.cdiv(found.position_units, block_j)
@@ -76,14 +83,18 @@ def make_plan(
             BLOCK_C=block_c, BLOCK_J=block_j, GATE_BY_SAMPLE=by_row, ONE_SAMPLE=view.samples == 1, VALUES=kind
         )
         second = (total or dot) and parts > 1
-    finish_c = block(view.channels, 1, 16)
+    partial = (slabs, 2, view.samples, view.channels) if slabs > 1 else (parts, 2, view.channels)
+    finish_constants = {"SUM": total, "DOT": dot and (slabs > 1 or not per_sample), "REAL": real}
+    if slabs > 1:
+        finish_c = block(view.channels, 1, 8)
+        finish_constants.update(BLOCK_N=block(view.samples, 1, 32), BLOCK_P=block(slabs, 1, 8))
+    else:
+        finish_c = block(view.channels, 1, 16)
+        finish_constants.update(BLOCK_P=block(parts, 1, 128))
     return Plan(
-        found, kernel, (triton.cdiv(view.channels, block_c) * parts,), parts if second else 0,
-        (*found.stride_arguments, *numbers), constants, (triton.cdiv(view.channels, finish_c),),
-        {
-            "SUM": total, "DOT": dot and not per_sample, "BLOCK_C": finish_c, "BLOCK_P": block(parts, 1, 128),
-            "REAL": real,
-        },
+        found, kernel, (triton.cdiv(view.channels, block_c) * parts * slabs,), partial if second else (),
+        (*found.stride_arguments, *numbers), constants, slabs > 1, (triton.cdiv(view.channels, finish_c),),
+        {**finish_constants, "BLOCK_C": finish_c},
     )
 
 
@@ -123,19 +134,22 @@ def backward(
     grad_u = result_of(values, plan.layout) if wanted.u else None
     db, dg, dt = results
     partial = None
-    if plan.parts:
-        shape = (plan.parts, 2, plan.layout.view.channels)
-        partial = torch.empty(shape, dtype=accumulation_dtype(values.dtype), device=values.device)
-    first_db = None if plan.parts else db
+    if plan.partial:
+        partial = torch.empty(plan.partial, dtype=accumulation_dtype(values.dtype), device=values.device)
+    first_db = None if plan.partial else db
     with on_device(values):
         plan.kernel[plan.grid](
             laid_out(grad, plan.layout), laid_out(values, plan.layout), bias, gate, shift, grad_u, first_db, dg, dt,
             partial, *plan.numbers, **plan.constants,
         )
-        if partial is not None:
+        if partial is not None and plan.finish_by_sample:
+            finish_by_sample[plan.finish_grid](
+                partial, gate, db, dg, dt, plan.partial[0], *plan.partial[2:], **plan.finish_constants
+            )
+        elif partial is not None:
             summed = (None, None) if per_sample else (dg, dt)
             finish[plan.finish_grid](
-                partial, None if per_sample else gate, db, *summed, plan.parts, plan.layout.view.channels,
+                partial, None if per_sample else gate, db, *summed, plan.partial[0], plan.partial[2],
                 **plan.finish_constants,
             )
     return None if grad_u is None else restored(grad_u, values, plan.layout)

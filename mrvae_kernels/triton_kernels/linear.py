@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .activations import ACTIVATIONS, NEEDS_ARGUMENT, activate, activation_code
+from .activations import ACTIVATIONS, GELU, NEEDS_ARGUMENT, activate, activation_code
 from .configurations import Tiles, choose, every, precision_class
 from .device import float32_precision, on_device
 from .launch import TRITON_NAMES, Variant, dot_dtype, wide
@@ -31,6 +31,7 @@ from .matrices import (
     blocks,
     check_linear,
     linear_refusal,
+    narrowed,
     places,
     strides_of,
     tile_of_program,
@@ -122,7 +123,7 @@ def linear(
     rows_per_sample = rows // gate.shape[0] if by_sample else 1
     key = ("linear", matrix.shape, matrix.stride(), weight.shape, weight.stride(), x.dtype, by_sample, rows_per_sample)
 
-    def make() -> tuple[tuple[int, ...], dict[str, Any]]:
+    def make() -> tuple[tuple[int, ...], dict[str, Any], bool]:
         left, right = strides_of(matrix), strides_of(weight)
         units = unit_of(channels, x.dtype), unit_of(inner, x.dtype)
         numbers = (
@@ -131,9 +132,9 @@ def linear(
         names = ("CHANNEL_UNIT", "INNER_UNIT", "X_ROW", "X_INNER", "W_CHANNEL", "W_INNER")
         constants: dict[str, Any] = dict(zip(names, (*units, *left.units, *right.units), strict=True))
         constants.update(GATE_BY_SAMPLE=by_sample, WIDE=wide(matrix, weight, y, slack=2**16), DOT=dot_dtype(x.dtype))
-        return numbers, constants
+        return numbers, constants, left.units[0] == right.units[0] == units[1] == 16 // x.element_size()
 
-    numbers, constants = remembered(key, make)
+    numbers, constants, whole = remembered(key, make)
     precision = float32_precision(x.device, convolution=False) if x.dtype == torch.float32 else "ieee"
     tensors = (
         matrix, weight, None if bias is None else bias.contiguous(), gate.contiguous(),
@@ -141,6 +142,7 @@ def linear(
     )
 
     def launch(tiles: Tiles) -> None:
+        tiles = narrowed(tiles, whole)
         grid = (blocks(rows, tiles.m) * blocks(channels, tiles.n),)
         forward[grid](
             *tensors, *numbers, **constants, ACTIVATION=code, EVEN_INNER=inner % tiles.k == 0, PRECISION=precision,
@@ -153,22 +155,26 @@ def linear(
 
 
 def variants(architecture: str = "sm_90") -> list[Variant]:
-    """Every tile of the table, then each activation and the other options once."""
+    """Every tile of the table, GELU on each, then each activation and the other options once."""
     found: list[Variant] = []
     for operation, precision, tiles in every(architecture):
         if operation == "linear":
             for dtype in (torch.bfloat16, torch.float16) if precision == "half" else (torch.float32,):
                 found.append(_variant(dtype, precision, tiles, len(found) % len(ACTIVATIONS), False, True))
+            if precision == "half":
+                for even, whole in ((True, True), (False, True), (False, False)):
+                    found.append(_variant(torch.bfloat16, precision, tiles, GELU.value, False, even, whole))
     tiles = next(tiles for operation, _, tiles in every(architecture) if operation == "linear")
     for code in range(len(ACTIVATIONS)):
         found.append(_variant(torch.float32, "ieee", tiles, code, code % 2 == 0, False))
-    return found
+    return list({variant.label: variant for variant in found}.values())
 
 
 def _variant(
-    dtype: torch.dtype, precision: str, tiles: Tiles, code: int, by_sample: bool, even: bool
+    dtype: torch.dtype, precision: str, tiles: Tiles, code: int, by_sample: bool, even: bool, whole: bool = True
 ) -> Variant:
-    name, unit = TRITON_NAMES[dtype], 16 // dtype.itemsize
+    name, unit = TRITON_NAMES[dtype], 16 // dtype.itemsize if whole else 1
+    tiles = narrowed(tiles, whole)
     types = {tensor: f"*{name}" for tensor in ("x", "weight", "bias", "y", "kept")}
     types.update({tensor: "*fp32" for tensor in ("gate", "shift")})
     types.update({number: "i32" for number in ("rows", "channel_units", "inner_units", "x_row", "w_channel")})
@@ -182,5 +188,6 @@ def _variant(
         types["rows_per_sample"] = "i32"
     else:
         constants["rows_per_sample"] = 1
-    label = f"linear.forward {name} {precision} {tuple(tiles)} {ACTIVATIONS[code]} by_sample={by_sample} even={even}"
+    label = f"linear.forward {name} {precision} {tuple(tiles)} {ACTIVATIONS[code]} by_sample={by_sample}"
+    label += f" even={even} unit={unit}"
     return Variant(label, forward, types, constants, warps=tiles.warps, stages=tiles.stages)

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .activations import ACTIVATIONS, NEEDS_ARGUMENT, activation_code
+from .activations import ACTIVATIONS, GELU, NEEDS_ARGUMENT, RELU, activation_code
 from .configurations import Tiles, choose, every, precision_class
 from .device import float32_precision, on_device, processors
 from .epilogue import channel_sums, epilogue_backward
@@ -34,6 +34,7 @@ from .matrices import (
     as_matrix,
     blocks,
     check_linear,
+    narrowed,
     places,
     strides_of,
     through_activation,
@@ -46,6 +47,7 @@ MOST_PARTS = 16
 STEPS_A_PART = 4
 BEYOND = 2**16
 """Elements that the last tile's offsets may pass a tensor's end by."""
+OF_INPUT = "linear_input_gradient"
 STRIDES = ["d_row", "s_row", "w_channel", "x_row"]
 
 
@@ -154,21 +156,19 @@ def weight_gradient(
 
 def matrix_constants(
     channels: int, inner: int, dtype: torch.dtype, **matrices: Tensor
-) -> tuple[list[int], dict[str, Any]]:
-    """Strides as kernels take them, and the compile-time constants that go with them."""
+) -> tuple[list[int], dict[str, Any], bool]:
+    """Strides as kernels take them, their compile-time constants, and whether all accesses are 16 bytes wide."""
     strides: list[int] = []
+    unit = 16 // dtype.itemsize
     constants: dict[str, Any] = {"CHANNEL_UNIT": unit_of(channels, dtype), "INNER_UNIT": unit_of(inner, dtype)}
     for names, matrix in matrices.items():
         found = strides_of(matrix)
         strides += found.strides
+        unit = min(unit, found.units[0])  # 1 where columns are not neighbours in memory
         constants.update(zip(names.split("__"), found.units, strict=True))
     constants.update(DOT=dot_dtype(dtype), WIDE=wide(*matrices.values(), slack=BEYOND))
-    return strides, constants
-
-
-def narrowed(tiles: Tiles, code: int) -> Tiles:
-    """A slope taken from the activation's argument needs registers: then a step takes no more than 32 of the sum."""
-    return tiles._replace(k=min(tiles.k, 32)) if ACTIVATIONS[code] in NEEDS_ARGUMENT else tiles
+    whole = unit == 16 // dtype.itemsize == constants["CHANNEL_UNIT"] == constants["INNER_UNIT"]
+    return strides, constants, whole and not constants["WIDE"]
 
 
 def run_input_gradient(
@@ -181,13 +181,13 @@ def run_input_gradient(
         return result.zero_()
     saved = grad if saved is None else saved
     key = ("dx", grad.shape, grad.stride(), saved.stride(), weight.shape, weight.stride(), weight.dtype, grad.dtype)
-    strides, constants = remembered(key, lambda: matrix_constants(
+    strides, constants, whole = remembered(key, lambda: matrix_constants(
         channels, inner, weight.dtype, D_ROW__D_CHANNEL=grad, S_ROW__S_CHANNEL=saved, W_CHANNEL__W_INNER=weight
     ))
     wide_result = constants["WIDE"] or rows * inner + BEYOND > INT32_LIMIT
 
     def launch(tiles: Tiles) -> None:
-        tiles = narrowed(tiles, code)
+        tiles = narrowed(tiles, whole, code)
         grid = (blocks(rows, tiles.m) * blocks(inner, tiles.n),)
         input_gradient[grid](
             grad, saved, gate, weight, result, rows, channels // constants["CHANNEL_UNIT"],
@@ -197,7 +197,7 @@ def run_input_gradient(
         )
 
     kind = precision_class(weight.dtype, precision)
-    launch(choose("linear_input_gradient", weight.device, kind, rows, inner, channels, launch))
+    launch(choose(OF_INPUT, weight.device, kind, rows, inner, channels, launch))
     return result
 
 
@@ -217,13 +217,13 @@ def run_weight_gradient(
     (rows, channels), inner = grad.shape, x.shape[1]
     saved = grad if saved is None else saved
     key = ("dW", grad.shape, grad.stride(), saved.stride(), x.shape, x.stride(), x.dtype, grad.dtype)
-    strides, constants = remembered(key, lambda: matrix_constants(
+    strides, constants, whole = remembered(key, lambda: matrix_constants(
         channels, inner, x.dtype, D_ROW__D_CHANNEL=grad, S_ROW__S_CHANNEL=saved, X_ROW__X_INNER=x
     ))
     wide_results = constants["WIDE"] or (MOST_PARTS + 1) * channels * inner >= 2**31
 
     def launch(tiles: Tiles) -> tuple[Tensor, Tensor | None]:
-        tiles = narrowed(tiles, code)
+        tiles = narrowed(tiles, whole, code, sums=True)
         count = blocks(channels, tiles.m) * blocks(inner, tiles.n)
         parts, steps = parts_of(rows, count, tiles.k, x.device)
         partial = torch.empty((parts, channels, inner), dtype=torch.float32, device=x.device)
@@ -331,17 +331,26 @@ def sum_gradients(
 
 
 def variants(architecture: str = "sm_90") -> list[Variant]:
-    """Each kernel with every tile of the table, each activation at least once."""
+    """Each kernel with every tile of the table, each activation at least once, and what needs most registers: GELU."""
     found: list[Variant] = []
     for operation, precision, tiles in every(architecture):
-        if operation in ("linear_input_gradient", "linear_weight_gradient"):
+        if operation in (OF_INPUT, "linear_weight_gradient"):
             for dtype in (torch.bfloat16, torch.float16) if precision == "half" else (torch.float32,):
                 found.append(_variant(operation, dtype, precision, tiles, len(found) % len(ACTIVATIONS)))
-    return found
+            if precision == "half":
+                for code, even, whole in (
+                    (GELU.value, True, True), (GELU.value, False, True), (GELU.value, False, False),
+                    (RELU.value, False, True), (RELU.value, False, False),
+                ):
+                    found.append(_variant(operation, torch.bfloat16, precision, tiles, code, even, whole))
+    return list({variant.label: variant for variant in found}.values())
 
 
-def _variant(operation: str, dtype: torch.dtype, precision: str, tiles: Tiles, code: int) -> Variant:
-    name, unit, of_input = TRITON_NAMES[dtype], 16 // dtype.itemsize, operation == "linear_input_gradient"
+def _variant(
+    operation: str, dtype: torch.dtype, precision: str, tiles: Tiles, code: int, even: bool = True, whole: bool = True
+) -> Variant:
+    name, unit, of_input = TRITON_NAMES[dtype], 16 // dtype.itemsize if whole else 1, operation == OF_INPUT
+    tiles = narrowed(tiles, whole, code, sums=not of_input)
     kernel = input_gradient if of_input else weight_gradient
     types = {tensor: f"*{name}" for tensor in ("grad", "saved", *(("weight", "grad_x") if of_input else ("x",)))}
     types.update({tensor: "*fp32" for tensor in (("gate",) if of_input else ("partial", "partial_sums"))})
@@ -351,9 +360,11 @@ def _variant(operation: str, dtype: torch.dtype, precision: str, tiles: Tiles, c
     constants: dict[str, Any] = {
         "d_channel": 1, "s_channel": 1, "w_inner" if of_input else "x_inner": 1, "CHANNEL_UNIT": unit,
         "INNER_UNIT": unit, "D_ROW": unit, "D_CHANNEL": 1, "S_ROW": unit, "S_CHANNEL": 1, other.upper(): unit,
-        "W_INNER" if of_input else "X_INNER": 1, "ACTIVATION": code, "EVEN_CHANNELS" if of_input else "EVEN_ROWS": True,
+        "W_INNER" if of_input else "X_INNER": 1, "ACTIVATION": code, "EVEN_CHANNELS" if of_input else "EVEN_ROWS": even,
         "PRECISION": "ieee" if precision == "half" else precision, "DOT": COMPILED_DOT[dtype],
         "BLOCK_M": tiles.m, "BLOCK_N": tiles.n, "BLOCK_K": tiles.k, "WIDE": False,
     }
-    label = f"linear_backward.{operation} {name} {precision} {tuple(tiles)} {ACTIVATIONS[code]}"
+    label = (
+        f"linear_backward.{operation} {name} {precision} {tuple(tiles)} {ACTIVATIONS[code]} even={even} unit={unit}"
+    )
     return Variant(label, kernel, types, constants, warps=tiles.warps, stages=tiles.stages)

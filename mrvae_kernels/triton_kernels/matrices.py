@@ -10,7 +10,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .activations import GELU, NONE, SILU, activation_slope, activation_slope_of_result
+from .activations import (
+    ACTIVATIONS,
+    GELU,
+    NEEDS_ARGUMENT,
+    NONE,
+    SILU,
+    activation_slope,
+    activation_slope_of_result,
+)
+from .configurations import Tiles
 from .launch import check_device, check_floating
 
 GROUP = tl.constexpr(8)
@@ -90,6 +99,19 @@ def unit_of(size: int, dtype: torch.dtype) -> int:
     return math.gcd(size, 16 // dtype.itemsize) or 1
 
 
+def narrowed(tiles: Tiles, whole: bool, code: int = 0, sums: bool = False) -> Tiles:
+    """The tiles, or less of m and k where registers would spill.
+
+    whole: accesses are 16 bytes wide; where they are not each element has an address of its own. code: of the
+    activation whose slope is taken; from its argument it is a long formula. sums: a program also adds up m k numbers.
+    """
+    if not whole:
+        return tiles._replace(m=min(tiles.m, 64), k=min(tiles.k, 16))
+    if ACTIVATIONS[code] in NEEDS_ARGUMENT or (sums and tiles.m * tiles.k > 64 * 64):
+        return tiles._replace(k=min(32, tiles.k if tiles.m * tiles.n < 128 * 128 else max(16, tiles.k // 2)))
+    return tiles
+
+
 @triton.jit
 def tile_of_program(program, row_tiles, column_tiles):
     """(row, column) of a tile: programs next to each other share rows and columns, and so what L2 holds."""
@@ -101,7 +123,7 @@ def tile_of_program(program, row_tiles, column_tiles):
 
 @triton.jit
 def places(rows, columns, row_stride, column_stride, ROW_UNIT: tl.constexpr, COLUMN_UNIT: tl.constexpr):
-    """Offsets of a tile's elements; rows and columns broadcast against each other, and where they have 64 bits all do."""
+    """Offsets of a tile's elements; rows and columns broadcast; 64 bits where these have them."""
     if rows.dtype == tl.int64:
         row_stride, column_stride = tl.cast(row_stride, tl.int64), tl.cast(column_stride, tl.int64)
     return rows * (row_stride * ROW_UNIT) + columns * (column_stride * COLUMN_UNIT)

@@ -159,7 +159,8 @@ def layout(u: Tensor, others: Sequence[Tensor], axis: int, per_sample: bool) -> 
             )
             lanes, channel_unit = (1, unit) if fastest else (unit, 1)
             return Layout(
-                copy, (result, tried[0]), tuple(shape), axis, view, fastest, lanes, channel_unit, tensor_units, arguments
+                copy, (result, tried[0]), tuple(shape), axis, view, fastest, lanes, channel_unit, tensor_units,
+                arguments,
             )
     raise AssertionError("contiguous tensors with the channels in axis 0 or 1 always have a view")
 

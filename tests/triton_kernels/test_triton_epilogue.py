@@ -13,6 +13,9 @@ from mrvae_kernels import reference
 
 pytestmark = requires_triton
 if pytest.importorskip("triton"):
+    import triton
+    import triton.language as tl
+
     from mrvae_kernels.triton_kernels import epilogue as epilogue_kernels
     from mrvae_kernels.triton_kernels import epilogue_backward, epilogue_plan, views
 
@@ -159,9 +162,84 @@ def check_channel_sums(kernels: ModuleType) -> None:
         kernels.channel_sums(z, None, 1, "relu")
 
 
+def check_parts_of_planes(kernels: ModuleType) -> None:
+    """Few samples and channels: positions are split too."""
+    entered = importlib.import_module(f"{kernels.__name__.rpartition('.')[0]}.epilogue_plan")
+    size = 9 * 2048 + 500 if DEVICE == "cpu" else 2**20
+    for u in (torch.randn(2, 3, size, device=DEVICE), torch.randn(2, size // 2, 3, device=DEVICE).transpose(1, 2)):
+        plan = entered.make_plan(u, u, 1, True, 0, 0, entered.Wanted(*ALL))
+        assert plan.finish_by_sample and plan.partial[0] > 1
+        check(kernels, u, 1, True, "leaky_relu")
+    check(kernels, torch.randn(40, 1, size, device=DEVICE)[:2], 1, True, "none", mask=(False, True, False, False))
+
+
+def check_finish_by_sample(kernels: ModuleType) -> None:
+    """More samples and parts than a block."""
+    kernels = importlib.import_module(f"{kernels.__name__.rpartition('.')[0]}.epilogue_backward")
+    parts, samples, channels = 3, 5, 3
+    partial, gate = torch.randn(parts, 2, samples, channels, device=DEVICE), torch.randn(5, 3, device=DEVICE)
+    db, dg, dt = (torch.empty(*shape, device=DEVICE) for shape in ((3,), (5, 3), (5, 3)))
+    kernels.finish_by_sample[(2,)](
+        partial, gate, db, dg, dt, parts, samples, channels, SUM=True, DOT=True, BLOCK_C=2, BLOCK_N=2, BLOCK_P=2,
+        REAL=tl.float32,
+    )
+    sums, dots = partial.double().sum(0)
+    for result, expected in ((db, (gate * sums).sum(0)), (dt, sums), (dg, dots)):
+        assert_close(result, expected)
+
+
+def check_infinities(kernels: ModuleType) -> None:
+    """Values and slopes, from the argument and from the result, wherever torch's are finite."""
+    kernels = entry(kernels)
+    for dtype in (torch.float32, torch.float64):
+        z = torch.tensor([[float("inf")], [float("-inf")]], dtype=dtype, device=DEVICE, requires_grad=True)
+        u, one = z.detach(), torch.ones(2, dtype=dtype, device=DEVICE)
+        for activation in reference.ACTIVATIONS:
+            y = reference.activate(z, activation)
+            (slope,) = torch.autograd.grad(y.sum(), z)
+            du = kernels.epilogue_backward(one[:, None], u, None, one, None, 0, activation, (True, False, False, False))
+            found = [(kernels.epilogue(u, None, one, None, 0, activation), y), (du[0], slope)]
+            if activation not in ("none", "silu", "gelu"):
+                sums = kernels.channel_sums(one[:, None], y.detach(), 0, activation)
+                found.append((sums[:, None], slope))
+            for actual, expected in found:
+                known = expected.isfinite()
+                assert torch.equal(actual[known], expected[known]), f"{activation}: {actual}, expected {expected}"
+    nan = torch.full((1, 1), float("nan"), device=DEVICE)
+    one = torch.ones(1, device=DEVICE)
+    assert kernels.epilogue(nan, None, one, None, 0, "relu").isnan().all()
+    assert kernels.epilogue_backward(nan * 0 + 1, nan, None, one, None, 0, "relu", ALL)[0].isnan().all()
+    assert kernels.channel_sums(one[:, None], nan, 0, "relu").isnan().all()
+
+
+@triton.jit
+def write_offsets(target, offsets: tl.constexpr, sample, channel, position, FASTEST: tl.constexpr):
+    c, n, m = tl.arange(0, 2).to(tl.int64), tl.arange(0, 2).to(tl.int64), tl.arange(0, 2).to(tl.int64)
+    found = offsets(c, n, m, sample, channel, position, 8, 1 if FASTEST else 2, FASTEST)
+    lanes: tl.constexpr = 1 if FASTEST else 2
+    places = tl.arange(0, 2)[:, None, None] * 2 * lanes + tl.arange(0, 2)[None, :, None] * lanes
+    tl.store(target + places + tl.arange(0, lanes)[None, None, :], found)
+
+
+def check_large_strides(kernels: ModuleType) -> None:
+    """Strides that fit int32 in units, and not in elements."""
+    offsets = importlib.import_module(f"{kernels.__name__.rpartition('.')[0]}.views").offsets
+    big = 2**29
+    for sample, channel, position, fastest in ((big, 1, 1, True), (1, 1, big, True), (1, big, 1, False)):
+        target = torch.empty(2, 2, 1 if fastest else 2, dtype=torch.int64, device=DEVICE)
+        write_offsets[(1,)](target, offsets, sample, channel, position, fastest)
+        c, at = torch.arange(2, device=DEVICE)[:, None, None], torch.arange(2, device=DEVICE)[None, :, None]
+        if fastest:
+            assert torch.equal(target, c * channel + at * 8 * (sample + position))
+        else:
+            lane = torch.arange(2, device=DEVICE) * position
+            assert torch.equal(target, c * channel * 8 + at * (8 * sample + 2 * position) + lane)
+
+
 CHECKS = (
     check_planes, check_planes_by_sample, check_rows_by_sample, check_one_part, check_parts, check_parts_of_rows,
-    check_parts_of_samples, check_channel_sums,
+    check_parts_of_samples, check_channel_sums, check_parts_of_planes, check_finish_by_sample, check_infinities,
+    check_large_strides,
 )
 
 
@@ -180,10 +258,63 @@ def test_wide_offsets(monkeypatch: pytest.MonkeyPatch) -> None:
     views._plans.clear()
 
 
-@pytest.mark.parametrize("shape", [(0, 5, 3), (4, 0, 3), (4, 5, 0)])
-def test_empty_tensors(shape: tuple[int, ...]) -> None:
+def test_offsets_of_a_result_larger_than_its_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (epilogue_kernels, epilogue_plan):
+        monkeypatch.setattr(module, "processors", lambda device: 132)
+    u = torch.zeros(1, 1, device="meta").expand(2**16, 2**15)
     for per_sample in (False, True):
-        check(epilogue_kernels, torch.randn(shape, device=DEVICE), 1, per_sample, "gelu")
+        assert epilogue_kernels.make_plan(u, 1, per_sample, 0).constants["WIDE"]
+        assert not epilogue_kernels.make_plan(u[:4], 1, per_sample, 0).constants["WIDE"]
+        for tensor, expected in ((u, True), (u[:4], False)):
+            plan = epilogue_plan.make_plan(tensor, tensor, 1, per_sample, 0, 0, epilogue_plan.Wanted(*ALL))
+            assert plan.constants["WIDE"] == expected
+
+
+def test_positions_are_split_where_samples_and_channels_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(epilogue_plan, "processors", lambda device: 132)
+    for u in (torch.empty(16, 3, 256, 256, device="meta"), torch.empty(2, 16, 512, 512, device="meta")):
+        for value in (u, u.contiguous(memory_format=torch.channels_last)):
+            plan = epilogue_plan.make_plan(value, value, 1, True, 0, 0, epilogue_plan.Wanted(*ALL))
+            assert 132 <= plan.grid[0] <= 4 * 132
+
+
+def test_no_view_where_channels_are_in_the_middle() -> None:
+    for shape, dim in (((2, 3, 4, 5), 2), ((2, 3, 1, 4, 2), 3), ((3, 2, 2, 3, 4), -2)):
+        for _, u in layouts(*shape):
+            check(epilogue_kernels, u, dim, True, "silu")
+            check(epilogue_kernels, u, dim, False, "silu")
+    check(epilogue_kernels, torch.randn(3, 2, 4, 5, device=DEVICE), 0, False, "tanh")
+    for u in (torch.randn(2, 3, 4, 5, device=DEVICE), torch.randn(5, 3, 2, 4, device=DEVICE).permute(2, 1, 3, 0)):
+        b, g, t = parameters(u, 2, True)
+        expected = reference.epilogue(u, b, g, t, 2, "tanh")
+        assert epilogue_kernels.epilogue(u, b, g, t, 2, "tanh", in_place=True) is u
+        assert_close(u, expected, "y in place")
+
+
+def test_numbers_of_a_kernel_have_the_same_types_for_all_sizes() -> None:
+    for size in (1, 3, 5, 20, 49, 196, 2**20 + 1):
+        _, magic, shift = views.layout(torch.empty(2, 3, size, device="meta"), (), 1, False).division()
+        assert -(2**31) <= magic < 2**31 and 0 <= shift <= 32
+
+
+def test_parameters_may_start_anywhere() -> None:
+    """Slices of one tensor have any alignment, each of which would be a kernel of its own."""
+    for kernel, names in (
+        (epilogue_kernels.forward, {"bias", "gate", "shift"}), (epilogue_backward.finish, {"gate"}),
+        (epilogue_backward.backward_shared, {"bias", "gate", "shift"}), (epilogue_backward.finish_by_sample, {"gate"}),
+        (epilogue_backward.backward_by_sample, {"bias", "gate", "shift"}),
+    ):
+        options = getattr(kernel, "kwargs", None) or vars(kernel)
+        assert names <= set(options["do_not_specialize_on_alignment"])
+
+
+@pytest.mark.parametrize("shape, dim", [
+    ((0, 5, 3), 1), ((4, 0, 3), 1), ((4, 5, 0), 1), ((2, 5, 8, 0), 1), ((9, 0, 11, 0, 32), 1), ((9, 0, 11, 0, 32), 2),
+    ((2, 3, 0, 4, 5), 3), ((3, 0, 4), 0),
+])
+def test_empty_tensors(shape: tuple[int, ...], dim: int) -> None:
+    for per_sample in (False, True) if dim > 0 else (False,):
+        check(epilogue_kernels, torch.randn(shape, device=DEVICE), dim, per_sample, "gelu")
 
 
 def test_in_place_where_u_is_dense() -> None:
@@ -293,7 +424,18 @@ MUTANTS = [
            "store_if_wanted(grad_bias, c, sums, in_c)", check_one_part),
     Mutant("epilogue_backward", "total += g * s", "total += s", check_rows_by_sample),
     Mutant("epilogue_backward", "(part * 2 + 1) * channels", "(part * 2) * channels", check_parts),
-    Mutant("epilogue_backward", "m = start + lane % BLOCK_M", "m = lane % BLOCK_M", check_parts_of_samples),
+    Mutant("epilogue_backward", "m = (first + step) * BLOCK_M + lane", "m = first * BLOCK_M + lane",
+           check_parts_of_samples),
+    Mutant("epilogue_backward", "first = slab * steps", "first = slab * (steps - 1)", check_parts_of_planes),
+    Mutant("epilogue_backward", "partial + (slab * 2 + 1) * samples", "partial + (slab + 1) * samples",
+           check_parts_of_planes),
+    Mutant("epilogue_backward", "own + samples * channels, mask", "own, mask", check_parts_of_planes),
+    Mutant("epilogue_backward", "scaled += tl.load(gate", "scaled = tl.load(gate", check_finish_by_sample),
+    Mutant("activations", "slope = tl.where(z == z, 1.0, z)", "slope = z * 0.0 + 1.0", check_infinities),
+    Mutant("activations", "slope = tl.where(y == y, 1.0, y)", "slope = y * 0.0 + 1.0", check_infinities),
+    Mutant("views", "tl.cast(sample, tl.int64)", "sample", check_large_strides),
+    Mutant("views", "tl.cast(channel, tl.int64)", "channel", check_large_strides),
+    Mutant("views", "tl.cast(position, tl.int64)", "position", check_large_strides),
     Mutant("epilogue_backward", "scaled = tl.sum(own_gate * sums, 1)", "scaled = tl.sum(sums, 1)",
            check_planes_by_sample),
     Mutant("epilogue_backward", "(n < samples)[None, :, None]", "(n < samples - 1)[None, :, None]",
@@ -304,6 +446,7 @@ MUTANTS = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("mutant", MUTANTS, ids=range(len(MUTANTS)))
 def test_faults_are_noticed(mutant: Mutant, tmp_path) -> None:
     must_fail(mutant, tmp_path)
