@@ -121,8 +121,8 @@ def divide(n, magic, shift):
 # ---- tables of pointers ---------------------------------------------------------------------------------------------
 
 
-# The annotations fix the arguments' types: by its value a 0 would be taken for 32 bits, and each pattern of absent tensors
-# would be compiled anew.
+# The annotations fix the arguments' types: by its value a 0 would be taken for 32 bits, and each pattern of absent
+# tensors would be compiled anew.
 @triton.jit(do_not_specialize=[f"p{i}" for i in range(POINTERS_A_LAUNCH)])
 def write_pointers(
     table,
