@@ -55,10 +55,13 @@ TABLE: dict[tuple[str, str], tuple[Tiles, ...]] = {
         Tiles(32, 32, 64, 4, 4), Tiles(128, 32, 64, 4, 4), Tiles(64, 64, 64, 4, 4), Tiles(128, 64, 64, 4, 4),
         Tiles(128, 128, 64, 8, 4),
     ),
-    # The fifth-generation tensor cores keep sums in memory of their own, but the epilogue takes them all at once.
+    # The fifth-generation tensor cores keep sums in memory of their own, but the epilogue takes them all at once, with
+    # each column's bias, gate and shift: more than 32 results a thread spill.
     ("sm_100", "half"): (
-        Tiles(32, 32, 64, 4, 4), Tiles(128, 32, 64, 4, 4), Tiles(64, 64, 64, 4, 4), Tiles(128, 64, 64, 4, 4),
-        Tiles(128, 128, 64, 8, 4),
+        Tiles(32, 32, 64, 4, 4), Tiles(128, 32, 64, 4, 4), Tiles(64, 64, 64, 4, 4), Tiles(128, 64, 64, 8, 4),
+    ),
+    ("sm_100", "tf32"): (
+        Tiles(32, 32, 32, 4, 4), Tiles(128, 32, 32, 4, 3), Tiles(64, 64, 32, 4, 3), Tiles(128, 64, 32, 8, 3),
     ),
     # A warp has 64 lanes; 64 KB of shared memory hold one block of operands while registers take the next.
     ("gfx9", "half"): (
