@@ -214,17 +214,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="write a JSON result file there")
     parser.add_argument("--only", nargs="+", choices=MODULES, default=list(MODULES), metavar="MODULE")
     parser.add_argument("--contains", default="", help="only variants whose label contains this")
-    parser.add_argument("--targets", nargs="+", default=list(SHARED_BYTES), help="sm_90, gfx942, ...")
+    parser.add_argument(
+        "--targets", nargs="+", default=list(SHARED_BYTES), help=f"default: {' '.join(SHARED_BYTES)}", metavar="TARGET"
+    )
     parser.add_argument("--jobs", type=int, default=2, help="processes (default 2)")
     options = parser.parse_args(arguments)
     if INTERPRETED:
         parser.error("TRITON_INTERPRET is set: kernels would be interpreted, not compiled; unset it")
+    for name in options.targets:
+        if not re.fullmatch(r"sm_\d{2,3}|gfx\w+", name):
+            parser.error(f"target is {name!r}; expected {', '.join(SHARED_BYTES)} or another sm_... or gfx...")
+    if options.jobs < 1:
+        parser.error(f"--jobs is {options.jobs}; expected a positive number")
     started = time.perf_counter()
     with contextlib.ExitStack() as stack:
         if "TRITON_CACHE_DIR" not in os.environ:  # its own, so that it measures the compiler and leaves nothing behind
             os.environ["TRITON_CACHE_DIR"] = stack.enter_context(tempfile.TemporaryDirectory())
             stack.callback(os.environ.pop, "TRITON_CACHE_DIR", None)
         jobs = jobs_of(options.only, options.targets, options.contains)
+        if not jobs:
+            parser.error(f"no variant of {', '.join(options.only)} has {options.contains!r} in its label")
         print(f"{len(jobs)} variants; spill: bytes a thread stores and loads (gfx: registers); forced: those it must")
         print("target  registers  spill forced  shared warps stages seconds  variant", flush=True)
         results = []

@@ -81,6 +81,10 @@ class Adapter:
         """The layer's product for an input like x on that device, as measurements know it."""
         return functional.linear_product(x, layer.weight, device)
 
+    def fused_refusal(self, layer: Any, x: Tensor) -> str | None:
+        """Why the fused kernels do not take the layer for an input like x, or None."""
+        return None
+
     def run(
         self, layer: Any, gate: Tensor, shift: Tensor | None, activation: str | None, strategy: str | None, x: Tensor,
         *args: Any, **kwargs: Any,
@@ -134,6 +138,10 @@ class ConvolutionAdapter(Adapter):
         x, geometry = x if x.dim() == self.spatial + 2 else x.unsqueeze(0), self._geometry(layer)
         outputs = functional.convolution_output_numel(x, layer.weight, *geometry)
         return functional.convolution_product(x, layer.weight, outputs, geometry, device)
+
+    def fused_refusal(self, layer: Any, x: Tensor) -> str | None:
+        x = x if x.dim() == self.spatial + 2 else x.unsqueeze(0)
+        return functional.fused_refusal(x, layer.weight, self._geometry(layer))
 
     def _geometry(self, layer: Any) -> functional.Geometry:
         padding = layer.padding

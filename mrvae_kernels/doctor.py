@@ -15,7 +15,6 @@ from torch import nn
 from . import __version__, measurements, ops, strategy
 from .adapters import ADAPTERS, RecurrentAdapter
 from .strategy import NO_TRITON, TRITON_INSTALLED, explain
-from .triton_kernels.device import INTERPRETED
 
 EXAMPLES: tuple[tuple[str, tuple[int, ...]], ...] = (
     ("Linear(784, 300)", (128, 784)),
@@ -75,11 +74,13 @@ def describe(layer: nn.Module, text: str, shape: Sequence[int], per_sample: bool
         raise ValueError(f"{text} cannot be gated: {reason}")
     weights = sum(layer.get_parameter(entry.weight).numel() for entry in adapter.entries(layer))
     head = f"{text}, input {'x'.join(map(str, shape))}, {'one beta a sample' if per_sample else 'one beta'}, {device}"
-    product = None
+    product = refusal = None
     if adapter.product:
-        product = adapter.measured_product(layer, torch.empty(tuple(shape), device="meta"), torch.device(device))
+        x = torch.empty(tuple(shape), device="meta")
+        product = adapter.measured_product(layer, x, torch.device(device))
+        refusal = adapter.fused_refusal(layer, x) if TRITON_INSTALLED else None
     try:
-        choice = explain(weights, output.numel(), per_sample, device, product=product)
+        choice = explain(weights, output.numel(), per_sample, device, product=product, fused_refusal=refusal)
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"{text}: {error}{_advice()}") from None
     if per_sample and isinstance(adapter, RecurrentAdapter):
@@ -96,10 +97,7 @@ def _advice() -> str:
     names = [name for name in VARIABLES if os.environ.get(name)]
     if not names:
         return ""
-    steps = f"; unset {' and '.join(names)}"
-    if {"triton", "fused"} & {os.environ[name] for name in names} and TRITON_INSTALLED and not INTERPRETED:
-        steps += ", or set TRITON_INTERPRET=1 to run Triton's kernels on CPU tensors, slowly"
-    return steps
+    return f"; unset {' and '.join(names)}"
 
 
 def environment() -> list[str]:

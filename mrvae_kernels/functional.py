@@ -21,7 +21,7 @@ from torch import Tensor
 from . import ops, reference
 from .gates import DEFAULT_BETA_RANGE, GATE_KINDS, KINDS, Beta, BetaRange, standardize, standardize_number
 from .ops.shortcuts import bank
-from .strategy import Product, choose_backend, choose_strategy, current
+from .strategy import Product, choose_backend, choose_strategy, current, fused_refused
 
 IntOrInts = int | Sequence[int]
 Geometry = tuple[Sequence[int], Sequence[int], Sequence[int], bool, Sequence[int], int]
@@ -291,6 +291,8 @@ def _gated_convolution(
     geometry = (stride, padding, dilation, transposed, output_padding, groups)
     how = convolution_strategy(x, weight, geometry, gate.dim() == 2, strategy)
     operators = _operators(choose_backend(x.device, x.dtype, how))
+    if how == "fused" and (reason := fused_refusal(x, weight, geometry)):
+        raise ValueError(fused_refused(reason))
     return operators.gated_convolution(x, weight, bias, gate, shift, *geometry, activation or "none", how)
 
 
@@ -303,9 +305,16 @@ def convolution_strategy(
     outputs = convolution_output_numel(x, weight, *geometry)
     product = None if x.device.type == "cpu" else convolution_product(x, weight, outputs, geometry, x.device)
     how = choose_strategy(weight.numel(), outputs, per_sample, None, product)
-    if how == "fused" and current().strategy is None and _operators("triton").refusal(x, weight, *geometry):
+    if how == "fused" and current().strategy is None and fused_refusal(x, weight, geometry):
         how = choose_strategy(weight.numel(), outputs, per_sample, None, product, fused_refused=True)
     return how
+
+
+def fused_refusal(x: Tensor, weight: Tensor, geometry: Geometry) -> str | None:
+    """Why the fused kernels do not take this convolution, or None; x and weight may be meta tensors."""
+    if x.dim() != 4:
+        return f"its kernels are for Linear, Conv2d and ConvTranspose2d, this is a {x.dim() - 2}-d convolution"
+    return _operators("triton").refusal(x, weight, *geometry)
 
 
 def convolution_product(

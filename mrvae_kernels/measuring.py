@@ -25,6 +25,9 @@ from .multirate import MultiRate
 from .strategy import STRATEGIES, override, triton_refusals
 from .timing import Step, backward, medians, preserved, running, tensors
 
+INTERPRETER_TOO = False
+"""Whether `tune` measures Triton's interpreter, on CPU tensors: for its own tests."""
+
 
 def warm_up(model: nn.Module, *args: Any, **kwargs: Any) -> None:
     """Run model(*args, **kwargs) forward and, where something requires a gradient, backward; twice, since a MultiRate's
@@ -65,7 +68,10 @@ def tune(model: MultiRate, *args: Any, beta: Beta, rounds: int = 20, **kwargs: A
     if not isinstance(model, MultiRate):
         raise TypeError(f"tune takes the MultiRate that multirate() returned, not a {type(model).__name__}")
     like = next(model.parameters())
-    if refusals := triton_refusals(like.device, like.dtype):
+    refusals = triton_refusals(like.device, like.dtype)
+    if like.device.type == "cpu" and not INTERPRETER_TOO:
+        refusals = ["the model is on the CPU, where they are interpreted at best; move it and its inputs to the GPU"]
+    if refusals:
         raise RuntimeError(f"tune measures Triton's kernels against plain PyTorch: {'; '.join(refusals)}")
     from .triton_kernels.tuning import autotune
 

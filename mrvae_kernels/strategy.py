@@ -87,7 +87,10 @@ _override = Override()
 
 
 def _from_environment() -> Override:
-    return Override(os.environ.get("MRVAE_STRATEGY") or None, os.environ.get("MRVAE_BACKEND") or None)
+    try:
+        return Override(os.environ.get("MRVAE_STRATEGY") or None, os.environ.get("MRVAE_BACKEND") or None)
+    except (ValueError, RuntimeError) as error:
+        raise type(error)(f"in the environment variables MRVAE_STRATEGY and MRVAE_BACKEND: {error}") from None
 
 
 @contextmanager
@@ -129,8 +132,14 @@ def choose_backend(device: torch.device, dtype: torch.dtype, operator: str = "ep
         return "triton" if wins and not triton_refusals(device, dtype) else "reference"
     refusals = triton_refusals(device, dtype, operator) if asked == "triton" else _cpp_refusals(device, dtype)
     if refusals:
-        raise RuntimeError(f"{'strategy' if operator == 'fused' else 'backend'} "
-                           f"'{operator if operator == 'fused' else asked}' was asked for: {'; '.join(refusals)}")
+        what = "strategy 'fused'" if operator == "fused" else f"backend {asked!r}"
+        advice = ""
+        if asked == "triton" and device.type == "cpu" and TRITON_INSTALLED:
+            advice = (
+                ". Move the tensors to a GPU, or set TRITON_INTERPRET=1 before Python starts to run the kernels in "
+                "Triton's interpreter, slowly"
+            )
+        raise RuntimeError(f"{what} was asked for: {'; '.join(refusals)}{advice}")
     return asked
 
 
@@ -213,13 +222,18 @@ class Choice:
 
 def explain(
     weight_numel: int, output_numel: int, per_sample: bool = False, device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32, product: Product | None = None,
+    dtype: torch.dtype = torch.float32, product: Product | None = None, fused_refusal: str | None = None,
 ) -> Choice:
-    """What would run for a layer with that many weights and outputs, and why not the others (for doctor)."""
+    """What would run for a layer with that many weights and outputs, and why not the others (for doctor).
+
+    fused_refusal: why the fused kernels do not take this very layer. ValueError if they are asked for all the same.
+    """
     device = torch.device(device)
-    strategy = choose_strategy(weight_numel, output_numel, per_sample, None, product)
+    strategy = choose_strategy(weight_numel, output_numel, per_sample, None, product, fused_refusal is not None)
+    if strategy == "fused" and fused_refusal:
+        raise ValueError(fused_refused(fused_refusal))
     backend = choose_backend(device, dtype, strategy)
-    times = {} if product is None or _override.strategy else _measured(product, per_sample)
+    times = {} if product is None or _override.strategy else _measured(product, per_sample, fused_refusal is not None)
     fold_cost, epilogue_cost = weight_numel * FOLD_PASSES, output_numel * EPILOGUE_PASSES
     if _override.strategy:
         reason = "asked for by override or MRVAE_STRATEGY"
@@ -232,19 +246,22 @@ def explain(
     rejected = []
     for other in STRATEGIES:
         refusals = triton_refusals(device, dtype, "fused") if other == "fused" else []
+        refusals += [fused_refusal] if other == "fused" and fused_refusal else []
         if other == strategy:
             continue
         if other == "fold" and per_sample:
             why = "needs one beta for the batch"
         elif refusals:
             why = "; ".join(refusals)
+        elif _override.strategy:
+            why = f"{strategy} was asked for"
         elif other in times:
             why = f"measured {times[other] / times[strategy]:.2f} times slower"
         else:
-            why = _unmeasured(device, False) if other == "fused" and not _override.strategy else reason
+            why = _unmeasured(device, False) if other == "fused" else reason
         rejected.append(f"{other}: {why}")
     if backend != "cpp":
-        refusals = _cpp_refusals(device, dtype)
+        refusals = ["fused kernels are Triton's"] if strategy == "fused" else _cpp_refusals(device, dtype)
         rejected.append(f"cpp: {'; '.join(refusals) or 'asked for by override or MRVAE_BACKEND'}")
     if backend != "triton":
         refusals = triton_refusals(device, dtype)
@@ -252,6 +269,11 @@ def explain(
             refusals = [_unmeasured(device, measurements.best_backend(device, strategy) is not None)]
         rejected.append(f"triton: {'; '.join(refusals) or 'asked for by override or MRVAE_BACKEND'}")
     return Choice(strategy, backend, reason, tuple(rejected))
+
+
+def fused_refused(reason: str) -> str:
+    """The message for a layer that the fused kernels do not take."""
+    return f"strategy 'fused' was asked for, but {reason}: use strategy 'epilogue' for it, or leave the choice open"
 
 
 def _unmeasured(device: torch.device, slower: bool) -> str:

@@ -18,6 +18,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 @pytest.fixture(autouse=True)
 def _cache(monkeypatch, tmp_path):
     monkeypatch.setenv("MRVAE_CACHE", str(tmp_path))
+    monkeypatch.setattr(measuring, "INTERPRETER_TOO", True)
     measurements.records.cache_clear()
     yield
     measurements.records.cache_clear()
@@ -254,3 +255,11 @@ def test_only_operators_that_the_network_runs_are_timed(monkeypatch, plain, gate
     model = quick(plain, monkeypatch, gates=gates)
     inputs = measuring.inputs_of_layers(model, (torch.rand(2, 3),), {"beta": beta})
     assert set(measuring.time_backends(model, inputs, beta, 1)) == operators
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="a GPU can be measured")
+def test_tune_does_not_measure_the_interpreter(monkeypatch, tmp_path):
+    monkeypatch.setattr(measuring, "INTERPRETER_TOO", False)
+    with pytest.raises(RuntimeError, match="the model is on the CPU, .* move it and its inputs to the GPU"):
+        mk.tune(network(), torch.rand(2, 1, 4, 4), beta=0.5)
+    assert list(tmp_path.iterdir()) == []

@@ -113,8 +113,8 @@ def _refusal_of_shapes(x: tuple[int, ...], weight: tuple[int, ...], layer: Geome
     least = min(weight[0] // groups, weight[1])
     if groups > 1 and least < FEW_CHANNELS:
         return (
-            f"groups = {groups} leaves {least} channels a group; a tile of a matrix product takes {FEW_CHANNELS} at "
-            "least, so that most of it would be padding"
+            f"groups = {groups} leaves {least} channel{'s' * (least > 1)} a group, and the tile of a matrix product "
+            f"takes {FEW_CHANNELS} at least"
         )
     size = output_size(x, weight, layer)
     if min(size) < 1:

@@ -55,7 +55,8 @@ def recording(*tensors: Tensor | None) -> bool:
 def autocast_dtype(tensor: Tensor) -> torch.dtype:
     """Autocast's dtype where it is on for the tensor's device and casts its dtype, else the tensor's."""
     kind = tensor.device.type
-    if torch.is_autocast_enabled(kind) and tensor.dtype in (torch.float32, torch.float16, torch.bfloat16):
+    castable = kind != "meta" and tensor.dtype in (torch.float32, torch.float16, torch.bfloat16)
+    if castable and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
     return tensor.dtype
 
