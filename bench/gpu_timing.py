@@ -111,7 +111,7 @@ def ceilings(device: torch.device, megabytes: int = 2048, size: int = 8192) -> d
     ):
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
         with float32_precision(tf32):
-            found[name] = _rate(lambda a=a, b=b: a @ b, 2 * size**3, device)  # type: ignore[misc]
+            found[name] = _rate(lambda a=a, b=b: a @ b, 2 * size**3, device)
     return found
 
 
@@ -132,7 +132,7 @@ class float32_precision:
         self.precision = precision
 
     def __enter__(self) -> None:
-        settings: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)  # type: ignore[attr-defined]
+        settings: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
         self.before = [setting.fp32_precision == "tf32" for setting in settings]
         self._allow(self.precision == "tf32", self.precision == "tf32")
 

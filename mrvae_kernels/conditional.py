@@ -68,7 +68,7 @@ class ConditionalBatchNorm(Recorded):
     def to_plain(self, beta: Beta) -> nn.Module:
         """The plain norm at one beta, running statistics included."""
         assert isinstance(self, nn.modules.batchnorm._BatchNorm)
-        layer = self.plain(  # type: ignore[call-arg]
+        layer = self.plain(
             self.num_features, self.eps, self.momentum, True, self.track_running_stats,
             device=self.weight.device, dtype=self.weight.dtype,
         )

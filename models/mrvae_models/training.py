@@ -147,7 +147,7 @@ def _fit(
             num_nodes=config.num_nodes,
             strategy=config.strategy,
             precision=config.precision,  # type: ignore[arg-type]
-            max_epochs=config.epochs,  # type: ignore[arg-type]
+            max_epochs=config.epochs,
             gradient_clip_val=config.clip,
             deterministic=config.deterministic,
             check_val_every_n_epoch=config.validate_every,

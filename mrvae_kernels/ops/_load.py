@@ -69,7 +69,7 @@ def fake(name: str) -> Callable[[F], F]:
     """Register the decorated function as the shape inference of torch.ops.mrvae.<name>, where that operator exists."""
     if not _loaded:
         return lambda function: function
-    return torch.library.register_fake(f"mrvae::{name}")  # type: ignore[return-value]
+    return torch.library.register_fake(f"mrvae::{name}")
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -94,7 +94,7 @@ def convolution(
         return CONVOLUTION(x, weight, bias, gate, shift, *geometry, activation, keep)[0]
     if keep:
         arguments = (x, weight, bias, gate, shift, *geometry, activation, True)
-        return _Convolution.apply(*arguments)[0]  # type: ignore[no-untyped-call]
+        return _Convolution.apply(*arguments)[0]
     return _convolution(x, weight, bias, gate, shift, *geometry, activation, False)[0]
 
 
@@ -115,7 +115,7 @@ def _backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
 class _Convolution(torch.autograd.Function):
     forward = staticmethod(_convolution)
     setup_context = staticmethod(_setup)
-    backward = staticmethod(once_differentiable(_backward))  # type: ignore[assignment]
+    backward = staticmethod(once_differentiable(_backward))
 
 
 torch.library.register_autograd(

@@ -48,7 +48,7 @@ def epilogue(
     if traced():
         return EPILOGUE(u, bias, gate, shift, dim, activation)
     if recording(u, bias, gate, shift):
-        return _Epilogue.apply(u, bias, gate, shift, dim, activation)  # type: ignore[no-untyped-call]
+        return _Epilogue.apply(u, bias, gate, shift, dim, activation)
     return kernels.epilogue(u, bias, gate, shift, dim, activation, in_place=u_is_free)
 
 
@@ -70,7 +70,7 @@ def _backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
 class _Epilogue(torch.autograd.Function):
     forward = staticmethod(_fresh)
     setup_context = staticmethod(_setup)
-    backward = staticmethod(once_differentiable(_backward))  # type: ignore[assignment]
+    backward = staticmethod(once_differentiable(_backward))
 
 
 torch.library.register_autograd(

@@ -62,7 +62,7 @@ def fold(
         return FOLD(weights, _stand_ins(biases, weights), gates, _stand_ins(shifts, gates), groups)
     if recording(*weights, *biases, *gates, *shifts):
         count = len(weights)
-        results = _Fold.apply(count, tuple(groups), *weights, *biases, *gates, *shifts)  # type: ignore[no-untyped-call]
+        results = _Fold.apply(count, tuple(groups), *weights, *biases, *gates, *shifts)
         return list(results[:count]), list(results[count:])
     return kernels.fold(weights, biases, gates, shifts, groups)
 

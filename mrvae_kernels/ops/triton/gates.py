@@ -32,7 +32,7 @@ def gates(weight: Tensor, bias: Tensor, eta: Tensor, sizes: Sequence[int], kinds
     if traced():
         return GATES(weight, bias, eta, sizes, kinds)
     if recording(weight, bias, eta):
-        return list(_Gates.apply(weight, bias, eta, tuple(sizes), tuple(kinds)))  # type: ignore[no-untyped-call]
+        return list(_Gates.apply(weight, bias, eta, tuple(sizes), tuple(kinds)))
     return kernels.gates(weight, bias, eta, sizes, kinds)
 
 

@@ -47,7 +47,7 @@ def linear(
     if traced():
         return LINEAR(x, weight, bias, gate, shift, activation, keep)[0]
     if keep:
-        return _Linear.apply(x, weight, bias, gate, shift, activation, True)[0]  # type: ignore[no-untyped-call]
+        return _Linear.apply(x, weight, bias, gate, shift, activation, True)[0]
     return kernels.linear(x, weight, bias, gate, shift, activation, False)[0]
 
 
@@ -68,7 +68,7 @@ def _backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
 class _Linear(torch.autograd.Function):
     forward = staticmethod(kernels.linear)
     setup_context = staticmethod(_setup)
-    backward = staticmethod(once_differentiable(_backward))  # type: ignore[assignment]
+    backward = staticmethod(once_differentiable(_backward))
 
 
 torch.library.register_autograd(
