@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 from collections.abc import Iterator
@@ -17,7 +18,11 @@ if not torch.cuda.is_available():
 import mrvae_kernels as mk
 from mrvae_kernels import ops
 
-sys.path.insert(0, str(Path(__file__).parent))  # helpers.py, under every import mode of pytest
+sys.path.insert(0, str(Path(__file__).parent))  # helpers.py and its like, under every import mode of pytest
+import interpreter_bounds
+
+if not torch.cuda.is_available() and importlib.util.find_spec("triton") is not None:
+    interpreter_bounds.install()
 
 hypothesis.settings.register_profile(
     "mrvae",
@@ -47,3 +52,4 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+    interpreter_bounds.memory.clear()
