@@ -43,10 +43,6 @@ SHARED_BYTES = {"sm_80": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx
 """Shared memory a program, by target; sm_80's is that of sm_86 and sm_89, which take the same block sizes."""
 
 
-TRADED_BYTES = 512
-"""What ptxas may spill of its own accord; see `nvidia_resources`."""
-
-
 class Job(NamedTuple):
     """The index-th variant that a module names, for a target: kernels cannot be sent to another process, this can."""
 
@@ -108,8 +104,8 @@ def nvidia_resources(target: GPUTarget, compiled: Any) -> dict[str, int]:
 
     The machine code's header gives registers and the stack frame, not spills: a frame may also hold an array, and LOCAL
     is 0 even where registers spill. ptxas -v tells; it runs again where there is a frame. It also spills some bytes
-    with registers left, where another program then fits on a processor; told that one program is enough, it spills
-    only where it must: that is `forced`.
+    with registers left, where another program then fits on a processor; told that one program is enough, and of no
+    limit, it spills only where it must: that is `forced`.
     """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as code:
         code.write(compiled.asm["cubin"])
@@ -119,7 +115,8 @@ def nvidia_resources(target: GPUTarget, compiled: Any) -> dict[str, int]:
     found = dict(re.findall(r"(REG|STACK):(\d+)", dump))
     spill = forced = 0
     if int(found["STACK"]) > 0 and (spill := spilled(target, compiled.asm["ptx"])) > 0:
-        forced = spilled(target, re.sub(r"(\.reqntid \d+)", r"\1\n.minnctapersm 1", compiled.asm["ptx"], count=1))
+        unlimited = re.sub(r"\.maxnreg \d+", "", compiled.asm["ptx"])
+        forced = spilled(target, re.sub(r"(\.reqntid \d+)", r"\1\n.minnctapersm 1", unlimited, count=1))
     return {"registers": int(found["REG"]), "spill": spill, "forced": forced}
 
 
@@ -145,7 +142,8 @@ def compile_variant(job: Job) -> dict[str, Any]:
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # Triton prints the whole assembly where ptxas fails
             compiled = triton.compile(
-                source(variant), target=target, options={"num_warps": variant.warps, "num_stages": variant.stages}
+                source(variant), target=target,
+                options={"num_warps": variant.warps, "num_stages": variant.stages, **variant.limit},
             )
         result |= {**resources(target, compiled), "shared": int(compiled.metadata.shared)}
     except Exception as error:
@@ -161,7 +159,7 @@ def jobs_of(modules: Sequence[str], targets: Sequence[str], contains: str = "") 
             for index, variant in enumerate(variants_of(module, target)):
                 kernel = (variant.kernel.__module__, variant.kernel.__name__)
                 content = (sorted(variant.types.items()), sorted(variant.constants.items()), sorted(variant.divisible))
-                key = (target, kernel, repr(content), variant.warps, variant.stages)
+                key = (target, kernel, repr(content), variant.warps, variant.stages, repr(variant.limit))
                 if key not in seen and contains in variant.label:
                     seen.add(key)
                     jobs.append(Job(target, module, index))
@@ -189,7 +187,7 @@ def problem(result: dict[str, Any]) -> str | None:
     """What is wrong with a variant, or None."""
     if "error" in result:
         return f"does not compile: {result['error']}"
-    if result["forced"] or result["spill"] > TRADED_BYTES:
+    if result["spill"]:
         unit = "registers" if result["target"].startswith("gfx") else "bytes a thread"
         return f"spills {result['spill']} {unit}, {result['forced']} of them where registers are exhausted"
     limit = SHARED_BYTES.get(result["target"])
@@ -242,10 +240,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(line(result), flush=True)
     seconds = time.perf_counter() - started
     problems = [(result, found) for result in results if (found := problem(result))]
-    traded = [result["spill"] for result in results if result.get("spill") and not result["forced"]]
     print(f"\n{len(results)} variants in {seconds:.0f} s, {len(problems)} with a problem")
-    if traded:
-        print(f"{len(traded)} spill up to {max(traded)} bytes with registers left, so that more programs run at once")
     for result, found in problems:
         print(f"{result['target']} {result['module']}: {result['variant']}: {found}")
     if options.out:

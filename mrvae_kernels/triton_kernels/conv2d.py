@@ -12,21 +12,22 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from . import convolution
-from .convolution import Geometry, Gradients
+from .convolution import Gradients
 from .convolution_variants import variants
+from .geometry import Geometry, geometry, refusal
 
 __all__ = ["conv2d", "conv2d_backward", "conv2d_refusal", "variants"]
 
 
 def _layer(stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int) -> Geometry:
-    return convolution.geometry(stride, padding, dilation, False, (0, 0), groups)
+    return geometry(stride, padding, dilation, False, (0, 0), groups)
 
 
 def conv2d_refusal(
     x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int
 ) -> str | None:
     """Why `conv2d` cannot compute this convolution, as a sentence, or None where it can."""
-    return convolution.refusal(x, weight, _layer(stride, padding, dilation, groups))
+    return refusal(x, weight, _layer(stride, padding, dilation, groups))
 
 
 def conv2d(

@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from . import convolution
-from .convolution import Geometry, Gradients
+from .convolution import Gradients
 from .convolution_variants import variants
+from .geometry import Geometry, geometry, refusal
 
 __all__ = ["conv_transpose2d", "conv_transpose2d_backward", "conv_transpose2d_refusal", "variants"]
 
@@ -22,7 +23,7 @@ __all__ = ["conv_transpose2d", "conv_transpose2d_backward", "conv_transpose2d_re
 def _layer(
     stride: Sequence[int], padding: Sequence[int], output_padding: Sequence[int], dilation: Sequence[int], groups: int
 ) -> Geometry:
-    return convolution.geometry(stride, padding, dilation, True, output_padding, groups)
+    return geometry(stride, padding, dilation, True, output_padding, groups)
 
 
 def conv_transpose2d_refusal(
@@ -30,7 +31,7 @@ def conv_transpose2d_refusal(
     dilation: Sequence[int], groups: int,
 ) -> str | None:
     """Why `conv_transpose2d` cannot compute this convolution, as a sentence, or None where it can."""
-    return convolution.refusal(x, weight, _layer(stride, padding, output_padding, dilation, groups))
+    return refusal(x, weight, _layer(stride, padding, output_padding, dilation, groups))
 
 
 def conv_transpose2d(

@@ -10,6 +10,7 @@ import triton.language as tl
 from . import implicit_gemm, weight_gradient
 from .activations import ACTIVATIONS, NEEDS_ARGUMENT, activation_code
 from .configurations import Tiles, every
+from .device import register_limit
 from .implicit_gemm import SHORTEST_COPY
 from .launch import TRITON_NAMES, Variant
 
@@ -149,6 +150,7 @@ def weight_gradient_variants(architecture: str) -> list[Variant]:
             f"convolve_weight {label} {name} {precision} {block_m}x{block_n}x{block_k}",
             weight_gradient.convolve_weight,
             {key: value for key, value in types.items() if key not in constants}, constants, tiles.warps, tiles.stages,
+            limit=register_limit(architecture, tiles.warps),
         ))
 
     table = {

@@ -62,6 +62,18 @@ def processors(device: torch.device) -> int:
     return int(properties.gpu_subslice_count if device.type == "xpu" else properties.multi_processor_count)
 
 
+def register_limit(architecture: str, warps: int) -> dict[str, int]:
+    """The launch option that gives a thread the registers with which two programs fit on a processor.
+
+    Only NVIDIA's GPUs, each with 65,536 registers a processor, know the option: elsewhere there is none. ptxas, left to
+    itself, spills some bytes where one more program then fits. It knows neither the shared memory of a program nor the
+    size of the grid, which mostly leave room for two.
+    """
+    if not architecture.startswith("sm_"):
+        return {}
+    return {"maxnreg": min(255, 65536 // (2 * 32 * warps))}  # 255: no instruction names more
+
+
 def float32_precision(device: torch.device, convolution: bool) -> str:
     """"tf32" where torch's settings allow it for products of this kind on this device, else "ieee"."""
     if not architecture(device).startswith("sm_") or torch.version.hip:

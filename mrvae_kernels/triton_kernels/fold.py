@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
-from .device import on_device
+from .device import architecture, on_device, register_limit
 from .fold_kernels import fold_backward_kernel, fold_kernel
 from .fold_layers import Layer, aligned, checked_layer, checked_layers, incoming, launches, operand, restored
 from .fold_plan import FORWARD_TILE, backward_plan, forward_plan
@@ -31,6 +31,9 @@ from .launch import TRITON_NAMES, Variant, accumulation_dtype, check_device, poi
 TRITON_DTYPES = {
     torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float64: tl.float64,
 }
+
+BACKWARD_WARPS = 8
+"""A thread of four warps would want 154 to 247 registers for its 8 elements; with 4, 128 are enough."""
 
 
 def fold(
@@ -103,8 +106,8 @@ def backward(layers: Sequence[Layer], requests: Sequence[Request], splits: int =
                 pointer_table(addresses, like), plan.programs, splits, largest.numel(),
                 WEIGHT=TRITON_DTYPES[dtype], BIAS=TRITON_DTYPES[bias_dtype],
                 GRAD=TRITON_DTYPES[accumulation_dtype(dtype) if splits > 0 else dtype], SPLIT=splits > 1,
-                ALIGNED=aligned(wide_accesses), WIDE=launch.wide(largest),
-                num_warps=4,
+                ALIGNED=aligned(wide_accesses), WIDE=launch.wide(largest), num_warps=BACKWARD_WARPS,
+                **register_limit(architecture(like.device), BACKWARD_WARPS),
             )
 
 
@@ -213,10 +216,8 @@ def finish_weight_gradient(
 
 
 def variants(architecture: str = "sm_90") -> list[Variant]:
-    """Both kernels for each dtype of weights, unaligned weights, and float32 biases beside half precision.
-
-    `architecture` changes nothing.
-    """
+    """Both kernels for each dtype of weights, unaligned weights, and float32 biases beside half precision."""
+    limit = register_limit(architecture, BACKWARD_WARPS)
     result = []
     integers = {"splits": "i32", "split_stride": "i32"}
     for dtype, bias, aligned_, wide in (
@@ -232,5 +233,8 @@ def variants(architecture: str = "sm_90") -> list[Variant]:
         for split in (False, True):
             grad = accumulation_dtype(dtype) if split else dtype
             constants = {**shared, "GRAD": TRITON_DTYPES[grad], "SPLIT": split}
-            result.append(Variant(f"fold_backward {name} split={split}", fold_backward_kernel, tables, constants))
+            result.append(Variant(
+                f"fold_backward {name} split={split}", fold_backward_kernel, tables, constants, BACKWARD_WARPS,
+                limit=limit,
+            ))
     return result

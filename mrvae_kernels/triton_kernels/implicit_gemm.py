@@ -46,10 +46,8 @@ from .activations import (
     activation_slope_of_result,
 )
 from .configurations import Tiles
+from .geometry import FEW_CHANNELS
 from .launch import INT32_LIMIT, block, divide
-
-FEW_CHANNELS = 16
-"""With fewer channels to reduce than this taps and channels are one axis: tl.dot takes no reduction shorter than 16."""
 
 
 @triton.jit

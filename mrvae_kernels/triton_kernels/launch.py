@@ -34,7 +34,8 @@ class Variant:
     """One kernel as it would be compiled, for checks without a GPU.
 
     types: Triton's type of each run-time argument by name ("*fp32", "i32"); constants: value of each constexpr.
-    Pointers and the integers named in `divisible` are compiled as multiples of 16.
+    Pointers and the integers named in `divisible` are compiled as multiples of 16. limit: `register_limit` of the
+    launch, where it has one.
     """
 
     label: str
@@ -44,6 +45,7 @@ class Variant:
     warps: int = 4
     stages: int = 2
     divisible: tuple[str, ...] = field(default=())
+    limit: dict[str, int] = field(default_factory=dict)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -24,8 +24,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import ACTIVATIONS, GELU, NEEDS_ARGUMENT, RELU, activation_code
-from .configurations import Tiles, choose, every, precision_class
-from .device import float32_precision, on_device, processors
+from .configurations import Tiles, choose, every, family, precision_class
+from .device import architecture, float32_precision, on_device, processors, register_limit
 from .epilogue import channel_sums, epilogue_backward
 from .fold import finish_weight_gradient
 from .launch import INT32_LIMIT, TRITON_NAMES, Variant, check_device, check_floating, dot_dtype, wide
@@ -171,6 +171,16 @@ def matrix_constants(
     return strides, constants, whole and not constants["WIDE"]
 
 
+def limit_of(operation: str, name: str, precision: str, warps: int) -> dict[str, int]:
+    """`register_limit` on architecture `name`, or nothing where a kernel spills with it only.
+
+    These are input gradients, in exact float32 (16 bytes on sm_100), and of eight warps where sums are in registers, on
+    all but sm_100 and its like (60 bytes on sm_80).
+    """
+    without = operation == OF_INPUT and (precision == "ieee" or (warps > 4 and family(name) != "sm_100"))
+    return {} if without else register_limit(name, warps)
+
+
 def run_input_gradient(
     grad: Tensor, saved: Tensor | None, gate: Tensor | None, weight: Tensor, code: int, precision: str
 ) -> Tensor:
@@ -185,6 +195,7 @@ def run_input_gradient(
         channels, inner, weight.dtype, D_ROW__D_CHANNEL=grad, S_ROW__S_CHANNEL=saved, W_CHANNEL__W_INNER=weight
     ))
     wide_result = constants["WIDE"] or rows * inner + BEYOND > INT32_LIMIT
+    kind = precision_class(weight.dtype, precision)
 
     def launch(tiles: Tiles) -> None:
         tiles = narrowed(tiles, whole, code)
@@ -194,9 +205,9 @@ def run_input_gradient(
             inner // constants["INNER_UNIT"], *strides, **{**constants, "WIDE": wide_result}, ACTIVATION=code,
             EVEN_CHANNELS=channels % tiles.k == 0, PRECISION=precision, BLOCK_M=tiles.m, BLOCK_N=tiles.n,
             BLOCK_K=tiles.k, num_warps=tiles.warps, num_stages=tiles.stages,
+            **limit_of(OF_INPUT, architecture(weight.device), kind, tiles.warps),
         )
 
-    kind = precision_class(weight.dtype, precision)
     launch(choose(OF_INPUT, weight.device, kind, rows, inner, channels, launch))
     return result
 
@@ -221,6 +232,7 @@ def run_weight_gradient(
         channels, inner, x.dtype, D_ROW__D_CHANNEL=grad, S_ROW__S_CHANNEL=saved, X_ROW__X_INNER=x
     ))
     wide_results = constants["WIDE"] or (MOST_PARTS + 1) * channels * inner >= 2**31
+    kind = precision_class(x.dtype, precision)
 
     def launch(tiles: Tiles) -> tuple[Tensor, Tensor | None]:
         tiles = narrowed(tiles, whole, code, sums=True)
@@ -233,10 +245,10 @@ def run_weight_gradient(
             inner // constants["INNER_UNIT"], steps, *strides, **{**constants, "WIDE": wide_results}, ACTIVATION=code,
             EVEN_ROWS=rows == parts * steps * tiles.k, PRECISION=precision, BLOCK_M=tiles.m, BLOCK_N=tiles.n,
             BLOCK_K=tiles.k, num_warps=tiles.warps, num_stages=tiles.stages,
+            **limit_of("linear_weight_gradient", architecture(x.device), kind, tiles.warps),
         )
         return partial, sums
 
-    kind = precision_class(x.dtype, precision)
     partial, sums = launch(choose("linear_weight_gradient", x.device, kind, channels, inner, rows, launch))
     return partial, None if sums is None else sums[0] if sums.shape[0] == 1 else sums.sum(0)
 
@@ -336,18 +348,21 @@ def variants(architecture: str = "sm_90") -> list[Variant]:
     for operation, precision, tiles in every(architecture):
         if operation in (OF_INPUT, "linear_weight_gradient"):
             for dtype in (torch.bfloat16, torch.float16) if precision == "half" else (torch.float32,):
-                found.append(_variant(operation, dtype, precision, tiles, len(found) % len(ACTIVATIONS)))
+                found.append(_variant(architecture, operation, dtype, precision, tiles, len(found) % len(ACTIVATIONS)))
             if precision == "half":
                 for code, even, whole in (
                     (GELU.value, True, True), (GELU.value, False, True), (GELU.value, False, False),
                     (RELU.value, False, True), (RELU.value, False, False),
                 ):
-                    found.append(_variant(operation, torch.bfloat16, precision, tiles, code, even, whole))
+                    found.append(
+                        _variant(architecture, operation, torch.bfloat16, precision, tiles, code, even, whole)
+                    )
     return list({variant.label: variant for variant in found}.values())
 
 
 def _variant(
-    operation: str, dtype: torch.dtype, precision: str, tiles: Tiles, code: int, even: bool = True, whole: bool = True
+    architecture: str, operation: str, dtype: torch.dtype, precision: str, tiles: Tiles, code: int, even: bool = True,
+    whole: bool = True,
 ) -> Variant:
     name, unit, of_input = TRITON_NAMES[dtype], 16 // dtype.itemsize if whole else 1, operation == OF_INPUT
     tiles = narrowed(tiles, whole, code, sums=not of_input)
@@ -367,4 +382,5 @@ def _variant(
     label = (
         f"linear_backward.{operation} {name} {precision} {tuple(tiles)} {ACTIVATIONS[code]} even={even} unit={unit}"
     )
-    return Variant(label, kernel, types, constants, warps=tiles.warps, stages=tiles.stages)
+    limit = limit_of(operation, architecture, precision, tiles.warps)
+    return Variant(label, kernel, types, constants, warps=tiles.warps, stages=tiles.stages, limit=limit)

@@ -29,9 +29,9 @@ from torch import Tensor
 
 from .activations import NEEDS_ARGUMENT, activation_code
 from .configurations import Tiles, choose, precision_class
-from .device import float32_precision, on_device, processors
+from .device import architecture, float32_precision, on_device, processors, register_limit
+from .geometry import FEW_CHANNELS
 from .implicit_gemm import (
-    FEW_CHANNELS,
     SHORTEST_COPY,
     channels_in_units,
     innermost_width,
@@ -300,6 +300,7 @@ def partial_weight_gradient(
                 ACTIVATION=code, SLOPE_OF_A=slope_of_a, FLAT=known.flat,
                 B_ROWS_INNER=known.b_rows_inner, TAPS_INNER=taps_inner, WIDE=known.wide, PRECISION=precision, DOT=dot,
                 BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=tiles.warps, num_stages=tiles.stages,
+                **register_limit(architecture(a.device), tiles.warps),
             )
         return partial, sums
 

@@ -231,7 +231,7 @@ def scattered_accesses(kernels: ModuleType) -> None:
 def many_positions(kernels: ModuleType, transposed: bool) -> None:
     """What programs count up to beyond the last position stays within 32 bits."""
     gradient, common = (
-        importlib.import_module(f"{kernels.__package__}.{name}") for name in ("weight_gradient", "convolution")
+        importlib.import_module(f"{kernels.__package__}.{name}") for name in ("weight_gradient", "geometry")
     )
     limit = 2**31 - 1
     most = limit - common.BEYOND_POSITIONS

@@ -6,9 +6,14 @@ import itertools
 
 import pytest
 import torch
+from kernel_checks import DEVICE
 
 configurations = pytest.importorskip("mrvae_kernels.triton_kernels.configurations")
 tuning = pytest.importorskip("mrvae_kernels.triton_kernels.tuning")
+convolution_variants, device, fold, linear_backward, weight_gradient = (
+    pytest.importorskip(f"mrvae_kernels.triton_kernels.{name}")
+    for name in ("convolution_variants", "device", "fold", "linear_backward", "weight_gradient")
+)
 Tiles = configurations.Tiles
 
 ARCHITECTURES = (
@@ -105,6 +110,78 @@ def test_choose_answers_repeated_questions_from_one_lookup(monkeypatch):
 def test_choose_takes_any_sizes(sizes):
     for operation, precision in itertools.product(configurations.OPERATIONS, configurations.PRECISIONS):
         assert isinstance(configurations.choose(operation, torch.device("cpu"), precision, *sizes), Tiles)
+
+
+@pytest.mark.parametrize(("warps", "registers"), [(1, 255), (2, 255), (4, 255), (8, 128), (16, 64)])
+def test_limited_registers_leave_room_for_two_programs(warps, registers):
+    for architecture in ARCHITECTURES:
+        limit = device.register_limit(architecture, warps)
+        assert limit == ({"maxnreg": registers} if architecture.startswith("sm_") else {})  # others refuse the option
+
+
+def test_which_gradients_are_limited():
+    limited = {
+        (name, operation, precision, warps)
+        for name in ("sm_80", "sm_90", "sm_100", "gfx942", "xpu", "interpreter")
+        for operation in ("linear_input_gradient", "linear_weight_gradient")
+        for precision in configurations.PRECISIONS for warps in (4, 8)
+        if linear_backward.limit_of(operation, name, precision, warps)
+    }
+    nvidia = ("sm_80", "sm_90", "sm_100")
+    assert {found[:1] + found[2:] for found in limited if found[1] == "linear_weight_gradient"} == set(
+        itertools.product(nvidia, configurations.PRECISIONS, (4, 8))
+    )
+    assert {found[:1] + found[2:] for found in limited if found[1] == "linear_input_gradient"} == {
+        *itertools.product(nvidia, ("tf32", "half"), (4,)), ("sm_100", "tf32", 8), ("sm_100", "half", 8),
+    }
+
+
+class Recorder:
+    """Stands for a kernel; launches: the keyword arguments of each."""
+
+    def __init__(self):
+        self.launches = []
+
+    def __getitem__(self, grid):
+        return lambda *arguments, **named: self.launches.append(named)
+
+
+@pytest.mark.parametrize("name", ["sm_90", "gfx942"])
+def test_launches_have_the_limits_that_variants_were_compiled_with(name, monkeypatch):
+    """Those of the table's first tiles in half precision; the others differ in nothing but numbers."""
+    recorder = Recorder()
+    tiles = configurations.used("linear", name, "half")[0]
+    for module in (linear_backward, weight_gradient, fold):
+        monkeypatch.setattr(module, "architecture", lambda where: name)
+    for module in (linear_backward, weight_gradient):
+        monkeypatch.setattr(module, "choose", lambda *_, **__: tiles)
+    monkeypatch.setattr(linear_backward, "input_gradient", recorder)
+    monkeypatch.setattr(linear_backward, "weight_gradient", recorder)
+    monkeypatch.setattr(weight_gradient, "convolve_weight", recorder)
+    monkeypatch.setattr(fold, "fold_backward_kernel", recorder)
+
+    matrix = torch.empty(64, 64, dtype=torch.bfloat16, device=DEVICE)
+    image = torch.empty(2, 32, 4, 4, dtype=torch.bfloat16, device=DEVICE)
+    linear_backward.run_input_gradient(matrix, matrix, None, matrix, 1, "ieee")
+    linear_backward.run_weight_gradient(matrix, matrix, matrix, 1, False, "ieee")
+    weight_gradient.partial_weight_gradient(
+        image, image, None, True, (32, 32, 1, 1), (1, 1), (0, 0), (1, 1), 1, "none"
+    )
+    fold.fold_backward([matrix], [None], [matrix], [None], [torch.empty(64, device=DEVICE)], [None], [0], [True] * 4)
+
+    def of(module, label):
+        return next(variant for variant in module.variants(name) if label in variant.label)
+
+    compiled = (
+        of(linear_backward, f"linear_input_gradient bf16 half {tuple(tiles)} "),
+        of(linear_backward, f"linear_weight_gradient bf16 half {tuple(tiles)} "),
+        of(convolution_variants, "convolve_weight plain bf16 ieee 32x32x"), of(fold, "fold_backward bf16"),
+    )
+    assert len(recorder.launches) == len(compiled)
+    for launched, variant in zip(recorder.launches, compiled, strict=True):
+        assert launched["num_warps"] == variant.warps
+        assert launched.get("maxnreg") == variant.limit.get("maxnreg"), variant.label
+        assert ("maxnreg" in launched) == (name == "sm_90"), variant.label
 
 
 def test_unknown_names_are_refused():

@@ -7,10 +7,9 @@ have schema, fake and autograd of their own. Differentiable once.
 
 from __future__ import annotations
 
-from .convolution import refusal
 from .epilogue import epilogue
 from .fold import fold
 from .gates import gates
 from .products import gated_convolution, gated_linear
 
-__all__ = ["epilogue", "fold", "gated_convolution", "gated_linear", "gates", "refusal"]
+__all__ = ["epilogue", "fold", "gated_convolution", "gated_linear", "gates"]

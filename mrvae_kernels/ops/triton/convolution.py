@@ -8,14 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...triton_kernels.conv2d import conv2d, conv2d_backward, conv2d_refusal
-from ...triton_kernels.conv_transpose2d import (
-    conv_transpose2d,
-    conv_transpose2d_backward,
-    conv_transpose2d_refusal,
-)
-from .define import LIBRARY, autocast, autocast_dtype, define, once_differentiable, recording, traced, unwanted
-from .fused import Gradients, fake_gradients, fake_kept, result_for_backward
+from ...triton_kernels.conv2d import conv2d, conv2d_backward
+from ...triton_kernels.conv_transpose2d import conv_transpose2d, conv_transpose2d_backward
+from .define import LIBRARY, autocast, define, once_differentiable, recording, traced, unwanted
+from .fused import Gradients, fake_convolution, fake_gradients, result_for_backward
 
 Geometry = tuple[Sequence[int], Sequence[int], Sequence[int], bool, Sequence[int], int]
 """stride, padding, dilation, transposed, output_padding, groups: the order of aten::convolution."""
@@ -51,16 +47,9 @@ def _fake(
     padding: Sequence[int], dilation: Sequence[int], transposed: bool, output_padding: Sequence[int], groups: int,
     activation: str, keep: bool,
 ) -> tuple[Tensor, Tensor]:
-    shape = torch.ops.aten.convolution(
-        x, weight, None, stride, padding, dilation, transposed, output_padding, groups
-    ).shape
-    # the kernels' own rule: channels_last where x is, whatever the library would choose
-    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    y = torch.empty(
-        shape, dtype=x.dtype, device=x.device,
-        memory_format=torch.channels_last if last else torch.contiguous_format,
+    return fake_convolution(
+        x, weight, gate, stride, padding, dilation, transposed, output_padding, groups, activation, keep
     )
-    return y, fake_kept(y, gate, activation, keep)
 
 
 def _fake_backward(
@@ -121,14 +110,3 @@ class _Convolution(torch.autograd.Function):
 torch.library.register_autograd(
     "mrvae_triton::convolution", once_differentiable(_backward), setup_context=_setup, lib=LIBRARY
 )
-
-
-def refusal(
-    x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
-    transposed: bool, output_padding: Sequence[int], groups: int,
-) -> str | None:
-    """Why the fused kernels do not take this convolution, or None; dtypes as autocast makes them."""
-    x, weight = (torch.empty_like(value, device="meta", dtype=autocast_dtype(value)) for value in (x, weight))
-    if transposed:
-        return conv_transpose2d_refusal(x, weight, stride, padding, output_padding, dilation, groups)
-    return conv2d_refusal(x, weight, stride, padding, dilation, groups)
