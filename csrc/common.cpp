@@ -1,5 +1,6 @@
 #include <ATen/ops/elu.h>
 #include <ATen/ops/elu_backward.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/gelu.h>
 #include <ATen/ops/gelu_backward.h>
 #include <ATen/ops/leaky_relu.h>
@@ -39,6 +40,10 @@ bool eager(std::initializer_list<const Tensor*> tensors) {
     if (tensor != nullptr && tensor->defined() && !ordinary(*tensor)) return false;
   }
   return true;
+}
+
+bool ours(const Tensor& grad) {
+  return grad.defined() && grad.use_count() == 1 && grad.has_storage() && grad.storage().use_count() == 1;
 }
 
 bool recording(std::initializer_list<const Tensor*> tensors) {
@@ -84,15 +89,18 @@ Tensor operand(const Tensor& tensor, at::ScalarType dtype) {
   return result.is_contiguous() ? result : result.contiguous();
 }
 
-cpu::Storage storage_of(const Tensor& tensor) {
+Tensor scratch(std::int64_t bytes, const Tensor& like) { return at::empty({bytes}, like.options().dtype(at::kByte)); }
+
+Storage storage_of(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
-    case at::kDouble: return cpu::Storage::Double;
-    case at::kBFloat16: return cpu::Storage::BFloat16;
-    default: return cpu::Storage::Float;
+    case at::kDouble: return Storage::Double;
+    case at::kBFloat16: return Storage::BFloat16;
+    case at::kHalf: return Storage::Half;
+    default: return Storage::Float;
   }
 }
 
-bool memory_order(const Tensor& u, std::int64_t axis, bool per_sample, cpu::EpilogueShape& shape) {
+bool memory_order(const Tensor& u, std::int64_t axis, bool per_sample, EpilogueShape& shape) {
   const std::int64_t samples = per_sample ? u.size(0) : 1;
   shape = {samples, 1, u.size(axis), 1};
   if (u.numel() == 0) {
@@ -157,7 +165,8 @@ std::string_view activation_name(Activation activation) { return activation_name
 
 Strategy parse_strategy(std::string_view name) {
   if (name == "fold") return Strategy::Fold;
-  TORCH_CHECK_VALUE(name == "epilogue", "strategy is '", name, "'; expected fold or epilogue");
+  if (name == "fused") return Strategy::Fused;
+  TORCH_CHECK_VALUE(name == "epilogue", "strategy is '", name, "'; expected fold, epilogue or fused");
   return Strategy::Epilogue;
 }
 

@@ -2,6 +2,10 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 
+#include "cpu/kernels.h"
+#if defined(MRVAE_CUDA)
+#include "cuda/kernels.h"
+#endif
 #include "ops.h"
 
 namespace mrvae {
@@ -34,7 +38,7 @@ void check(const Tensor& u, const OptionalTensor& bias, const Tensor& gate, cons
 }
 
 // u as one dense block that memory_order() accepts
-Tensor dense(const Tensor& u, std::int64_t axis, bool per_sample, cpu::EpilogueShape& shape) {
+Tensor dense(const Tensor& u, std::int64_t axis, bool per_sample, EpilogueShape& shape) {
   Tensor result = widened(u);
   if (!memory_order(result, axis, per_sample, shape)) {
     result = result.contiguous();
@@ -63,10 +67,40 @@ struct Parameters {
     if (given(t)) shift = operand(*t, dtype);
   }
   template <class T>
-  cpu::EpilogueParameters<T> pointers() const {
+  EpilogueParameters<T> pointers() const {
     return {data<T>(gate), data<T>(bias), data<T>(shift), activation};
   }
 };
+
+// The kernel of u's device.
+template <class T>
+void launch_forward(const Tensor& u, const EpilogueShape& shape, const Parameters& with, const Tensor& y) {
+#if defined(MRVAE_CUDA)
+  if (on_gpu(u)) {
+    const Launch launch(u);
+    return cuda::epilogue_forward(storage_of(u), shape, u.const_data_ptr(), with.pointers<T>(), y.mutable_data_ptr(),
+                                  launch.stream());
+  }
+#endif
+  cpu::epilogue_forward(storage_of(u), shape, u.const_data_ptr(), with.pointers<T>(), y.mutable_data_ptr());
+}
+
+template <class T>
+void launch_backward(const Tensor& grad, const Tensor& u, const EpilogueShape& shape, const Parameters& with,
+                     const EpilogueGrads& grads) {
+  const auto& [grad_u, grad_bias, grad_gate, grad_shift] = grads;
+  const EpilogueGradients<T> out{grad_u.defined() ? grad_u.mutable_data_ptr() : nullptr, mutable_data<T>(grad_gate),
+                                 mutable_data<T>(grad_shift), mutable_data<T>(grad_bias)};
+#if defined(MRVAE_CUDA)
+  if (on_gpu(u)) {
+    const Launch launch(u);
+    const Tensor sums = scratch(cuda::epilogue_backward_scratch(storage_of(u), shape, grad_gate.defined()), u);
+    return cuda::epilogue_backward(storage_of(u), shape, grad.const_data_ptr(), u.const_data_ptr(), with.pointers<T>(),
+                                   out, sums.data_ptr(), launch.stream());
+  }
+#endif
+  cpu::epilogue_backward(storage_of(u), shape, grad.const_data_ptr(), u.const_data_ptr(), with.pointers<T>(), out);
+}
 
 struct EpilogueNode : torch::autograd::Function<EpilogueNode> {
   static Tensor forward(AutogradContext* ctx, const Tensor& u, const OptionalTensor& bias, const Tensor& gate,
@@ -108,16 +142,10 @@ static Tensor forward(const Tensor& u, const OptionalTensor& bias, const Tensor&
   check(u, bias, gate, shift, dim);
   const auto dtype = gate_dtype(u.scalar_type());
   const Parameters with(bias, gate, shift, activation, dtype);
-  cpu::EpilogueShape shape;
+  EpilogueShape shape;
   const Tensor values = dense(u, dim < 0 ? dim + u.dim() : dim, gate.dim() == 2, shape);
   const Tensor y = u_is_free ? values : at::empty_like(values);
-  if (dtype == at::kDouble) {
-    cpu::epilogue_forward(storage_of(values), shape, values.const_data_ptr(), with.pointers<double>(),
-                          y.mutable_data_ptr());
-  } else {
-    cpu::epilogue_forward(storage_of(values), shape, values.const_data_ptr(), with.pointers<float>(),
-                          y.mutable_data_ptr());
-  }
+  dtype == at::kDouble ? launch_forward<double>(values, shape, with, y) : launch_forward<float>(values, shape, with, y);
   return restored(y, u);
 }
 
@@ -128,7 +156,7 @@ Tensor epilogue(const Tensor& u, const OptionalTensor& bias, const Tensor& gate,
 
 Tensor call_epilogue(const Tensor& u, const OptionalTensor& bias, const Tensor& gate, const OptionalTensor& shift,
                      std::int64_t dim, std::string_view activation, bool u_is_free) {
-  if (u.is_cpu() && eager({&u, pointer(bias), &gate, pointer(shift)})) {
+  if (direct({&u, pointer(bias), &gate, pointer(shift)})) {
     return forward(u, bias, gate, shift, dim, activation, u_is_free);
   }
   static const auto op =
@@ -139,7 +167,7 @@ Tensor call_epilogue(const Tensor& u, const OptionalTensor& bias, const Tensor& 
 EpilogueGrads call_epilogue_backward(const Tensor& grad, const Tensor& u, const OptionalTensor& bias,
                                      const Tensor& gate, const OptionalTensor& shift, std::int64_t dim,
                                      std::string_view activation, std::array<bool, 4> mask) {
-  if (grad.is_cpu() && eager({&grad, &u, pointer(bias), &gate, pointer(shift)})) {
+  if (direct({&grad, &u, pointer(bias), &gate, pointer(shift)})) {
     return epilogue_backward(grad, u, bias, gate, shift, dim, activation, mask);
   }
   static const auto op = c10::Dispatcher::singleton()
@@ -158,7 +186,7 @@ EpilogueGrads epilogue_backward(const Tensor& grad, const Tensor& u, const Optio
   mask[3] = mask[3] && given(shift);
   const auto dtype = gate_dtype(u.scalar_type());
   const Parameters with(bias, gate, shift, activation, dtype);
-  cpu::EpilogueShape shape;
+  EpilogueShape shape;
   const Tensor values = dense(u, dim < 0 ? dim + u.dim() : dim, gate.dim() == 2, shape);
   Tensor incoming = grad;
   if (!same_layout(grad, values)) incoming = at::empty_like(values).copy_(grad);
@@ -169,18 +197,9 @@ EpilogueGrads epilogue_backward(const Tensor& grad, const Tensor& u, const Optio
     grad_shift = at::empty_like(with.gate);
   }
   if (mask[1]) grad_bias = at::empty_like(with.bias);
-  void* target = mask[0] ? grad_u.mutable_data_ptr() : nullptr;
-  if (dtype == at::kDouble) {
-    cpu::epilogue_backward(storage_of(values), shape, incoming.const_data_ptr(), values.const_data_ptr(),
-                           with.pointers<double>(),
-                           {target, mutable_data<double>(grad_gate), mutable_data<double>(grad_shift),
-                            mutable_data<double>(grad_bias)});
-  } else {
-    cpu::epilogue_backward(storage_of(values), shape, incoming.const_data_ptr(), values.const_data_ptr(),
-                           with.pointers<float>(),
-                           {target, mutable_data<float>(grad_gate), mutable_data<float>(grad_shift),
-                            mutable_data<float>(grad_bias)});
-  }
+  const EpilogueGrads grads{grad_u, grad_bias, grad_gate, grad_shift};
+  dtype == at::kDouble ? launch_backward<double>(incoming, values, shape, with, grads)
+                       : launch_backward<float>(incoming, values, shape, with, grads);
   const auto result = [&](bool wanted, const Tensor& value, const Tensor& like) {
     if (!wanted) return Tensor();
     return value.scalar_type() == like.scalar_type() ? value : value.to(like.scalar_type());

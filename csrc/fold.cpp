@@ -2,6 +2,10 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 
+#include "cpu/kernels.h"
+#if defined(MRVAE_CUDA)
+#include "cuda/kernels.h"
+#endif
 #include "ops.h"
 
 namespace mrvae {
@@ -33,8 +37,8 @@ void check(const Layer& layer, std::size_t index) {
 }
 
 // The weight as one dense block, and its shape for the kernel.
-Tensor prepare(const Layer& layer, cpu::FoldLayer& target) {
-  cpu::EpilogueShape shape;
+Tensor prepare(const Layer& layer, FoldLayer& target) {
+  EpilogueShape shape;
   const bool grouped = layer.groups > 1;
   Tensor weight = widened(layer.weight);
   const std::int64_t axis = layer.groups > 0 ? 1 : 0;
@@ -66,6 +70,28 @@ Tensor incoming(const Tensor& grad, const Tensor& weight) {
   return same_layout(grad, weight) ? grad : at::empty_like(weight).copy_(grad);
 }
 
+// The kernel of the layers' device; there is one launch for all of them.
+void launch_forward(const std::vector<FoldLayer>& tasks, const std::vector<Layer>& layers) {
+#if defined(MRVAE_CUDA)
+  if (!layers.empty() && on_gpu(layers[0].weight)) {
+    const Launch launch(layers[0].weight);
+    return cuda::fold_forward(tasks, launch.stream());
+  }
+#endif
+  cpu::fold_forward(tasks);
+}
+
+void launch_backward(const std::vector<FoldLayer>& tasks, const std::vector<Layer>& layers) {
+#if defined(MRVAE_CUDA)
+  if (!layers.empty() && on_gpu(layers[0].weight)) {
+    const Launch launch(layers[0].weight);
+    const Tensor sums = scratch(cuda::fold_backward_scratch(tasks), layers[0].weight);
+    return cuda::fold_backward(tasks, sums.data_ptr(), launch.stream());
+  }
+#endif
+  cpu::fold_backward(tasks);
+}
+
 std::vector<Layer> as_layers(TensorList weights, const OptionalTensorList& biases, TensorList gates,
                              const OptionalTensorList& shifts, IntArrayRef groups) {
   const std::size_t count = weights.size();
@@ -83,13 +109,14 @@ std::vector<Layer> as_layers(TensorList weights, const OptionalTensorList& biase
 
 std::vector<LayerFolded> fold_layers(const std::vector<Layer>& layers) {
   std::vector<LayerFolded> results(layers.size());
-  std::vector<cpu::FoldLayer> tasks(layers.size(), cpu::FoldLayer{});
+  std::vector<FoldLayer> tasks(layers.size(), FoldLayer{});
   std::vector<std::array<Tensor, 4>> operands(layers.size());  // keeps what the kernels read alive
   for (std::size_t i = 0; i < layers.size(); ++i) {
     const Layer& layer = layers[i];
     check(layer, i);
+    check_device("fold", "a weight", layer.weight, layers[0].weight);
     auto& [weight, bias, gate, shift] = operands[i];
-    cpu::FoldLayer& task = tasks[i];
+    FoldLayer& task = tasks[i];
     weight = prepare(layer, task);
     const auto dtype = gate_dtype(weight.scalar_type());
     gate = operand(layer.gate, dtype);
@@ -104,7 +131,7 @@ std::vector<LayerFolded> fold_layers(const std::vector<Layer>& layers) {
     task.folded = results[i].weight.mutable_data_ptr();
     task.folded_bias = mutable_pointer_to(results[i].bias);
   }
-  cpu::fold_forward(tasks);
+  launch_forward(tasks, layers);
   for (std::size_t i = 0; i < layers.size(); ++i) {
     results[i].weight = restored(results[i].weight, layers[i].weight);
     results[i].bias = converted(results[i].bias, layers[i].weight.scalar_type());
@@ -115,14 +142,15 @@ std::vector<LayerFolded> fold_layers(const std::vector<Layer>& layers) {
 std::vector<LayerGrads> fold_layers_backward(const std::vector<Layer>& layers,
                                              const std::vector<LayerRequest>& requests) {
   std::vector<LayerGrads> results(layers.size());
-  std::vector<cpu::FoldLayer> tasks(layers.size(), cpu::FoldLayer{});
+  std::vector<FoldLayer> tasks(layers.size(), FoldLayer{});
   std::vector<std::array<Tensor, 5>> operands(layers.size());
   for (std::size_t i = 0; i < layers.size(); ++i) {
     const Layer& layer = layers[i];
     const LayerRequest& request = requests[i];
     check(layer, i);
+    check_device("fold", "a weight", layer.weight, layers[0].weight);
     auto& [weight, bias, gate, grad, grad_bias] = operands[i];
-    cpu::FoldLayer& task = tasks[i];
+    FoldLayer& task = tasks[i];
     LayerGrads& result = results[i];
     weight = prepare(layer, task);
     const auto dtype = gate_dtype(weight.scalar_type());
@@ -135,11 +163,8 @@ std::vector<LayerGrads> fold_layers_backward(const std::vector<Layer>& layers,
     }
     if (request.gate) result.gate = at::empty_like(gate);
     if (request.bias && bias.defined()) result.bias = at::empty_like(gate);
-    if (request.shift && layer.shift.defined()) {
-      // a tensor of its own: db' may also be somebody else's
-      result.shift = at::empty_like(gate);
-      grad_bias.defined() ? result.shift.copy_(grad_bias) : result.shift.zero_();
-    }
+    // a tensor of its own: db' may also be somebody else's
+    if (request.shift && layer.shift.defined()) result.shift = at::empty_like(gate);
     task.weight = weight.const_data_ptr();
     task.gate = gate.const_data_ptr();
     task.bias = pointer_to(bias);
@@ -148,8 +173,9 @@ std::vector<LayerGrads> fold_layers_backward(const std::vector<Layer>& layers,
     task.grad_weight = mutable_pointer_to(result.weight);
     task.grad_gate = mutable_pointer_to(result.gate);
     task.grad_layer_bias = mutable_pointer_to(result.bias);
+    task.grad_shift = mutable_pointer_to(result.shift);
   }
-  cpu::fold_backward(tasks);
+  launch_backward(tasks, layers);
   for (std::size_t i = 0; i < layers.size(); ++i) {
     const Layer& layer = layers[i];
     LayerGrads& result = results[i];
@@ -203,7 +229,7 @@ FoldGrads fold_backward(const OptionalTensorList& grad_weights, const OptionalTe
 }
 
 LayerFolded fold_layer(const Layer& layer) {
-  if (layer.weight.is_cpu() && eager({&layer.weight, &layer.bias, &layer.gate, &layer.shift})) {
+  if (direct({&layer.weight, &layer.bias, &layer.gate, &layer.shift})) {
     return fold_layers({layer})[0];
   }
   const auto [weights, biases] = call_fold(layer.weight, OptionalTensorList({optional(layer.bias)}), layer.gate,
@@ -214,7 +240,7 @@ LayerFolded fold_layer(const Layer& layer) {
 LayerGrads fold_layer_backward(const Layer& layer, const LayerRequest& request) {
   const std::initializer_list<const Tensor*> tensors = {&layer.weight, &layer.bias,          &layer.gate,
                                                         &layer.shift,  &request.grad_weight, &request.grad_bias};
-  if (layer.weight.is_cpu() && eager(tensors)) return fold_layers_backward({layer}, {request})[0];
+  if (direct(tensors)) return fold_layers_backward({layer}, {request})[0];
   const c10::List<bool> mask({request.weight, request.bias, request.gate, request.shift});
   const auto [weight, bias, gate, shift] = call_fold_backward(
       OptionalTensorList({optional(request.grad_weight)}), OptionalTensorList({optional(request.grad_bias)}),

@@ -3,11 +3,6 @@
 namespace mrvae {
 namespace {
 
-// A gradient buffer that only this node holds: the engine accumulates in place under the same conditions.
-bool ours(const Tensor& grad) {
-  return grad.defined() && grad.use_count() == 1 && grad.has_storage() && grad.storage().use_count() == 1;
-}
-
 struct FoldNode : torch::autograd::Function<FoldNode> {
   // tensors: the weights, the gates, then the biases and shifts that exist; bias_at and shift_at are their places, or -1
   static variable_list forward(AutogradContext* ctx, TensorList tensors, IntArrayRef groups, IntArrayRef bias_at,
@@ -20,7 +15,7 @@ struct FoldNode : torch::autograd::Function<FoldNode> {
     ctx->saved_data["shift_at"] = shift_at;
     ctx->set_materialize_grads(false);
     bool plain = true;
-    for (const Tensor& tensor : tensors) plain = plain && tensor.is_cpu() && eager({&tensor});
+    for (const Tensor& tensor : tensors) plain = plain && mrvae::direct({&tensor});
     auto [folded, biases] = plain ? direct_forward(tensors, groups, bias_at, shift_at)
                                   : dispatched_forward(tensors, groups, bias_at, shift_at);
     variable_list outputs = std::move(folded), empty;
@@ -39,8 +34,8 @@ struct FoldNode : torch::autograd::Function<FoldNode> {
                shift_at = ctx->saved_data["shift_at"].toIntVector();
     const auto wanted = [&](std::int64_t at) { return at >= 0 && ctx->needs_input_grad(std::size_t(at)); };
     bool plain = true;
-    for (const Tensor& tensor : saved) plain = plain && tensor.is_cpu() && eager({&tensor});
-    for (const Tensor& grad : grads) plain = plain && (!grad.defined() || (grad.is_cpu() && eager({&grad})));
+    for (const Tensor& tensor : saved) plain = plain && mrvae::direct({&tensor});
+    for (const Tensor& grad : grads) plain = plain && (!grad.defined() || mrvae::direct({&grad}));
     variable_list gradients(saved.size());
     {
       at::AutoDispatchBelowADInplaceOrView below;

@@ -2,6 +2,7 @@
 //
 //   fold      y = activation(product(x, W') + b'),  W' = g W, b' = g b + t
 //   epilogue  y = activation(g * (u + b) + t),      u = product(x, W)
+//   fused     the same in one kernel, of GPU tensors: see fused_products.h
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/convolution.h>
 #include <ATen/ops/convolution_backward.h>
@@ -10,7 +11,7 @@
 
 #include <numeric>
 
-#include "ops.h"
+#include "fused_products.h"
 
 namespace mrvae {
 namespace {
@@ -24,6 +25,7 @@ struct LinearProduct {
   static constexpr std::int64_t channel_axis = -1, fold_groups = 0;
 
   static LinearProduct decode(AutogradContext*) { return {}; }
+  FusedLayer fused() const { return {}; }
   void save(AutogradContext*) const {}
 
   static std::int64_t rows(const Tensor& x) {
@@ -79,6 +81,7 @@ struct ConvolutionProduct {
       : stride(s.vec()), padding(p.vec()), dilation(d.vec()), output_padding(o.vec()), transposed(t), groups(g),
         fold_groups(t ? g : 0) {}
 
+  FusedLayer fused() const { return {stride, padding, dilation, transposed, output_padding, groups}; }
   void save(AutogradContext* ctx) const {
     std::vector<std::int64_t> geometry{transposed, groups};
     for (const auto* values : {&stride, &padding, &dilation, &output_padding}) {
@@ -138,7 +141,7 @@ void check(const Product& product, const Tensor& x, const Tensor& weight, const 
   TORCH_CHECK_VALUE(gate.dim() == 1 || (gate.dim() == 2 && x.dim() >= 2), Product::name, ": gate has shape ",
                     gate.sizes(), "; expected (C,), or (N, C) for x with N samples in axis 0");
   TORCH_CHECK_VALUE(strategy == Strategy::Epilogue || gate.dim() == 1, Product::name, ": gate has shape ", gate.sizes(),
-                    ", one beta a sample, which cannot be folded into the weight; expected strategy epilogue");
+                    ", one beta a sample, which cannot be folded into the weight; expected strategy epilogue or fused");
 }
 
 // What the forward pass leaves for the backward pass.
@@ -151,6 +154,9 @@ template <class Product>
 Tensor compute(const Product& product, const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                const Tensor& gate, const OptionalTensor& shift, Activation activation, Strategy strategy,
                bool keep_state, Leftovers* leftovers) {
+  if (strategy == Strategy::Fused) {
+    return fused_forward(product.fused(), x, weight, bias, gate, shift, activation, /*keep=*/false).y;
+  }
   check(product, x, weight, gate, strategy);
   if (strategy == Strategy::Epilogue) {
     const Tensor u = product.forward(x, weight, Tensor());
@@ -257,6 +263,7 @@ Tensor dispatch(const Product& product, const Tensor& x, const Tensor& weight, c
                 std::string_view strategy_text) {
   const Activation activation = parse_activation(activation_text);
   const Strategy strategy = parse_strategy(strategy_text);
+  if (strategy == Strategy::Fused) return fused_autograd(product.fused(), x, weight, bias, gate, shift, activation);
   const std::initializer_list<const Tensor*> tensors = {&x, &weight, pointer(bias), &gate, pointer(shift)};
   if (!eager(tensors)) return decomposed(product, x, weight, bias, gate, shift, activation, strategy);
   if (recording(tensors)) {

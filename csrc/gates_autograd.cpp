@@ -2,6 +2,10 @@
 #include <ATen/ops/empty_like.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 
+#include "cpu/kernels.h"
+#if defined(MRVAE_CUDA)
+#include "cuda/kernels.h"
+#endif
 #include "ops.h"
 
 namespace mrvae {
@@ -32,8 +36,8 @@ void check(const Tensor& weight, const Tensor& bias, const Tensor& eta, IntArray
 }
 
 template <class T>
-std::vector<cpu::GateSlice<T>> slices(const std::vector<Tensor>& values, IntArrayRef sizes, IntArrayRef kinds) {
-  std::vector<cpu::GateSlice<T>> result;
+std::vector<GateSlice<T>> slices(const std::vector<Tensor>& values, IntArrayRef sizes, IntArrayRef kinds) {
+  std::vector<GateSlice<T>> result;
   result.reserve(sizes.size());
   std::int64_t offset = 0;
   for (std::size_t i = 0; i < sizes.size(); ++i) {
@@ -44,6 +48,48 @@ std::vector<cpu::GateSlice<T>> slices(const std::vector<Tensor>& values, IntArra
   return result;
 }
 
+template <class T>
+T* data(const Tensor& tensor) {
+  return tensor.numel() > 0 ? static_cast<T*>(tensor.data_ptr()) : nullptr;
+}
+
+// w, c and eta, contiguous and of the dtype of gates, and the slices' values or their gradients
+struct Operands {
+  Tensor weight, bias, eta;
+  std::vector<Tensor> values;
+  IntArrayRef sizes, kinds;
+};
+
+template <class T>
+void forward(const Operands& operands) {
+  const auto parts = slices<T>(operands.values, operands.sizes, operands.kinds);
+  const T *w = data<T>(operands.weight), *c = data<T>(operands.bias), *eta = data<T>(operands.eta);
+#if defined(MRVAE_CUDA)
+  if (on_gpu(operands.weight)) {
+    const Launch launch(operands.weight);
+    return cuda::gates_forward<T>(parts, w, c, eta, operands.eta.numel(), launch.stream());
+  }
+#endif
+  cpu::gates_forward<T>(parts, w, c, eta, operands.eta.numel());
+}
+
+// grad_eta may have no elements: then it is not computed
+template <class T>
+void backward(const Operands& operands, const Tensor& grad_weight, const Tensor& grad_bias, const Tensor& grad_eta) {
+  const auto parts = slices<T>(operands.values, operands.sizes, operands.kinds);
+  const T *w = data<T>(operands.weight), *c = data<T>(operands.bias), *eta = data<T>(operands.eta);
+  T *dw = data<T>(grad_weight), *dc = data<T>(grad_bias), *deta = data<T>(grad_eta);
+  const std::int64_t samples = operands.eta.numel();
+#if defined(MRVAE_CUDA)
+  if (on_gpu(operands.weight)) {
+    const Launch launch(operands.weight);
+    const Tensor sums = scratch(cuda::gates_backward_scratch(parts, samples, deta != nullptr), operands.weight);
+    return cuda::gates_backward<T>(parts, w, c, eta, samples, dw, dc, deta, sums.data_ptr(), launch.stream());
+  }
+#endif
+  cpu::gates_backward<T>(parts, w, c, eta, samples, dw, dc, deta);
+}
+
 struct GatesNode : torch::autograd::Function<GatesNode> {
   static variable_list forward(AutogradContext* ctx, const Tensor& weight, const Tensor& bias, const Tensor& eta,
                                IntArrayRef sizes, IntArrayRef kinds) {
@@ -52,7 +98,7 @@ struct GatesNode : torch::autograd::Function<GatesNode> {
     ctx->saved_data["sizes"] = sizes;
     ctx->saved_data["kinds"] = kinds;
     ctx->set_materialize_grads(false);
-    if (weight.is_cpu() && eager({&weight, &bias, &eta})) return gates(weight, bias, eta, sizes, kinds);
+    if (direct({&weight, &bias, &eta})) return gates(weight, bias, eta, sizes, kinds);
     static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("mrvae::gates", "").typed<decltype(gates)>();
     return op.call(weight, bias, eta, sizes, kinds);
   }
@@ -63,7 +109,7 @@ struct GatesNode : torch::autograd::Function<GatesNode> {
     const bool eta_needs_grad = ctx->needs_input_grad(2);
     OptionalTensorList optional_grads;
     optional_grads.reserve(grads.size());
-    bool plain = saved[0].is_cpu() && eager({&saved[0], &saved[1], &saved[2]});
+    bool plain = direct({&saved[0], &saved[1], &saved[2]});
     for (const Tensor& grad : grads) {
       plain = plain && (!grad.defined() || eager({&grad}));
       optional_grads.push_back(grad.defined() ? OptionalTensor(grad) : std::nullopt);
@@ -88,21 +134,14 @@ std::vector<Tensor> gates(const Tensor& weight, const Tensor& bias, const Tensor
                           IntArrayRef kinds) {
   check(weight, bias, eta, sizes, kinds);
   const auto dtype = gate_dtype(weight.scalar_type());
-  const Tensor w = operand(weight, dtype), c = operand(bias, dtype), e = operand(eta, dtype);
-  std::vector<Tensor> values;
-  values.reserve(sizes.size());
+  Operands operands{operand(weight, dtype), operand(bias, dtype), operand(eta, dtype), {}, sizes, kinds};
+  operands.values.reserve(sizes.size());
   for (const std::int64_t size : sizes) {
-    const std::int64_t shape[] = {e.numel(), size};
-    values.push_back(at::empty(IntArrayRef(shape).slice(e.dim() == 0 ? 1 : 0), w.options()));
+    const std::int64_t shape[] = {eta.numel(), size};
+    operands.values.push_back(at::empty(IntArrayRef(shape).slice(eta.dim() == 0 ? 1 : 0), operands.weight.options()));
   }
-  if (dtype == at::kDouble) {
-    cpu::gates_forward<double>(slices<double>(values, sizes, kinds), w.const_data_ptr<double>(),
-                               c.const_data_ptr<double>(), e.const_data_ptr<double>(), e.numel());
-  } else {
-    cpu::gates_forward<float>(slices<float>(values, sizes, kinds), w.const_data_ptr<float>(), c.const_data_ptr<float>(),
-                              e.const_data_ptr<float>(), e.numel());
-  }
-  return values;
+  dtype == at::kDouble ? forward<double>(operands) : forward<float>(operands);
+  return std::move(operands.values);
 }
 
 std::tuple<Tensor, Tensor, Tensor> gates_backward(const OptionalTensorList& grads, const Tensor& weight,
@@ -112,28 +151,18 @@ std::tuple<Tensor, Tensor, Tensor> gates_backward(const OptionalTensorList& grad
   TORCH_CHECK_VALUE(grads.size() == sizes.size(), "gates_backward: got ", grads.size(), " gradients for ",
                     sizes.size(), " gates");
   const auto dtype = gate_dtype(weight.scalar_type());
-  const Tensor w = operand(weight, dtype), c = operand(bias, dtype), e = operand(eta, dtype);
-  std::vector<Tensor> values;
-  values.reserve(grads.size());
+  Operands operands{operand(weight, dtype), operand(bias, dtype), operand(eta, dtype), {}, sizes, kinds};
+  operands.values.reserve(grads.size());
   for (std::size_t i = 0; i < grads.size(); ++i) {
     const OptionalTensor grad = grads.get(i);
-    values.push_back(given(grad) ? operand(*grad, dtype) : Tensor());
-    TORCH_CHECK_VALUE(!given(grad) || grad->numel() == e.numel() * sizes[i], "gates_backward: gradient ", i,
+    operands.values.push_back(given(grad) ? operand(*grad, dtype) : Tensor());
+    TORCH_CHECK_VALUE(!given(grad) || grad->numel() == eta.numel() * sizes[i], "gates_backward: gradient ", i,
                       " has shape ", grad->sizes(), "; expected that of the gate");
   }
-  const Tensor grad_weight = at::empty_like(w), grad_bias = at::empty_like(c);
-  const Tensor grad_eta = at::empty(eta_needs_grad ? e.sizes() : IntArrayRef({0}), e.options());
-  if (dtype == at::kDouble) {
-    cpu::gates_backward<double>(slices<double>(values, sizes, kinds), w.const_data_ptr<double>(),
-                                c.const_data_ptr<double>(), e.const_data_ptr<double>(), e.numel(),
-                                grad_weight.mutable_data_ptr<double>(), grad_bias.mutable_data_ptr<double>(),
-                                eta_needs_grad ? grad_eta.mutable_data_ptr<double>() : nullptr);
-  } else {
-    cpu::gates_backward<float>(slices<float>(values, sizes, kinds), w.const_data_ptr<float>(),
-                               c.const_data_ptr<float>(), e.const_data_ptr<float>(), e.numel(),
-                               grad_weight.mutable_data_ptr<float>(), grad_bias.mutable_data_ptr<float>(),
-                               eta_needs_grad ? grad_eta.mutable_data_ptr<float>() : nullptr);
-  }
+  const Tensor grad_weight = at::empty_like(operands.weight), grad_bias = at::empty_like(operands.bias);
+  const Tensor grad_eta = at::empty(eta_needs_grad ? eta.sizes() : IntArrayRef({0}), operands.eta.options());
+  dtype == at::kDouble ? backward<double>(operands, grad_weight, grad_bias, grad_eta)
+                       : backward<float>(operands, grad_weight, grad_bias, grad_eta);
   return {grad_weight.to(weight.scalar_type()), grad_bias.to(bias.scalar_type()), grad_eta.to(eta.scalar_type())};
 }
 

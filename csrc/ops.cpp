@@ -90,9 +90,22 @@ TORCH_LIBRARY(mrvae, m) {
   m.def("gated_convolution(Tensor x, Tensor weight, Tensor? bias, Tensor gate, Tensor? shift, int[] stride, "
         "int[] padding, int[] dilation, bool transposed, int[] output_padding, int groups, str activation, "
         "str strategy) -> Tensor", tags);
+  m.def("fused_linear(Tensor x, Tensor weight, Tensor? bias, Tensor gate, Tensor? shift, str activation, bool keep) "
+        "-> (Tensor, Tensor)", tags);
+  m.def("fused_linear_backward(Tensor grad, Tensor x, Tensor weight, Tensor? bias, Tensor gate, Tensor? shift, Tensor? y, "
+        "Tensor kept, str activation, bool[5] mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor)", tags);
+  m.def("fused_convolution(Tensor x, Tensor weight, Tensor? bias, Tensor gate, Tensor? shift, int[] stride, "
+        "int[] padding, int[] dilation, bool transposed, int[] output_padding, int groups, str activation, bool keep) "
+        "-> (Tensor, Tensor)", tags);
+  m.def("fused_convolution_backward(Tensor grad, Tensor x, Tensor weight, Tensor? bias, Tensor gate, Tensor? shift, "
+        "Tensor? y, Tensor kept, int[] stride, int[] padding, int[] dilation, bool transposed, int[] output_padding, "
+        "int groups, str activation, bool[5] mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor)", tags);
 }
 
-TORCH_LIBRARY_IMPL(mrvae, CPU, m) {
+namespace {
+
+// of the dispatch key of a device
+void register_kernels(torch::Library& m) {
   m.impl("gates", gates);
   m.impl("gates_backward", gates_backward);
   m.impl("fold", fold);
@@ -103,7 +116,28 @@ TORCH_LIBRARY_IMPL(mrvae, CPU, m) {
   m.impl("gated_convolution", gated_convolution);
 }
 
+}  // namespace
+
+TORCH_LIBRARY_IMPL(mrvae, CPU, m) { register_kernels(m); }
+#if defined(MRVAE_CUDA) && !defined(MRVAE_SHIM)
+TORCH_LIBRARY_IMPL(mrvae, CUDA, m) { register_kernels(m); }
+#endif
+
+// On tensors that no kernel takes these say so.
+template <class Library>
+void register_fused(Library& m) {
+  m.impl("fused_linear", fused_linear);
+  m.impl("fused_linear_backward", fused_linear_backward);
+  m.impl("fused_convolution", fused_convolution);
+  m.impl("fused_convolution_backward", fused_convolution_backward);
+}
+
+TORCH_LIBRARY_IMPL(mrvae, CPU, m) { register_fused(m); }
+TORCH_LIBRARY_IMPL(mrvae, CUDA, m) { register_fused(m); }
+
 TORCH_LIBRARY_IMPL(mrvae, Autograd, m) {
+  m.impl("fused_linear", fused_linear_autograd);
+  m.impl("fused_convolution", fused_convolution_autograd);
   m.impl("gates", gates_autograd);
   m.impl("fold", fold_autograd);
   m.impl("epilogue", epilogue_autograd);

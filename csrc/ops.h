@@ -17,7 +17,8 @@
 #include <tuple>
 #include <vector>
 
-#include "cpu/kernels.h"
+#include "device.h"
+#include "kernels.h"
 
 namespace mrvae {
 
@@ -34,9 +35,16 @@ using torch::autograd::variable_list;
 // True when every defined tensor is an ordinary dense tensor of a real device and no tracing or dispatch mode is active:
 // then kernels may be called without the dispatcher, and fresh buffers may be overwritten.
 bool eager(std::initializer_list<const Tensor*> tensors);
+// eager(), and this build has kernels for the tensors' device, the first one's.
+inline bool direct(std::initializer_list<const Tensor*> tensors) {
+  return has_kernels(**tensors.begin()) && eager(tensors);
+}
 inline const Tensor* pointer(const OptionalTensor& tensor) { return tensor.has_value() ? &*tensor : nullptr; }
 inline OptionalTensor optional(const Tensor& tensor) { return tensor.defined() ? OptionalTensor(tensor) : std::nullopt; }
 inline bool given(const OptionalTensor& tensor) { return tensor.has_value() && tensor->defined(); }
+
+// A gradient buffer that only this node holds: the engine accumulates in place under the same conditions.
+bool ours(const Tensor& grad);
 
 // True when autograd has to record: grad mode is on and one of the tensors requires a gradient.
 bool recording(std::initializer_list<const Tensor*> tensors);
@@ -51,20 +59,24 @@ void check_device(const char* op, const char* name, const Tensor& tensor, const 
 
 // The tensor itself where it is contiguous and of this dtype already; otherwise a converted copy.
 Tensor operand(const Tensor& tensor, at::ScalarType dtype);
-// The kernels' storage type of float32, float64 and bfloat16; float16 is computed in a float32 copy.
-cpu::Storage storage_of(const Tensor& tensor);
-inline Tensor widened(const Tensor& tensor) { return tensor.scalar_type() == at::kHalf ? tensor.to(at::kFloat) : tensor; }
+Storage storage_of(const Tensor& tensor);
+// On the CPU float16 is computed in a float32 copy.
+inline Tensor widened(const Tensor& tensor) {
+  return tensor.scalar_type() == at::kHalf && !on_gpu(tensor) ? tensor.to(at::kFloat) : tensor;
+}
+// Memory of so many bytes on the device of `like`, for the sums of a CUDA kernel.
+Tensor scratch(std::int64_t bytes, const Tensor& like);
 
 // The order of u's elements in memory as samples, rows, channels and the rest. False where u is not one dense block with
 // the samples, if they matter, outermost.
-bool memory_order(const Tensor& u, std::int64_t axis, bool per_sample, cpu::EpilogueShape& shape);
+bool memory_order(const Tensor& u, std::int64_t axis, bool per_sample, EpilogueShape& shape);
 // `value`, computed densely, with the dtype and strides that at::empty_like(like) has.
 Tensor restored(const Tensor& value, const Tensor& like);
 bool same_layout(const Tensor& a, const Tensor& b);
 
 Activation parse_activation(std::string_view name);
 std::string_view activation_name(Activation activation);
-enum class Strategy { Fold, Epilogue };
+enum class Strategy { Fold, Epilogue, Fused };
 Strategy parse_strategy(std::string_view name);
 
 // The library's activation, in place where it can (activate_), and its gradient from `saved`: the result for relu, tanh,
@@ -96,7 +108,7 @@ EpilogueGrads epilogue_backward(const Tensor& grad, const Tensor& u, const Optio
                                 const OptionalTensor& shift, std::int64_t dim, std::string_view activation,
                                 std::array<bool, 4> mask);
 
-// The kernels for ordinary CPU tensors, the operators for the rest.
+// The kernels for ordinary tensors of a device that this build has them for, the operators for the rest.
 // u_is_free: nobody reads u afterwards, so that y may take its memory.
 Tensor call_epilogue(const Tensor& u, const OptionalTensor& bias, const Tensor& gate, const OptionalTensor& shift,
                      std::int64_t dim, std::string_view activation, bool u_is_free = false);
@@ -141,13 +153,13 @@ struct LayerRequest {
 struct LayerGrads {
   Tensor weight, bias, gate, shift;
 };
-// The kernels, for any number of layers on the CPU.
+// The kernels, for any number of layers.
 std::vector<LayerFolded> fold_layers(const std::vector<Layer>& layers);
 // As the operator returns them: an empty tensor (0,) for the bias of a layer that has none.
 Folded as_lists(std::vector<LayerFolded> layers);
 std::vector<LayerGrads> fold_layers_backward(const std::vector<Layer>& layers,
                                              const std::vector<LayerRequest>& requests);
-// One layer: the kernel for ordinary CPU tensors, the operator for the rest.
+// One layer: the kernel where direct(), the operator for the rest.
 LayerFolded fold_layer(const Layer& layer);
 LayerGrads fold_layer_backward(const Layer& layer, const LayerRequest& request);
 
@@ -165,5 +177,36 @@ Tensor gated_convolution_autograd(const Tensor& x, const Tensor& weight, const O
                                   const OptionalTensor& shift, IntArrayRef stride, IntArrayRef padding,
                                   IntArrayRef dilation, bool transposed, IntArrayRef output_padding,
                                   std::int64_t groups, std::string_view activation, std::string_view strategy);
+
+// ---- fused products, of GPU tensors: (y, kept), and the gradients of x, weight, bias, gate and shift ----------------
+
+using FusedGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+std::tuple<Tensor, Tensor> fused_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                                        const Tensor& gate, const OptionalTensor& shift, std::string_view activation,
+                                        bool keep);
+std::tuple<Tensor, Tensor> fused_linear_autograd(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                                                 const Tensor& gate, const OptionalTensor& shift,
+                                                 std::string_view activation, bool keep);
+FusedGradients fused_linear_backward(const Tensor& grad, const Tensor& x, const Tensor& weight,
+                                     const OptionalTensor& bias, const Tensor& gate, const OptionalTensor& shift,
+                                     const OptionalTensor& y, const Tensor& kept, std::string_view activation,
+                                     std::array<bool, 5> mask);
+std::tuple<Tensor, Tensor> fused_convolution(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                                             const Tensor& gate, const OptionalTensor& shift, IntArrayRef stride,
+                                             IntArrayRef padding, IntArrayRef dilation, bool transposed,
+                                             IntArrayRef output_padding, std::int64_t groups,
+                                             std::string_view activation, bool keep);
+std::tuple<Tensor, Tensor> fused_convolution_autograd(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                                                      const Tensor& gate, const OptionalTensor& shift,
+                                                      IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
+                                                      bool transposed, IntArrayRef output_padding, std::int64_t groups,
+                                                      std::string_view activation, bool keep);
+FusedGradients fused_convolution_backward(const Tensor& grad, const Tensor& x, const Tensor& weight,
+                                          const OptionalTensor& bias, const Tensor& gate, const OptionalTensor& shift,
+                                          const OptionalTensor& y, const Tensor& kept, IntArrayRef stride,
+                                          IntArrayRef padding, IntArrayRef dilation, bool transposed,
+                                          IntArrayRef output_padding, std::int64_t groups, std::string_view activation,
+                                          std::array<bool, 5> mask);
 
 }  // namespace mrvae

@@ -7,7 +7,15 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include "build_facts.h"
-#include "ops.h"
+#include "gated_fold.h"
+
+// a build of the tests' own may leave these out
+#ifndef MRVAE_BUILD_ARCHITECTURES
+#define MRVAE_BUILD_ARCHITECTURES ""
+#endif
+#ifndef MRVAE_BUILD_NVCC_FLAGS
+#define MRVAE_BUILD_NVCC_FLAGS ""
+#endif
 
 namespace py = pybind11;
 
@@ -35,6 +43,12 @@ class Bank {
   std::vector<std::int64_t> sizes_, kinds_;
 };
 
+GatedFolded gated_fold_at(const GatedFold& plan, const Tensor& weight, const Tensor& bias, double eta,
+                          const std::vector<Tensor>& weights, const std::vector<OptionalTensor>& biases) {
+  const auto options = weight.options().dtype(gate_dtype(weight.scalar_type())).requires_grad(false);
+  return plan.run(weight, bias, at::scalar_tensor(eta, options), weights, biases);
+}
+
 // The epilogue strategy without activation: what a layer of a multi-rate network runs once its plan is made.
 Tensor scaled_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& gate,
                      const OptionalTensor& shift) {
@@ -49,6 +63,9 @@ py::dict build_facts() {
   facts["compiler"] = MRVAE_BUILD_COMPILER;
   facts["flags"] = MRVAE_BUILD_FLAGS;
   facts["commit"] = MRVAE_BUILD_COMMIT;
+  facts["cuda"] = MRVAE_BUILD_CUDA;  // and the next two: empty in a build without CUDA
+  facts["architectures"] = MRVAE_BUILD_ARCHITECTURES;
+  facts["nvcc_flags"] = MRVAE_BUILD_NVCC_FLAGS;
   return facts;
 }
 
@@ -64,4 +81,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def(py::init<std::vector<std::int64_t>, std::vector<std::int64_t>>())
       .def("gates", &mrvae::Bank::gates, unlocked)
       .def("gates_at", &mrvae::Bank::gates_at, unlocked);
+  using Numbers = mrvae::GatedFold::Numbers;
+  py::class_<mrvae::GatedFold, c10::intrusive_ptr<mrvae::GatedFold>>(m, "GatedFold")
+      .def(py::init([](Numbers sizes, Numbers kinds, Numbers gate_at, Numbers shift_at, Numbers groups) {
+        return c10::make_intrusive<mrvae::GatedFold>(std::move(sizes), std::move(kinds), std::move(gate_at),
+                                                     std::move(shift_at), std::move(groups));
+      }))
+      .def("run", &mrvae::GatedFold::run, unlocked)
+      .def("run_at", &mrvae::gated_fold_at, unlocked);
 }

@@ -187,7 +187,7 @@ void backward(const Task& task, double* total) {
   }
 }
 
-// dg = <dW', W> + db' b and db = g db', once the tasks' sums are there
+// dg = <dW', W> + db' b, db = g db' and dt = db', once the tasks' sums are there
 template <class T>
 void finish(const FoldLayer& layer, const double* total) {
   const std::int64_t channels = layer.groups * layer.channels;
@@ -199,6 +199,9 @@ void finish(const FoldLayer& layer, const double* total) {
   }
   for (std::int64_t c = 0; target != nullptr && c < channels; ++c) {
     target[c] = grad_bias == nullptr ? T(0) : gate[c] * grad_bias[c];
+  }
+  if (T* grad_shift = static_cast<T*>(layer.grad_shift)) {
+    grad_bias == nullptr ? std::fill_n(grad_shift, channels, T(0)) : std::copy_n(grad_bias, channels, grad_shift);
   }
 }
 
@@ -218,6 +221,7 @@ void fold_forward(const std::vector<FoldLayer>& layers) {
         case Storage::Float: forward<float, float>(tasks[k]); break;
         case Storage::Double: forward<double, double>(tasks[k]); break;
         case Storage::BFloat16: forward<BFloat16, float>(tasks[k]); break;
+        case Storage::Half: break;  // never: see kernels.h
       }
     }
   });
@@ -235,6 +239,7 @@ void fold_backward(const std::vector<FoldLayer>& layers) {
         case Storage::Float: backward<float, float>(tasks[k], total); break;
         case Storage::Double: backward<double, double>(tasks[k], total); break;
         case Storage::BFloat16: backward<BFloat16, float>(tasks[k], total); break;
+        case Storage::Half: break;  // never: see kernels.h
       }
     }
   });

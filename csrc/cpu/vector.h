@@ -1,10 +1,10 @@
-// What the CPU kernels share: function multiversioning and storage types.
+// What the CPU kernels share: function multiversioning and short sums.
 #pragma once
 
 #include <cstdint>
-#include <cstring>
 
 #include "../gate.h"
+#include "../storage.h"
 
 // One portable binary holds AVX-512, AVX2 and baseline code of each marked function; the loader picks by processor.
 #if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
@@ -14,28 +14,6 @@
 #endif
 
 namespace mrvae::cpu {
-
-struct BFloat16 {
-  std::uint16_t bits;
-};
-
-MRVAE_HOST_DEVICE float load(float value) { return value; }
-MRVAE_HOST_DEVICE double load(double value) { return value; }
-MRVAE_HOST_DEVICE float load(BFloat16 value) {
-  const std::uint32_t bits = std::uint32_t(value.bits) << 16;
-  float result;
-  std::memcpy(&result, &bits, sizeof result);
-  return result;
-}
-
-MRVAE_HOST_DEVICE void store(float& target, float value) { target = value; }
-MRVAE_HOST_DEVICE void store(double& target, double value) { target = value; }
-MRVAE_HOST_DEVICE void store(BFloat16& target, float value) {
-  std::uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  const std::uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // nearest, ties to even
-  target.bits = std::uint16_t((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
-}
 
 // The sum of a short run, in eight lanes: a loop with `omp simd reduction` spends more on its set-up than on 16 numbers.
 template <class T>

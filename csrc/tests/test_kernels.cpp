@@ -39,14 +39,14 @@ void gates() {
   }
 }
 
-void epilogue(const cpu::EpilogueShape& s) {
+void epilogue(const EpilogueShape& s) {
   const std::int64_t gates = s.samples * s.channels, total = gates * s.rows * s.inner;
   const auto u = numbers(total, 1), g = numbers(gates, 2), b = numbers(s.channels, 3), t = numbers(gates, 4);
   const auto dy = numbers(total, 5);
   std::vector<double> y(total), du(total), dg(gates), dt(gates), db(s.channels);
-  const cpu::EpilogueParameters<double> with{g.data(), b.data(), t.data(), Activation::LeakyRelu};
-  cpu::epilogue_forward(cpu::Storage::Double, s, u.data(), with, y.data());
-  cpu::epilogue_backward(cpu::Storage::Double, s, dy.data(), u.data(), with, {du.data(), dg.data(), dt.data(), db.data()});
+  const EpilogueParameters<double> with{g.data(), b.data(), t.data(), Activation::LeakyRelu};
+  cpu::epilogue_forward(Storage::Double, s, u.data(), with, y.data());
+  cpu::epilogue_backward(Storage::Double, s, dy.data(), u.data(), with, {du.data(), dg.data(), dt.data(), db.data()});
   std::vector<double> want_g(gates), want_t(gates), want_b(s.channels);
   for (std::int64_t k = 0; k < total; ++k) {
     const std::int64_t c = k / s.inner % s.channels, p = k / (s.inner * s.channels * s.rows) * s.channels + c;
@@ -68,8 +68,8 @@ void fold(std::int64_t groups, std::int64_t outer, std::int64_t channels, std::i
   auto grad = numbers(total, 5);
   const auto dw_folded = grad;
   std::vector<double> folded(total), folded_bias(outputs), dg(outputs), db(outputs);
-  cpu::FoldLayer layer{};
-  layer.storage = cpu::Storage::Double;
+  FoldLayer layer{};
+  layer.storage = Storage::Double;
   layer.groups = groups, layer.outer = outer, layer.channels = channels, layer.inner = inner;
   layer.weight = w.data(), layer.gate = g.data(), layer.bias = b.data();
   layer.folded = folded.data(), layer.folded_bias = folded_bias.data();
@@ -96,7 +96,7 @@ void fold(std::int64_t groups, std::int64_t outer, std::int64_t channels, std::i
 
 int main() {
   gates();
-  for (const cpu::EpilogueShape& shape : {cpu::EpilogueShape{1, 70, 3, 1}, {1, 4, 5, 100}, {5, 1, 7, 1}, {3, 2, 4, 20},
+  for (const EpilogueShape& shape : {EpilogueShape{1, 70, 3, 1}, {1, 4, 5, 100}, {5, 1, 7, 1}, {3, 2, 4, 20},
                                           {1, 900, 40, 1}, {2, 3, 5, 7}, {1, 0, 4, 1}, {1, 3, 2, 1500}}) {
     epilogue(shape);
   }

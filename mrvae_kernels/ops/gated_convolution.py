@@ -19,7 +19,7 @@ def gated_convolution(
 
     x (N, C_in, ...); weight (C_out, C_in / groups, ...), transposed (C_in, C_out / groups, ...); bias (C_out,); gate
     and shift (C_out,) or (N, C_out). stride, padding, dilation and output_padding: one number a spatial axis. strategy
-    as in gated_linear. ValueError for shapes that do not fit, TypeError for dtypes.
+    as in gated_linear, "fused" in 2 dimensions. ValueError for shapes that do not fit, TypeError for dtypes.
     """
     require()
     return torch.ops.mrvae.gated_convolution.default(

@@ -15,8 +15,9 @@ def gated_linear(
     """y = activation(g (x W^T + b) + t).
 
     x (..., K), weight (C, K), bias (C,), gate and shift (C,), or (N, C) with x (N, ..., K); y (..., C). strategy "fold"
-    computes with W' = g W, b' = g b + t (one beta a batch only), "epilogue" scales the product's result. Under autocast
-    x and weight take its dtype. ValueError for shapes that do not fit, TypeError for dtypes.
+    computes with W' = g W, b' = g b + t (one beta a batch only), "epilogue" scales the product's result, "fused" does
+    all in one kernel (CUDA tensors in float32, bfloat16 or float16). Under autocast x and weight take its dtype.
+    ValueError for shapes that do not fit, TypeError for dtypes, RuntimeError for "fused" without CUDA kernels.
     """
     require()
     return torch.ops.mrvae.gated_linear.default(x, weight, bias, gate, shift, activation, strategy)

@@ -233,7 +233,7 @@ def test_second_derivatives_are_refused():
         ({"gate": torch.rand(2, 5)}, ValueError, "gate has shape"),
         ({"gate": torch.rand(4)}, ValueError, "gate has shape"),
         ({"bias": torch.rand(4)}, ValueError, "bias has shape"),
-        ({"strategy": "fused"}, ValueError, "strategy is 'fused'; expected fold or epilogue"),
+        ({"strategy": "fuse"}, ValueError, "strategy is 'fuse'; expected fold, epilogue or fused"),
         ({"activation": ""}, ValueError, "activation is ''"),
     ],
 )
@@ -244,3 +244,9 @@ def test_bad_arguments_are_named(change, error, message):
     }
     with pytest.raises(error, match=message):
         ops.gated_linear(**{**arguments, **change})
+
+
+@pytest.mark.skipif(ops.GPU_TYPE == "cpu", reason="the core of this run takes CPU tensors for a GPU's")
+def test_fused_needs_cuda_tensors():
+    with pytest.raises(RuntimeError, match="x is on cpu; the fused kernels need CUDA tensors"):
+        ops.gated_linear(torch.rand(2, 3), torch.rand(4, 3), None, torch.rand(4), None, "none", "fused")

@@ -10,14 +10,13 @@ from torch import Tensor
 
 from ...triton_kernels import linear as kernels
 from .define import LIBRARY, autocast, define, once_differentiable, recording, traced, unwanted
-from .fused import Gradients, fake_gradients, fake_kept, result_for_backward
+from .fused import Gradients, fake_gradients, fake_linear, result_for_backward
 
 
 def _fake(
     x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor, shift: Tensor | None, activation: str, keep: bool
 ) -> tuple[Tensor, Tensor]:
-    y = x.new_empty((*x.shape[:-1], weight.shape[0]))
-    return y, fake_kept(y, gate, activation, keep)
+    return fake_linear(x, weight, gate, activation, keep)
 
 
 def _fake_backward(
