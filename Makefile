@@ -5,19 +5,26 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 TORCH := torch==2.13.0
+# its build with CUDA, which three signs tell from 2.13.0+cpu; it is compiled and linked against, which needs no GPU
+CUDA_VENV := .venv-cuda
+CUDA_BIN := $(CUDA_VENV)/bin
+CUDA_TORCH := torch===2.13.0
 # the release that the CUDA build of this torch brings along
 TRITON := triton==3.7.1
 RUN ?= runs/demo
 GPU_OUT ?= bench/results
-GPU_TESTS := tests/triton_kernels tests/ops/test_triton_ops.py tests/test_measuring.py
+GPU_TESTS := tests/test_gpu.py tests/cuda_core/test_cuda_products.py tests/ops tests/triton_kernels tests/test_measuring.py
+# of the whole target, 10 minutes: what build, tests and sanitizer leave is bench.gpu's, two minutes at least
+GPU_SECONDS ?= 600
+GPU_TEST_SECONDS ?= 170
 # Everything that the compiled extension or the list of dependencies depends on; the Python code is installed in place.
-BUILD_INPUTS := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h')
+BUILD_INPUTS := setup.py build_support.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench kernels gpu clean
+.PHONY: help demo test lint bench kernels cuda environments gpu clean
 
 help: ## this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /\1\t/' | expand -t 10
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /\1\t/' | expand -t 14
 
 demo: $(VENV)/.installed ## train one Multi-Rate VAE on real digits, draw its curve, bake one beta
 	$(BIN)/mrvae train --out $(RUN) --force
@@ -39,17 +46,41 @@ bench: $(VENV)/.developed ## train-step time, gated over ungated (CPU, a few min
 kernels: $(VENV)/.developed ## compile every Triton kernel for every target, list registers and spills (no GPU)
 	$(BIN)/python -m bench.ahead_of_time --out bench/results/triton-resources.json
 
-# On the GPU with the environment that is there (PYTHON), whose torch and driver fit each other; nothing is installed.
-# Kernels are measured whatever the tests said; one that fails, fails the target. What did not fit into the time is listed.
-gpu: ## test this machine's GPU kernels, then measure for up to 10 minutes; results in GPU_OUT
+# Compiled once: the listing reads the objects that the build leaves in build/objects.
+cuda: $(CUDA_VENV)/.built ## compile the CUDA kernels, link and import the core, list registers and spills (no GPU)
+	@cd / && $(CURDIR)/$(CUDA_BIN)/python -m mrvae_kernels.doctor | grep '^CUDA core  *built' || \
+		{ $(CURDIR)/$(CUDA_BIN)/python -m mrvae_kernels.doctor | grep ' core  '; exit 1; }
+	$(CUDA_BIN)/python -m bench.cuda_resources --out bench/results/cuda-resources.json
+
+environments: $(VENV)/.torch ## install into four environments: no compiler, g++, and nvcc with and without a CUDA torch
+	$(BIN)/python tests/environments.py $(if $(wildcard $(CUDA_BIN)/python),--cuda-python $(CUDA_BIN)/python)
+
+# On the GPU with the environment that is there (PYTHON), whose torch and driver fit each other; nothing is installed:
+# where there is an nvcc the core is built in place, in mrvae_kernels/. Each step runs whatever the ones before it said;
+# one that fails, fails the target. What did not fit into the time is listed.
+gpu: ## build, test, sanitize and measure this machine's GPU kernels, 10 minutes; results in GPU_OUT
 	@mkdir -p $(GPU_OUT)
-	failed=0; \
-	PYTHONPATH=.:models $(PYTHON) -m pytest -q $(GPU_TESTS) -m 'not ahead_of_time' 2>&1 | tee $(GPU_OUT)/tests.log || failed=1; \
-	PYTHONPATH=.:models $(PYTHON) -m bench.gpu --out $(GPU_OUT) --prepare $(GPU_FLAGS) || failed=1; \
+	@export PYTHONPATH=.:models; failed=0; end=$$(($$(date +%s) + $(GPU_SECONDS))); \
+	$(PYTHON) -m bench.gpu_build 2>&1 | tee $(GPU_OUT)/build.log || failed=1; \
+	$(PYTHON) -m bench.gpu_tests --seconds $(GPU_TEST_SECONDS) $(GPU_TESTS) 2>&1 | tee $(GPU_OUT)/tests.log || failed=1; \
+	$(PYTHON) -m bench.gpu_sanitize 2>&1 | tee $(GPU_OUT)/sanitizer.log || failed=1; \
+	left=$$((end - $$(date +%s) - 30)); [ $$left -gt 120 ] || left=120; \
+	$(PYTHON) -m bench.gpu --out $(GPU_OUT) --prepare --seconds $$left $(GPU_FLAGS) || failed=1; \
 	exit $$failed
 
 clean: ## remove the environment and everything built
-	rm -rf $(VENV) build dist *.egg-info mrvae_kernels/*.so
+	rm -rf $(VENV) $(CUDA_VENV) build dist *.egg-info mrvae_kernels/*.so
+
+$(CUDA_VENV)/.torch:
+	@$(PYTHON) build_support.py  # before 5 GB are downloaded: is there an nvcc?
+	$(PYTHON) -m venv $(CUDA_VENV)
+	$(CUDA_BIN)/python -m pip install --disable-pip-version-check $(CUDA_TORCH) setuptools wheel ninja pybind11 numpy
+	touch $@
+
+# not in place: mrvae_kernels/ holds the extension of $(VENV)
+$(CUDA_VENV)/.built: $(CUDA_VENV)/.torch $(BUILD_INPUTS) $(shell find mrvae_kernels -name '*.py')
+	MRVAE_CUDA=1 $(CUDA_BIN)/python -m pip install --disable-pip-version-check --no-build-isolation --no-deps --force-reinstall .
+	touch $@
 
 $(VENV)/.torch:
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is not there: install Python 3.10 or newer, or say make PYTHON=..."; exit 1; }

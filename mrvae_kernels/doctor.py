@@ -78,7 +78,7 @@ def describe(layer: nn.Module, text: str, shape: Sequence[int], per_sample: bool
     if adapter.product:
         x = torch.empty(tuple(shape), device="meta")
         product = adapter.measured_product(layer, x, torch.device(device))
-        refusal = adapter.fused_refusal(layer, x) if TRITON_INSTALLED else None
+        refusal = adapter.fused_refusal(layer, x)
     try:
         choice = explain(weights, output.numel(), per_sample, device, product=product, fused_refusal=refusal)
     except (ValueError, RuntimeError) as error:
@@ -109,10 +109,12 @@ def environment() -> list[str]:
         f"torch          {torch.__version__}, {torch.get_num_threads()} threads, CPU capability {capability}",
     ]
     if ops.EXTENSION:
-        facts = ", ".join(f"{key} {value}" for key, value in ops.build_facts().items())
-        lines.append(f"C++ core       built ({facts})")
+        facts = ops.build_facts()
+        core = ", ".join(f"{key} {facts[key]}" for key in ("torch", "compiler", "flags", "commit"))
+        lines.append(f"C++ core       built ({core})")
     else:
         lines.append(f"C++ core       missing: {ops.EXTENSION_ERROR}; plain PyTorch runs instead, slower")
+    lines.append(f"CUDA core      {_cuda_core()}")
     if torch.cuda.is_available():
         lines += [f"GPU            {line}" for line in map(_gpu, range(torch.cuda.device_count()))]
     else:
@@ -121,6 +123,24 @@ def environment() -> list[str]:
     for name in VARIABLES:
         lines.append(f"{name} {os.environ.get(name, 'not set')}")
     return lines
+
+
+def _cuda_core() -> str:
+    if error := ops.cuda_error():
+        return f"missing: {error}"
+    facts = ops.build_facts()
+    return f"built (CUDA {facts['cuda']}, {facts['architectures']}, nvcc flags {facts['nvcc_flags']})"
+
+
+def has_code_for(capability: tuple[int, int], architectures: str) -> bool:
+    """Whether a GPU runs code for "sm_80 sm_90+PTX": machine code of its generation, not newer, or any older PTX."""
+    for name in architectures.split():
+        number, _, ptx = name.removeprefix("sm_").partition("+")
+        exact = number.endswith(("a", "f"))  # for this one, not for the later ones
+        built = divmod(int(number.rstrip("af")), 10)
+        if built == capability or (not exact and built <= capability and (ptx or built[0] == capability[0])):
+            return True
+    return False
 
 
 def _triton() -> str:
@@ -134,6 +154,10 @@ def _gpu(index: int) -> str:
     known = measurements.records(device)
     wins = [name for name in ("gates", "fold", "epilogue") if measurements.best_backend(device, name) == "triton"]
     name = measurements.device_name(device)
+    capability = torch.cuda.get_device_capability(device)
+    if not ops.cuda_error() and not has_code_for(capability, ops.build_facts()["architectures"]):
+        wanted = "{}.{}".format(*capability)
+        name += f" (the CUDA core has no code for it; run: TORCH_CUDA_ARCH_LIST={wanted} MRVAE_CUDA=1 {ops.REBUILD})"
     if not any(known.values()):
         return f"{name}: nothing measured, plain PyTorch runs; {strategy.HOW_TO_MEASURE}"
     return f"{name}: Triton for {', '.join(wins) or 'none'}; {len(known['strategies'])} shape classes measured"

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import mrvae_kernels as mk
-from mrvae_kernels import doctor, measurements, ops, strategy
+from mrvae_kernels import backends, doctor, measurements, ops, strategy
 
 
 @pytest.fixture(autouse=True)
@@ -38,6 +38,37 @@ def test_the_missing_core_is_said(capsys, monkeypatch):
     text = "\n".join(lines(capsys))
     assert "C++ core       missing: no compiler was found; plain PyTorch runs instead, slower" in text
     assert "not cpp: no compiler was found" in text
+
+
+def test_the_cuda_core_and_the_one_that_is_missing(capsys, monkeypatch):
+    monkeypatch.setattr(ops, "cuda_error", lambda: "there is no nvcc: install the CUDA 13.0 toolkit; then run: pip")
+    assert "CUDA core      missing: there is no nvcc: install the CUDA 13.0 toolkit; then run: pip" in lines(capsys)
+    facts = dict.fromkeys(("torch", "compiler", "flags", "commit"), "?")
+    cuda = {"cuda": "13.0", "architectures": "sm_80 sm_90 sm_100+PTX", "nvcc_flags": "-O3"}
+    monkeypatch.setattr(ops, "EXTENSION", True)
+    monkeypatch.setattr(ops, "cuda_error", lambda: None)
+    monkeypatch.setattr(ops, "build_facts", lambda: {**facts, **cuda})
+    out = "\n".join(doctor.environment())
+    assert "CUDA core      built (CUDA 13.0, sm_80 sm_90 sm_100+PTX, nvcc flags -O3)" in out
+    assert "C++ core       built (torch ?, compiler ?, flags ?, commit ?)" in out
+
+
+@pytest.mark.parametrize(
+    ("capability", "architectures", "runs"),
+    [
+        ((8, 0), "sm_80 sm_90", True),
+        ((8, 9), "sm_80 sm_90", True),
+        ((7, 5), "sm_80 sm_90+PTX", False),
+        ((8, 0), "sm_86", False),
+        ((9, 0), "sm_80", False),
+        ((9, 0), "sm_80+PTX", True),
+        ((12, 0), "sm_80 sm_90 sm_100+PTX", True),
+        ((10, 3), "sm_100a", False),
+        ((9, 0), "sm_90a", True),
+    ],
+)
+def test_which_gpus_the_cuda_core_has_code_for(capability, architectures, runs):
+    assert doctor.has_code_for(capability, architectures) is runs
 
 
 @pytest.mark.parametrize(
@@ -69,7 +100,7 @@ def test_norms_recurrent_layers_and_another_device(capsys):
     assert any("recurrence written out" in line for line in per_sample)
     out = lines(capsys, "--layer", "Linear(3, 4)", "--input", "2x3", "--device", "cuda")
     assert any(" on reference" in line for line in out) and any(
-        "not cpp: " in line and "it takes CPU tensors" in line for line in out
+        "not cpp: " in line and "the compiled core has no CUDA kernels" in line for line in out
     )
 
 
@@ -136,7 +167,8 @@ def test_a_bad_environment_variable_is_said_after_the_environment(capsys, monkey
 def test_a_variable_that_this_device_cannot_honour(capsys, monkeypatch):
     monkeypatch.setattr(strategy, "TRITON_INSTALLED", True)
     monkeypatch.setattr(doctor, "TRITON_INSTALLED", True)
-    monkeypatch.setattr(strategy, "TRITON_DEVICE_TYPES", ("cuda", "xpu"))
+    monkeypatch.setattr(backends, "TRITON_DEVICE_TYPES", ("cuda", "xpu"))
+    monkeypatch.setattr(backends, "TRITON_INSTALLED", True)
     monkeypatch.setenv("MRVAE_BACKEND", "triton")
     monkeypatch.setattr(strategy, "_override", strategy.Override(None, "triton"))
     assert doctor.main([]) == 2
