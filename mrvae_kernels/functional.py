@@ -12,7 +12,6 @@ import functools
 import math
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +21,7 @@ from . import ops, reference
 from .gates import DEFAULT_BETA_RANGE, GATE_KINDS, KINDS, Beta, BetaRange, standardize, standardize_number
 from .ops.shortcuts import bank
 from .strategy import Product, choose_backend, choose_strategy, current, fused_refused
+from .triton_kernels import geometry as geometries
 
 IntOrInts = int | Sequence[int]
 Geometry = tuple[Sequence[int], Sequence[int], Sequence[int], bool, Sequence[int], int]
@@ -69,11 +69,6 @@ def gate_bank_at(
         return bank(sizes, _kind_codes(kinds)).gates_at(weight, bias, standardize_number(beta, beta_range))
     eta = standardize(beta, beta_range, device=weight.device, dtype=reference.gate_dtype(weight.dtype))
     return gate_bank(weight, bias, eta, sizes, kinds)
-
-
-def compiled_bank(sizes: tuple[int, ...], kinds: tuple[str, ...]) -> Any:
-    """The compiled gates of these slices, for a caller that keeps them; see ops.shortcuts.bank."""
-    return bank(sizes, _kind_codes(kinds))
 
 
 @functools.cache
@@ -314,7 +309,8 @@ def fused_refusal(x: Tensor, weight: Tensor, geometry: Geometry) -> str | None:
     """Why the fused kernels do not take this convolution, or None; x and weight may be meta tensors."""
     if x.dim() != 4:
         return f"its kernels are for Linear, Conv2d and ConvTranspose2d, this is a {x.dim() - 2}-d convolution"
-    return _operators("triton").refusal(x, weight, *geometry)
+    x, weight = (torch.empty_like(value, device="meta", dtype=_dtype_of_product(value)) for value in (x, weight))
+    return geometries.refusal(x, weight, geometries.geometry(*geometry))
 
 
 def convolution_product(

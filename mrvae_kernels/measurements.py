@@ -88,8 +88,11 @@ def strategy_times(device: torch.device, key: str) -> Times:
 
 
 def best_backend(device: torch.device, operator: str) -> str | None:
-    """The backend that won for "gates", "fold" or "epilogue" on this device; None where it was not measured."""
-    return winner(records(device)["backends"].get(operator, {}))
+    """The backend that won for "gates", "fold", "epilogue" or "fused" on this device; None where none was measured."""
+    times = records(device)["backends"].get(operator, {})
+    if operator == "fused":  # plain PyTorch has none, and is no measure
+        return min(times, key=times.__getitem__, default=None)
+    return winner(times)
 
 
 def winner(times: Times) -> str | None:

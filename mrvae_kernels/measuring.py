@@ -19,12 +19,14 @@ from torch import Tensor, nn
 
 from . import functional, measurements, strategy
 from .adapters import FoldJob, fold_layers
+from .backends import BACKENDS, refusals
 from .gates import Beta
 from .measurements import Record, Times
 from .multirate import MultiRate
-from .strategy import STRATEGIES, override, triton_refusals
+from .strategy import STRATEGIES, override
 from .timing import Step, backward, medians, preserved, running, tensors
 
+PURPOSE = "tune measures GPU kernels against plain PyTorch"
 INTERPRETER_TOO = False
 """Whether `tune` measures Triton's interpreter, on CPU tensors: for its own tests."""
 
@@ -62,17 +64,18 @@ def tune(model: MultiRate, *args: Any, beta: Beta, rounds: int = 20, **kwargs: A
     Strategies are kept by shape class, for every layer of that class. Backends are kept by device and operator: the
     network tuned last decides for all networks on the device. `override` and MRVAE_STRATEGY do not count meanwhile.
 
-    TypeError for anything but a MultiRate. RuntimeError where Triton's kernels do not run: on CPU tensors there is
-    nothing to choose. Warnings for what failed or could not be written; what was measured is returned all the same.
+    TypeError for anything but a MultiRate. RuntimeError where neither Triton's nor the compiled core's kernels run: on
+    CPU tensors there is nothing to choose. Warnings for what failed or could not be written; what was measured is
+    returned all the same.
     """
     if not isinstance(model, MultiRate):
         raise TypeError(f"tune takes the MultiRate that multirate() returned, not a {type(model).__name__}")
     like = next(model.parameters())
-    refusals = triton_refusals(like.device, like.dtype)
+    why = {backend: refusals(backend, like.device, like.dtype) for backend in BACKENDS}
     if like.device.type == "cpu" and not INTERPRETER_TOO:
-        refusals = ["the model is on the CPU, where they are interpreted at best; move it and its inputs to the GPU"]
-    if refusals:
-        raise RuntimeError(f"tune measures Triton's kernels against plain PyTorch: {'; '.join(refusals)}")
+        raise RuntimeError(f"{PURPOSE}: the model is on the CPU; move it and its inputs to the GPU")
+    if why["cpp"] and why["triton"]:
+        raise RuntimeError(f"{PURPOSE}: {'; '.join([*why['cpp'], *why['triton']])}")
     from .triton_kernels.tuning import autotune
 
     found: Record = {"backends": {}, "strategies": {}}
@@ -101,14 +104,11 @@ def tune(model: MultiRate, *args: Any, beta: Beta, rounds: int = 20, **kwargs: A
 
 def _keep(found: Record, device: torch.device) -> bool:
     """Into the user's record; False, with a warning, where it cannot be written."""
-    import triton
-
     name, folder = measurements.device_name(device), measurements.cache_folder()
     try:
         if folder is None:
             raise OSError("there is no home folder; set MRVAE_CACHE to a folder that can be written")
-        versions = {"torch": str(torch.__version__), "triton": str(triton.__version__)}
-        measurements.write(folder / measurements.file_name(name), name, versions, found)
+        measurements.write(folder / measurements.file_name(name), name, {}, found)
     except OSError as error:
         warnings.warn(f"what tune measures is not kept, and not followed: {error}", stacklevel=3)
         return False
@@ -153,7 +153,8 @@ def inputs_of_layers(model: MultiRate, args: Any, kwargs: Mapping[str, Any]) -> 
 def time_backends(
     model: MultiRate, inputs: dict[int, Tensor], beta: Beta, rounds: int, failures: list[str] | None = None
 ) -> dict[str, Times]:
-    """Milliseconds of each operator on each backend: the gates and folds of all layers, and all layers' epilogues.
+    """Milliseconds of each operator on each backend that takes it: the gates and folds of all layers, and all layers'
+    epilogues and fused products.
 
     Without those that the network does not run: gates that are networks of their own have no operator, one beta a
     sample folds nothing, and norms and recurrent layers have no product for an epilogue. Errors go to `failures`; None
@@ -183,6 +184,14 @@ def time_backends(
             dim = u.dim() - 1 - getattr(model._entries[i].adapter, "spatial", 0)  # also without a batch axis
             backward(functional.epilogue(u, None, gates[i], None, dim), [u, gates[i]])
 
+    fusible = {i: x for i, x in inputs.items() if not model._entries[i].adapter.fused_refusal(model._hosts()[i], x)}
+
+    def all_fused() -> None:
+        for i, x in fusible.items():
+            layer = model._hosts()[i]
+            y = model._entries[i].adapter.run(layer, gates[i], None, None, "fused", x)
+            backward(y, [gates[i], *(p for p in layer.parameters(recurse=False) if p.requires_grad)])
+
     operators: dict[str, Step] = {}
     if model.gate_networks is None:
         operators["gates"] = all_gates
@@ -190,9 +199,12 @@ def time_backends(
         operators["fold"] = all_folds
     if outputs:
         operators["epilogue"] = all_epilogues
+    if fusible:
+        operators["fused"] = all_fused
     found = {}
     for name, step in operators.items():
-        steps = running({b: _with_backend(step, b) for b in ("reference", "triton")}, name, failures)
+        able = [b for b in BACKENDS if not refusals(b, device, next(model.parameters()).dtype, name)]
+        steps = running({b: _with_backend(step, b) for b in able}, name, failures)
         if times := medians(steps, device, rounds, name, failures):
             found[name] = times
     return found
@@ -222,5 +234,5 @@ def _candidates(
 
         return run
 
-    refused = {"fold": gate.dim() == 2, "fused": bool(triton_refusals(x.device, x.dtype, "fused"))}
+    refused = {"fold": gate.dim() == 2, "fused": all(refusals(b, x.device, x.dtype, "fused") for b in BACKENDS)}
     return {name: step(name) for name in STRATEGIES if not refused.get(name)}

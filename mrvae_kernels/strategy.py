@@ -7,18 +7,17 @@ Three strategies compute the same y = act(g (W x + b) + t):
     epilogue   the library's product, then one pass over the outputs. Moves the outputs about four times more than the
                ungated layer, whose bias gradient reads them once anyway. Any beta.
     fused      one kernel for the product with bias, gate, shift and activation. Any beta; Linear, Conv2d and
-               ConvTranspose2d, by Triton.
+               ConvTranspose2d, on GPUs.
 
-and three backends: "cpp" (the compiled operators, CPU), "triton" (GPUs, and CPU tensors in Triton's interpreter) and
-"reference" (plain PyTorch; what torch.compile gets, so that it can fuse the gate into its neighbours). Precedence:
-argument, then `override(...)`, then MRVAE_STRATEGY and MRVAE_BACKEND, then what was measured on this very device for
-this shape class (`measurements`), then the cost model with plain PyTorch. An explicit choice that cannot be honoured
-raises; the automatic one falls back, and `explain` says so.
+by three backends (`backends`): "cpp", "triton" and "reference", which is also what torch.compile gets, so that it can
+fuse the gate into its neighbours. Precedence: argument, then `override(...)`, then MRVAE_STRATEGY and MRVAE_BACKEND,
+then what was measured on this very device for this shape class (`measurements`), then the cost model, with the compiled
+core on the CPU and plain PyTorch elsewhere. An explicit choice that cannot be honoured raises; the automatic one falls
+back, and `explain` says so.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,16 +27,12 @@ from typing import NamedTuple
 import torch
 
 from . import measurements, ops
-from .triton_kernels.device import DEVICE_TYPES as TRITON_DEVICE_TYPES
+from .backends import BACKENDS, CPU_DTYPES, HOW_TO_INTERPRET, NO_TRITON, TRITON_INSTALLED, refusals
 from .triton_kernels.device import float32_precision
 
 STRATEGIES = ("fold", "epilogue", "fused")
-BACKENDS = ("cpp", "triton", "reference")
-CPP_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
-TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 HOW_TO_MEASURE = "mrvae_kernels.tune(model, ...) measures, and keeps the result"
-NO_TRITON = "triton is not installed; run: pip install 'triton>=3.6,<3.8'"
+NO_REFERENCE = "strategy 'fused' has kernels in the compiled core and in Triton only"
 
 FOLD_PASSES = 5
 EPILOGUE_PASSES = 4
@@ -58,8 +53,8 @@ class Override:
             raise RuntimeError(f"backend 'cpp' was asked for, but {ops.EXTENSION_ERROR}")
         if self.backend == "triton" and not TRITON_INSTALLED:
             raise RuntimeError(f"backend 'triton' was asked for, but {NO_TRITON}")
-        if self.strategy == "fused" and self.backend not in (None, "triton"):
-            raise ValueError(f"strategy 'fused' has kernels in Triton only; backend is {self.backend!r}")
+        if self.strategy == "fused" and self.backend == "reference":
+            raise ValueError(f"{NO_REFERENCE}; backend is {self.backend!r}")
 
 
 class Product(NamedTuple):
@@ -119,28 +114,35 @@ def current() -> Override:
 def choose_backend(device: torch.device, dtype: torch.dtype, operator: str = "epilogue") -> str:
     """The backend for "gates", "fold", "epilogue" or "fused"; RuntimeError if the one asked for refuses the tensors."""
     asked = _override.backend
-    if operator == "fused":
-        if asked not in (None, "triton"):
-            raise ValueError(f"strategy 'fused' has kernels in Triton only; backend {asked!r} was asked for")
-        asked = "triton"
-    elif asked == "reference" or (asked is None and torch.compiler.is_compiling()):
-        return "reference"
-    if asked != "triton" and ops.EXTENSION and device.type == "cpu" and dtype in CPP_DTYPES:
-        return "cpp"
     if asked is None:
-        wins = device.type != "cpu" and measurements.best_backend(device, operator) == "triton"
-        return "triton" if wins and not triton_refusals(device, dtype) else "reference"
-    refusals = triton_refusals(device, dtype, operator) if asked == "triton" else _cpp_refusals(device, dtype)
-    if refusals:
-        what = "strategy 'fused'" if operator == "fused" else f"backend {asked!r}"
-        advice = ""
-        if asked == "triton" and device.type == "cpu" and TRITON_INSTALLED:
-            advice = (
-                ". Move the tensors to a GPU, or set TRITON_INTERPRET=1 before Python starts to run the kernels in "
-                "Triton's interpreter, slowly"
-            )
-        raise RuntimeError(f"{what} was asked for: {'; '.join(refusals)}{advice}")
+        if operator == "fused":
+            return _fused_backend(device, dtype)
+        if torch.compiler.is_compiling():
+            return "reference"
+        if device.type == "cpu":  # the hot path: without the list of reasons
+            return "cpp" if ops.EXTENSION and dtype in CPU_DTYPES else "reference"
+        best = measurements.best_backend(device, operator)
+        return best if best and not refusals(best, device, dtype, operator) else "reference"
+    if asked == "reference" and operator == "fused":
+        raise ValueError(f"{NO_REFERENCE}; backend {asked!r} was asked for")
+    if reasons := refusals(asked, device, dtype, operator):
+        advice = f". {HOW_TO_INTERPRET}" if asked == "triton" and device.type == "cpu" and TRITON_INSTALLED else ""
+        what = f"strategy 'fused' on backend {asked!r}" if operator == "fused" else f"backend {asked!r}"
+        raise RuntimeError(f"{what} was asked for: {'; '.join(reasons)}{advice}")
     return asked
+
+
+def _fused_backend(device: torch.device, dtype: torch.dtype) -> str:
+    """The faster of those that have fused kernels, where both were measured, else the compiled core's: its launches
+    take less of the host's time. RuntimeError where neither takes these tensors."""
+    reasons = {backend: refusals(backend, device, dtype, "fused") for backend in ("cpp", "triton")}
+    possible = [backend for backend, why in reasons.items() if not why]
+    if not possible:
+        told = "; ".join(f"{backend}: {'; '.join(why)}" for backend, why in reasons.items())
+        advice = f". {HOW_TO_INTERPRET}" if device.type == "cpu" and TRITON_INSTALLED else ""
+        raise RuntimeError(f"strategy 'fused' was asked for: {told}{advice}")
+    best = measurements.best_backend(device, "fused")
+    return best if best in possible else possible[0]
 
 
 def choose_strategy(
@@ -176,37 +178,19 @@ def _measured(product: Product, per_sample: bool, fused_refused: bool = False) -
     if not measurements.records(product.device)["strategies"]:
         return {}  # without the key, which takes 7 us to make
     times = measurements.strategy_times(product.device, product.key(per_sample))
-    fused = not fused_refused and _override.backend in (None, "triton") and not triton_refusals(
-        product.device, product.dtype, "fused"
-    )
+    fused = not fused_refused and not _fused_refusals(product.device, product.dtype)
     possible = {"epilogue", *([] if per_sample else ["fold"]), *(["fused"] if fused else [])}
     return {name: time for name, time in times.items() if name in possible}
 
 
-def triton_refusals(device: torch.device, dtype: torch.dtype, operator: str = "epilogue") -> list[str]:
-    """Why Triton's kernels do not take these tensors; empty if they do."""
-    reasons = []
-    if not TRITON_INSTALLED:
-        reasons.append(NO_TRITON)
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        reasons.append("Triton's kernels do not run inside torch.func's transforms")
-    if device.type not in TRITON_DEVICE_TYPES:
-        taken = " and ".join(TRITON_DEVICE_TYPES)
-        reasons.append(f"Triton takes {taken} tensors, this one is on {device}")
-    if dtype not in TRITON_DTYPES or (operator == "fused" and dtype == torch.float64):
-        wide = "" if operator == "fused" else ", float64"
-        reasons.append(f"its kernels take float32{wide}, bfloat16 and float16, this one is {dtype}")
-    return reasons
-
-
-def _cpp_refusals(device: torch.device, dtype: torch.dtype) -> list[str]:
-    reasons = []
-    if not ops.EXTENSION:
-        reasons.append(str(ops.EXTENSION_ERROR))
-    if device.type != "cpu":
-        reasons.append(f"it takes CPU tensors, this one is on {device}")
-    if dtype not in CPP_DTYPES:
-        reasons.append(f"it takes float32, bfloat16 and float64, this one is {dtype}")
+def _fused_refusals(device: torch.device, dtype: torch.dtype) -> list[str]:
+    """Why no backend that is allowed has fused kernels for these tensors; empty if one has."""
+    reasons: list[str] = []
+    for backend in ("cpp", "triton") if _override.backend is None else (_override.backend,):
+        found = refusals(backend, device, dtype, "fused")
+        if not found:
+            return []
+        reasons += found
     return reasons
 
 
@@ -245,14 +229,14 @@ def explain(
         reason = f"fold moves {fold_cost:,} elements, epilogue {epilogue_cost:,}"
     rejected = []
     for other in STRATEGIES:
-        refusals = triton_refusals(device, dtype, "fused") if other == "fused" else []
-        refusals += [fused_refusal] if other == "fused" and fused_refusal else []
+        refused = _fused_refusals(device, dtype) if other == "fused" else []
+        refused += [fused_refusal] if other == "fused" and fused_refusal else []
         if other == strategy:
             continue
         if other == "fold" and per_sample:
             why = "needs one beta for the batch"
-        elif refusals:
-            why = "; ".join(refusals)
+        elif refused:
+            why = "; ".join(refused)
         elif _override.strategy:
             why = f"{strategy} was asked for"
         elif other in times:
@@ -260,14 +244,13 @@ def explain(
         else:
             why = _unmeasured(device, False) if other == "fused" else reason
         rejected.append(f"{other}: {why}")
-    if backend != "cpp":
-        refusals = ["fused kernels are Triton's"] if strategy == "fused" else _cpp_refusals(device, dtype)
-        rejected.append(f"cpp: {'; '.join(refusals) or 'asked for by override or MRVAE_BACKEND'}")
-    if backend != "triton":
-        refusals = triton_refusals(device, dtype)
-        if not refusals and _override.backend is None:
-            refusals = [_unmeasured(device, measurements.best_backend(device, strategy) is not None)]
-        rejected.append(f"triton: {'; '.join(refusals) or 'asked for by override or MRVAE_BACKEND'}")
+    for other in ("cpp", "triton"):
+        if other == backend:
+            continue
+        refused = refusals(other, device, dtype, strategy)
+        if not refused and _override.backend is None:
+            refused = [_unmeasured(device, measurements.best_backend(device, strategy) is not None)]
+        rejected.append(f"{other}: {'; '.join(refused) or 'asked for by override or MRVAE_BACKEND'}")
     return Choice(strategy, backend, reason, tuple(rejected))
 
 

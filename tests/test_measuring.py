@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import mrvae_kernels as mk
-from mrvae_kernels import functional, measurements, measuring, strategy, timing
+from mrvae_kernels import backends, functional, measurements, measuring, ops, strategy, timing
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -103,9 +103,12 @@ def test_tune_takes_a_multirate():
         mk.tune(nn.Linear(3, 4), torch.rand(2, 3), beta=0.5)
 
 
-def test_tune_refuses_where_triton_does_not_run(monkeypatch):
-    monkeypatch.setattr(strategy, "TRITON_DEVICE_TYPES", ("xpu",))
-    with pytest.raises(RuntimeError, match="tune measures Triton's kernels against plain PyTorch: Triton takes xpu"):
+def test_tune_refuses_where_no_kernels_run(monkeypatch):
+    monkeypatch.setattr(backends, "TRITON_DEVICE_TYPES", ("xpu",))
+    monkeypatch.setattr(ops, "EXTENSION", False)
+    monkeypatch.setattr(ops, "EXTENSION_ERROR", "the C++ core is not built")
+    message = "tune measures GPU kernels against plain PyTorch: the C\\+\\+ core is not built; Triton takes xpu"
+    with pytest.raises(RuntimeError, match=message):
         mk.tune(network(), torch.rand(2, 1, 4, 4, device=DEVICE), beta=0.5)
 
 
@@ -117,8 +120,10 @@ def test_tune_keeps_a_record_that_strategy_reads(tmp_path, per_sample):
     before = copy.deepcopy(model.state_dict())
     found = mk.tune(model, x, beta=beta, rounds=1)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    able = {"reference", "triton"} | ({"cpp"} if DEVICE == (ops.GPU_TYPE or "cpu") and ops.EXTENSION else set())
     assert {name: set(times) for name, times in found["backends"].items()} == {
-        name: {"reference", "triton"} for name in ("gates", *([] if per_sample else ["fold"]), "epilogue")
+        **{name: able for name in ("gates", *([] if per_sample else ["fold"]), "epilogue")},
+        "fused": {"triton"} | ({"cpp"} if DEVICE == ops.GPU_TYPE else set()),
     }
     # the convolution before the norm has no gate of its own: the linear layer is the only gated product
     linear = measurements.shape_class("linear", "float32", per_sample, 2, 9, 12)
@@ -141,7 +146,7 @@ def quick(plain: nn.Module, monkeypatch, **options) -> mk.MultiRate:
     """A network to tune, with Triton's place taken by nothing: steps are timed, none is compiled or interpreted."""
     pytest.importorskip("triton")
     for module in (measuring, strategy):
-        monkeypatch.setattr(module, "triton_refusals", lambda *_: [])
+        monkeypatch.setattr(module, "refusals", lambda *_: [])
     run = functional.gated_linear
     monkeypatch.setattr(
         functional, "gated_linear",
@@ -149,6 +154,7 @@ def quick(plain: nn.Module, monkeypatch, **options) -> mk.MultiRate:
     )
     monkeypatch.setattr(functional, "_operators", lambda backend: mk.reference)
     monkeypatch.setattr(functional, "choose_backend", lambda *_: "reference")
+    monkeypatch.setattr(functional, "fused_refusal", lambda *_: "there is no kernel here")
     return mk.multirate(plain, **{"gates": "sigmoid", **options})
 
 
@@ -246,9 +252,9 @@ def test_the_channels_of_inputs_with_and_without_a_batch(monkeypatch, layer, sha
 
 
 @pytest.mark.parametrize(("plain", "gates", "beta", "operators"), [
-    (two_layers(), "sigmoid", 0.5, {"gates", "fold", "epilogue"}),
-    (two_layers(), mk.GateSpec("sigmoid", hidden=(4,)), 0.5, {"fold", "epilogue"}),
-    (two_layers(), "sigmoid", torch.tensor([0.1, 1.0]), {"gates", "epilogue"}),
+    (two_layers(), "sigmoid", 0.5, {"gates", "fold", "epilogue", "fused"}),
+    (two_layers(), mk.GateSpec("sigmoid", hidden=(4,)), 0.5, {"fold", "epilogue", "fused"}),
+    (two_layers(), "sigmoid", torch.tensor([0.1, 1.0]), {"gates", "epilogue", "fused"}),
     (nn.Sequential(nn.LayerNorm(3)), "sigmoid", 0.5, {"gates", "fold"}),
 ])
 def test_only_operators_that_the_network_runs_are_timed(monkeypatch, plain, gates, beta, operators):
@@ -260,6 +266,6 @@ def test_only_operators_that_the_network_runs_are_timed(monkeypatch, plain, gate
 @pytest.mark.skipif(DEVICE != "cpu", reason="a GPU can be measured")
 def test_tune_does_not_measure_the_interpreter(monkeypatch, tmp_path):
     monkeypatch.setattr(measuring, "INTERPRETER_TOO", False)
-    with pytest.raises(RuntimeError, match="the model is on the CPU, .* move it and its inputs to the GPU"):
+    with pytest.raises(RuntimeError, match="the model is on the CPU; move it and its inputs to the GPU"):
         mk.tune(network(), torch.rand(2, 1, 4, 4), beta=0.5)
     assert list(tmp_path.iterdir()) == []

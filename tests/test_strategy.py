@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import mrvae_kernels as mk
-from mrvae_kernels import measurements, ops, strategy
+from mrvae_kernels import backends, measurements, ops, strategy
 from mrvae_kernels.strategy import EPILOGUE_PASSES, FOLD_PASSES, Product, choose_backend, choose_strategy, explain
 
 CPU = torch.device("cpu")
@@ -96,6 +96,7 @@ def test_without_the_extension_cpp_is_refused_and_automatic_falls_back(monkeypat
 
 def test_with_the_extension_cpp_takes_its_devices_and_dtypes(monkeypatch):
     monkeypatch.setattr(ops, "EXTENSION", True)
+    monkeypatch.setattr(ops, "GPU_TYPE", None)
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         assert choose_backend(CPU, dtype) == "cpp"
     assert choose_backend(CPU, torch.float16) == choose_backend(torch.device("cuda"), torch.float32) == "reference"
@@ -103,13 +104,13 @@ def test_with_the_extension_cpp_takes_its_devices_and_dtypes(monkeypatch):
         assert choose_backend(CPU, torch.float32) == "cpp"
         with pytest.raises(RuntimeError, match=r"this one is torch.float16"):
             choose_backend(CPU, torch.float16)
-        with pytest.raises(RuntimeError, match=r"it takes CPU tensors, this one is on cuda"):
+        with pytest.raises(RuntimeError, match=r"the compiled core has no CUDA kernels: .*; "):
             choose_backend(torch.device("cuda"), torch.float32)
     with mk.override(backend="reference"):
         assert choose_backend(CPU, torch.float32) == "reference"
 
 
-def test_explain_gives_the_reason_and_what_was_rejected_why():
+def test_explain_gives_the_reason_and_what_was_rejected_why(monkeypatch):
     fold = explain(10, 1000)
     assert (fold.strategy, fold.reason) == ("fold", "fold moves 50 elements, epilogue 4,000")
     assert fold.rejected[0].startswith("epilogue: ")
@@ -121,7 +122,8 @@ def test_explain_gives_the_reason_and_what_was_rejected_why():
         asked = explain(10, 1000)
     assert asked.strategy == "epilogue" and asked.reason == "asked for by override or MRVAE_STRATEGY"
     assert "cpp: asked for by override or MRVAE_BACKEND" in asked.rejected
-    assert any("it takes CPU tensors" in line for line in explain(10, 1000, device="cuda").rejected)
+    monkeypatch.setattr(ops, "GPU_TYPE", None)
+    assert any("the compiled core has no CUDA" in line for line in explain(10, 1000, device="cuda").rejected)
 
 
 def test_environment_variables(monkeypatch):
@@ -144,9 +146,11 @@ PRODUCT = Product("linear", CUDA, torch.float32, 128, 300, 784)
 
 @pytest.fixture
 def measured(monkeypatch, tmp_path):
-    """Triton as on a GPU, and a function that makes a record of it the user's."""
-    monkeypatch.setattr(strategy, "TRITON_DEVICE_TYPES", ("cuda", "xpu"))
+    """Triton as on a GPU, the core without CUDA, and a function that makes a record of it the user's."""
+    monkeypatch.setattr(backends, "TRITON_DEVICE_TYPES", ("cuda", "xpu"))
+    monkeypatch.setattr(backends, "TRITON_INSTALLED", True)
     monkeypatch.setattr(strategy, "TRITON_INSTALLED", True)
+    monkeypatch.setattr(ops, "GPU_TYPE", None)
     monkeypatch.setenv("MRVAE_CACHE", str(tmp_path))
 
     def record(**found):
@@ -184,24 +188,25 @@ def test_the_measured_strategy_wins_over_the_cost_model_in_its_shape_class(measu
     with mk.override(strategy="fold"):
         assert choose_strategy(300 * 784, 128 * 300, False, None, PRODUCT) == "fold"
     with mk.override(backend="reference"):
-        assert choose_strategy(300 * 784, 128 * 300, False, None, PRODUCT) == "epilogue", "fused needs Triton"
+        assert choose_strategy(300 * 784, 128 * 300, False, None, PRODUCT) == "epilogue", "fused needs kernels"
     choice = explain(300 * 784, 128 * 300, False, "cuda", product=PRODUCT)
     assert (choice.strategy, choice.backend) == ("fused", "triton")
     assert choice.reason == "fastest of those measured on cuda for this shape class"
     assert {"fold: measured 3.00 times slower", "epilogue: measured 2.00 times slower"} <= set(choice.rejected)
 
 
-def test_fused_needs_triton(measured, monkeypatch):
-    with pytest.raises(ValueError, match="'fused' has kernels in Triton only; backend is 'reference'"):
+def test_fused_needs_kernels(measured, monkeypatch):
+    with pytest.raises(ValueError, match="has kernels in the compiled core and in Triton only; backend is 'reference'"):
         strategy.Override("fused", "reference")
     with mk.override(strategy="fused"), pytest.raises(RuntimeError, match="'fused' was asked for: .* is on cpu"):
         choose_backend(CPU, torch.float32, "fused")
     with pytest.raises(RuntimeError, match="float32, bfloat16 and float16, this one is torch.float64"):
         choose_backend(CUDA, torch.float64, "fused")
     monkeypatch.setattr(strategy, "TRITON_INSTALLED", False)
+    monkeypatch.setattr(backends, "TRITON_INSTALLED", False)
     with pytest.raises(RuntimeError, match="'triton' was asked for, but triton is not installed; run: pip install"):
         strategy.Override(None, "triton")
-    with pytest.raises(RuntimeError, match="'fused' was asked for: triton is not installed"):
+    with pytest.raises(RuntimeError, match="'fused' was asked for: cpp: .*; triton: triton is not installed"):
         choose_backend(CUDA, torch.float32, "fused")
 
 
@@ -210,3 +215,39 @@ def test_explain_says_what_was_not_measured(measured):
     assert "triton: not measured on cuda; mrvae_kernels.tune(model, ...) measures, and keeps the result" in lines
     measured(backends={"fold": {"reference": 1.0, "triton": 2.0}})
     assert "triton: measured slower on cuda" in explain(10, 1000, device="cuda").rejected
+
+
+@pytest.fixture
+def cuda_core(measured, monkeypatch):
+    """A compiled core with CUDA kernels besides Triton's."""
+    monkeypatch.setattr(ops, "EXTENSION", True)
+    monkeypatch.setattr(ops, "GPU_TYPE", "cuda")
+    return measured
+
+
+def test_the_compiled_core_on_a_gpu(cuda_core):
+    assert choose_backend(CUDA, torch.float16, "gates") == "reference", "nothing was measured"
+    with mk.override(backend="cpp"):
+        for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+            assert choose_backend(CUDA, dtype, "gates") == "cpp"
+        assert choose_backend(CUDA, torch.float16, "fused") == choose_backend(CPU, torch.float64) == "cpp"
+        with pytest.raises(RuntimeError, match="'fused' on backend 'cpp' was asked for: .* take CUDA tensors, this"):
+            choose_backend(CPU, torch.float32, "fused")
+        with pytest.raises(RuntimeError, match="float32, bfloat16 and float16, this one is torch.float64"):
+            choose_backend(CUDA, torch.float64, "fused")
+        with pytest.raises(RuntimeError, match="takes CPU and CUDA tensors, this one is on xpu"):
+            choose_backend(torch.device("xpu"), torch.float32)
+    measured = {"gates": {"reference": 2.0, "triton": 1.5, "cpp": 1.0}, "fold": {"reference": 1.0, "cpp": 0.97}}
+    cuda_core(backends=measured)
+    assert choose_backend(CUDA, torch.float32, "gates") == "cpp"
+    assert choose_backend(CUDA, torch.float32, "fold") == "reference", "it wins by less than the margin"
+
+
+def test_which_fused_kernels(cuda_core):
+    assert choose_backend(CUDA, torch.float32, "fused") == "cpp", "not measured: the one that takes less of the host"
+    with mk.override(backend="triton"):
+        assert choose_backend(CUDA, torch.float32, "fused") == "triton"
+    cuda_core(backends={"fused": {"triton": 1.0, "cpp": 2.0}})
+    assert choose_backend(CUDA, torch.float32, "fused") == "triton"
+    with mk.override(strategy="fused"):
+        assert "cpp: measured slower on cuda" in explain(10, 1000, device="cuda").rejected

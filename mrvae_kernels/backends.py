@@ -1,0 +1,77 @@
+"""What each backend takes, and why not the rest: the compiled core, Triton's kernels, plain PyTorch.
+
+    cpp         the compiled operators: CPU tensors and, in a build with CUDA, those of NVIDIA's GPUs
+    triton      GPUs, and CPU tensors in Triton's interpreter
+    reference   plain PyTorch: everything, except strategy "fused"
+
+An operator is "gates", "fold", "epilogue" or "fused".
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+
+from . import ops
+from .triton_kernels.device import DEVICE_TYPES as TRITON_DEVICE_TYPES
+
+BACKENDS = ("cpp", "triton", "reference")
+CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+NO_TRITON = "triton is not installed; run: pip install 'triton>=3.6,<3.8'"
+HOW_TO_INTERPRET = (
+    "Move the tensors to a GPU, or set TRITON_INTERPRET=1 before Python starts to run the kernels in Triton's "
+    "interpreter, slowly"
+)
+
+
+def refusals(backend: str, device: torch.device, dtype: torch.dtype, operator: str = "epilogue") -> list[str]:
+    """Why the backend does not run this operator on these tensors; empty if it does."""
+    if backend == "cpp":
+        return cpp_refusals(device, dtype, operator)
+    if backend == "triton":
+        return triton_refusals(device, dtype, operator)
+    return ["plain PyTorch has no fused kernel"] if operator == "fused" else []
+
+
+def triton_refusals(device: torch.device, dtype: torch.dtype, operator: str = "epilogue") -> list[str]:
+    """Why Triton's kernels do not take these tensors; empty if they do."""
+    reasons = []
+    if not TRITON_INSTALLED:
+        reasons.append(NO_TRITON)
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        reasons.append("Triton's kernels do not run inside torch.func's transforms")
+    if device.type not in TRITON_DEVICE_TYPES:
+        taken = " and ".join(TRITON_DEVICE_TYPES)
+        reasons.append(f"Triton takes {taken} tensors, this one is on {device}")
+    return [*reasons, *_dtype_refusals(dtype, operator)]
+
+
+def cpp_refusals(device: torch.device, dtype: torch.dtype, operator: str = "epilogue") -> list[str]:
+    """Why the compiled core does not take these tensors; empty if it does."""
+    if not ops.EXTENSION:
+        return [str(ops.EXTENSION_ERROR)]
+    if device.type == ops.GPU_TYPE:
+        inside = operator == "fused" and torch._C._functorch.peek_interpreter_stack() is not None
+        reasons = ["fused kernels do not run inside torch.func's transforms"] if inside else []
+        return [*reasons, *_dtype_refusals(dtype, operator)]
+    reasons = []
+    if device.type == "cuda":
+        reasons.append(f"the compiled core has no CUDA kernels: {ops.CUDA_ERROR}")
+    elif device.type != "cpu":
+        reasons.append(f"the compiled core takes CPU and CUDA tensors, this one is on {device}")
+    elif operator == "fused":
+        reasons.append(f"the compiled core's fused kernels take CUDA tensors, this one is on {device}")
+    elif dtype not in CPU_DTYPES:
+        reasons.append(f"it takes float32, bfloat16 and float64, this one is {dtype}")
+    return reasons
+
+
+def _dtype_refusals(dtype: torch.dtype, operator: str) -> list[str]:
+    """What the kernels of both GPU backends do not compute in."""
+    if dtype in GPU_DTYPES and not (operator == "fused" and dtype == torch.float64):
+        return []
+    wide = "" if operator == "fused" else ", float64"
+    return [f"its kernels take float32{wide}, bfloat16 and float16, this one is {dtype}"]
