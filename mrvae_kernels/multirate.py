@@ -23,6 +23,7 @@ from . import functional, measurements, reference, strategy
 from .adapters import ADAPTERS, Adapter, FoldJob, fold_layers
 from .gates import (
     DEFAULT_BETA_RANGE,
+    KINDS,
     Beta,
     BetaRange,
     GateNetwork,
@@ -33,6 +34,7 @@ from .gates import (
 )
 from .hosting import HOSTED, HOSTED_TYPES, Hosted, Share, Turn, hand_out, lend
 from .layers import Recorded, _one, write_folded
+from .prepared import Prepared, takes
 from .recalibration import recalibrate, running_norms
 from .selection import Gates, select
 
@@ -127,7 +129,7 @@ class MultiRate(Recorded):
             # a network that is itself the one gated layer has no parent in it: it is the MultiRate's own child
             self._places.append((network.get_submodule(parent)._modules, name) if name else (self._modules, "network"))
         self._plans: dict[Any, tuple[str, ...]] = {}
-        self._planned_banks: dict[Any, Any] = {}
+        self._prepared: dict[Any, Prepared] = {}
 
     def _add_gates(self, like: Tensor) -> None:
         specs = [e.spec for e in self._entries]
@@ -160,13 +162,10 @@ class MultiRate(Recorded):
             shapes = (value.shape if isinstance(value, Tensor) else None for value in args)
             key = (strategy.current(), measurements.generation, *shapes)
         layers = self._hosts()
-        bank = self._planned_banks.get(key)
-        if bank is not None and type(beta) is float:
-            # `_shares` where nothing is folded, shifted or gated on its inputs, written out: with this, the MLP's step
-            # at batch 16 went from 1.22 to 1.14 of the ungated one (bench.overhead)
-            eta = standardize_number(beta, self.beta_range)
-            values = bank.gates_at(self._parameters["gate_weight"], self._parameters["gate_bias"], eta)
-            shares = [Share(gate, None, None, "epilogue", None, True) for gate in values]
+        prepared = self._prepared.get(key)
+        if prepared is not None and type(beta) is float:
+            weight, bias = self._parameters["gate_weight"], self._parameters["gate_bias"]
+            shares = prepared.shares(layers, weight, bias, standardize_number(beta, self.beta_range))  # type: ignore[arg-type]
         else:
             shares = self._shares(beta, key)
         with nullcontext() if torch.compiler.is_compiling() else self._turn:
@@ -307,23 +306,25 @@ class MultiRate(Recorded):
         """Plan for inputs of these shapes: each layer's strategy, so that next time those that fold do so together."""
         if len(self._plans) > 32:
             self._plans.clear()
-            self._planned_banks.clear()
+            self._prepared.clear()
+        layers = self._hosts()
         self._plans[key] = plan = tuple(
             (layer._last_strategy or "epilogue") if entry.adapter.product else "fold"
-            for layer, entry in zip(self._hosts(), self._entries, strict=True)
+            for layer, entry in zip(layers, self._entries, strict=True)
         )
-        if set(plan) == {"epilogue"} and len(self._rows) == len(self._entries) and self._runs_compiled():
-            self._planned_banks[key] = functional.compiled_bank(self._sizes, self._kinds)
+        if self._runs_compiled() and takes(layers, plan):
+            kinds = tuple(map(KINDS.index, self._kinds))
+            self._prepared[key] = Prepared(layers, plan, self._layout, self._sizes, kinds)
 
     def _apply(self, *args: Any, **kwargs: Any) -> MultiRate:
         """`.to()`, `.half()` and the like: another device or dtype makes other plans."""
         self._plans.clear()
-        self._planned_banks.clear()
+        self._prepared.clear()
         return super()._apply(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy or a pickle makes its own plans."""
-        return {**self.__dict__, "_plans": {}, "_planned_banks": {}}
+        return {**self.__dict__, "_plans": {}, "_prepared": {}}
 
 
 def multirate(

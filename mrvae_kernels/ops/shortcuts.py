@@ -24,6 +24,21 @@ def bank(sizes: tuple[int, ...], kinds: tuple[int, ...]) -> Any:
 
 
 @functools.cache
+def gated_fold(
+    sizes: tuple[int, ...], kinds: tuple[int, ...], gates: tuple[int, ...], shifts: tuple[int, ...],
+    groups: tuple[int, ...],
+) -> Any:
+    """All gates of a model and the folds of its plan, one autograd node:
+
+    `.run_at(weight, bias, eta, weights, biases)` -> (all gates, folded weights, folded biases), for the number eta, and
+    `.run` for a tensor. sizes, kinds: of the gates' slices; gates, shifts: each folded layer's slices, -1 for no shift;
+    groups as in ops.fold.
+    """
+    require()
+    return importlib.import_module("mrvae_kernels._C").GatedFold(sizes, kinds, gates, shifts, groups)
+
+
+@functools.cache
 def scaled_linear() -> Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor | None], Tensor]:
     """The function (x, weight, bias, gate, shift) -> g (x W^T + b) + t, by the epilogue strategy."""
     require()
