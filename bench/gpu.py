@@ -1,19 +1,20 @@
 """Correctness, timings and a profile of the GPU kernels in one run: `python -m bench.gpu --out FOLDER`.
 
-Correctness: every strategy of every layer in bench/shapes.py, y and all gradients, against float64 on the same GPU.
+Correctness: every strategy of every layer in bench/shapes.py by Triton's kernels and by the compiled core's, y and all
+gradients, against float64 on the same GPU. Of a backend that is not there the report says why; the other is measured.
 Timings: each layer by each variant of bench/layer_variants.py at batch 128, 16 and 1024, forward and forward +
 backward; GPU time from CUDA graphs, host time by the clock, medians of interleaved rounds, as ratios to the library's
 layer followed by its activation. The fraction of the roofline takes the bytes and operations that the gated layer needs
 at least over ceilings measured in the same run. Calls cycle through up to 8 inputs; where those fit into twice the
 last-level cache all the same, the entry says `cached`, and its times are those of warm inputs. torch.compile takes
-part at the first batch, in TF32, for the layers of each network with the most operations. A time budget stops the run
-between layers; what was left out is listed, and so is what failed.
+part at the first batch, in TF32, for the layers of each network with the most operations. Gates, folds and epilogues of
+large tensors are held against the copy's bandwidth (bench/gpu_memory.py). A time budget stops the run between layers;
+what was left out is listed, and so is what failed.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import os
 import sys
@@ -29,31 +30,34 @@ from mrvae_models.networks import build
 import mrvae_kernels as mk
 from mrvae_kernels import measurements
 from mrvae_kernels.measuring import inputs_of_layers, time_backends
-from mrvae_kernels.strategy import triton_refusals
 
+from . import gpu_memory
 from .gpu_correctness import LIMITS, NUMBERS, checked, errors, faults
 from .gpu_layers import time_case
 from .gpu_prepare import prepare
-from .gpu_report import record, table
+from .gpu_report import fused_where_chosen, record, side_by_side, table
 from .gpu_timing import ceilings, failure, synchronize
-from .layer_variants import OURS, GatedCase
+from .layer_variants import BACKENDS, GatedCase, absent, ours
 from .overhead import machine
 from .shapes import BATCHES, CASES, Case, in_turn, largest
 
+BACKEND_NAMES = {"cpp": "compiled core's CUDA kernels", "triton": "Triton kernels"}
 
-def backends_of_a_network(device: torch.device, rounds: int) -> dict[str, measurements.Times]:
-    """Milliseconds of a whole network's gates, folds and epilogues on each backend: the MNIST CNN, batch 128."""
+
+def backends_of_a_network(device: torch.device, rounds: int, failures: list[str]) -> dict[str, measurements.Times]:
+    """Milliseconds of a whole network's gates, folds, epilogues and fused products on each backend: the MNIST CNN,
+    batch 128. What fails on one of them goes to `failures`."""
     model = mk.multirate(build("cnn", (1, 28, 28))).to(device)
     inputs = inputs_of_layers(model, (torch.rand(128, 1, 28, 28, device=device),), {"beta": 0.5})
-    return time_backends(model, inputs, 0.5, rounds)
+    return time_backends(model, inputs, 0.5, rounds, failures)
 
 
 def profile(device: torch.device) -> str:
-    """torch.profiler's table of the kernels of one layer's forward and backward by each of our strategies."""
+    """torch.profiler's table of the kernels of one layer's forward and backward by each of our variants."""
     gated = GatedCase(CASES[1], 128, torch.float32, device)
-    with mk.override(backend="triton"):
+    with mk.override():
         steps = []
-        for name in OURS:
+        for name in ours(device):
             step = gated.steps(name, True)
             try:
                 step()
@@ -81,10 +85,13 @@ class Run:
         self.cases, self.device, self.options = in_turn(cases), device, options
         self.deadline = time.monotonic() + options.seconds
         self.name = measurements.device_name(device)
-        self.versions = {"torch": torch.__version__, "triton": importlib.import_module("triton").__version__}
+        self.versions = measurements.installed_versions()
+        self.absent = absent(device)
+        core = {} if "cpp" in self.absent else {"core": mk.ops.build_facts()}
         self.report: dict[str, Any] = {
-            "machine": {**machine(), "device": self.name, **self.versions}, "command": sys.argv[1:], "seconds": {},
-            "correctness": [], "results": [], "left_out": [], "failed": [],
+            "machine": {**machine(), "device": self.name, **self.versions, **core}, "command": sys.argv[1:],
+            "absent": self.absent, "seconds": {}, "correctness": [], "results": [], "memory": [], "left_out": [],
+            "failed": [],
         }
         stem = measurements.file_name(self.name).removesuffix(".json")
         self.path = options.out / f"{stem}-{self.report['machine']['date']}.json"
@@ -120,7 +127,7 @@ class Run:
         return False
 
     def prepare(self) -> None:
-        """Compile the kernels of what follows, in that order, for a third of the time at most."""
+        """Compile Triton's kernels of what follows, in that order, for a third of the time at most."""
         options = self.options
         smallest = [] if options.no_correctness else [min(options.batch)]
         todo = [(case, batch, precision) for batch in smallest for precision in LIMITS for case in self.cases]
@@ -146,6 +153,18 @@ class Run:
               sep="\n  ")
         return wrong
 
+    def memory(self) -> None:
+        """The memory-bound operators' share of the copy bandwidth."""
+        if self.late("memory-bound operators"):
+            return
+        bandwidth, numel = self.report["ceilings"]["bytes"], gpu_memory.largest_tensor(self.device)
+        self.report["memory"], failed = gpu_memory.share_of_bandwidth(self.device, bandwidth, numel)
+        self.failed(failed)
+
+    def failed(self, lines: list[str]) -> None:
+        self.report["failed"] += lines
+        print(*lines, sep="\n", end="\n" if lines else "", flush=True)
+
     def timings(self) -> None:
         """Every case in every precision, batch by batch."""
         options = self.options
@@ -166,8 +185,7 @@ class Run:
                         failed = [f"{label} {name}: {text}" for name, text in result["failed"].items()]
                     except Exception as error:
                         failed = [f"{label}: {failure(error, self.device)}"]
-                    self.report["failed"] += failed
-                    print(*failed, sep="\n", end="\n" if failed else "", flush=True)
+                    self.failed(failed)
                     torch._dynamo.reset()
                     torch.get_device_module(self.device).empty_cache() if self.device.type != "cpu" else None
                     self.write()
@@ -181,25 +199,37 @@ def run(cases: list[Case], device: torch.device, options: argparse.Namespace, si
     with this.part("ceilings"):
         report["ceilings"] = ceilings(device, max(1, size // 4), size)
     print(", ".join(f"{key} {value:.4g}/s" for key, value in report["ceilings"].items()), flush=True)
-    if options.prepare:
+    missing = [f"left out, the {BACKEND_NAMES[backend]}: {why}" for backend, why in this.absent.items()]
+    print(*missing, sep="\n", end="\n" if missing else "", flush=True)
+    if options.prepare and "triton" not in this.absent:
         with this.part("compiling ahead", guarded=True):
             this.prepare()
     if not options.no_correctness:
         with this.part("correctness"):
             wrong = this.correctness()
     if not options.no_timing:
+        with this.part("memory-bound operators", guarded=True):
+            this.memory()
         with this.part("timings"):
             this.timings()
     results = [found for found in report["results"] if all("library" in found[k]["ratio"] for k in ("forward", "both"))]
     if results:
         with this.part("backends", guarded=True):
-            report["backends"] = backends_of_a_network(device, options.rounds)
+            failures: list[str] = []
+            report["backends"] = backends_of_a_network(device, options.rounds, failures)
+            this.failed([f"backends: {line}" for line in failures])
         measured = record(results, report.get("backends", {}), this.cases)
         measurements.write(options.out / measurements.file_name(this.name), this.name, this.versions, measured)
         with this.part("profile", guarded=True):
             (options.out / "profile.txt").write_text(profile(device))
         for kind in ("forward", "both"):
             print(f"\n{kind}: GPU time over the library's\n{table(results, kind)}")
+        if compared := side_by_side(results):
+            print(f"\nthe backends side by side, geometric means\n{compared}")
+        print("", *fused_where_chosen(results), sep="\n")
+    if report["memory"]:
+        print(f"\nmemory-bound operators: share of the copy bandwidth\n{gpu_memory.table(report['memory'])}")
+    print("", *missing, sep="\n", end="\n" if missing else "")
     if report["left_out"]:
         print(f"\nleft out for lack of time: {len(report['left_out'])}", *report["left_out"], sep="\n  ")
     unreached = [
@@ -216,12 +246,17 @@ def main(argv: list[str] | None = None) -> int:
     """The command; 0, 1 for a kernel that is wrong or nothing reached, 2 where nothing can be measured."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for the result files")
-    parser.add_argument("--networks", nargs="+", choices=sorted({case.network for case in CASES}))
-    parser.add_argument("--batch", nargs="+", type=int, default=list(BATCHES))
-    parser.add_argument("--precision", nargs="+", choices=list(NUMBERS), default=list(NUMBERS))
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--networks", nargs="+", choices=sorted({case.network for case in CASES}),
+                        help="the networks whose layers are measured (default all)")
+    parser.add_argument("--batch", nargs="+", type=int, default=list(BATCHES),
+                        help="batch sizes, in this order; correctness takes the smallest "
+                        f"(default {' '.join(map(str, BATCHES))})")
+    parser.add_argument("--precision", nargs="+", choices=list(NUMBERS), default=list(NUMBERS),
+                        help="of the timings: exact float32 products, TF32's, bfloat16 (default all)")
+    parser.add_argument("--rounds", type=int, default=15,
+                        help="interleaved rounds whose median is taken (default 15); the host's time takes a third")
     parser.add_argument("--prepare", nargs="?", type=int, const=8, default=0, metavar="PROCESSES",
-                        help="compile kernels in so many processes first (8), for a third of the time at most")
+                        help="compile Triton's kernels in so many processes first (8), for a third of the time at most")
     parser.add_argument("--compiled", type=int, default=1, metavar="N",
                         help="torch.compile takes part in N layers a network (default 1)")
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile")
@@ -233,8 +268,9 @@ def main(argv: list[str] | None = None) -> int:
         print("bench.gpu: torch finds no GPU; this benchmark measures one", file=sys.stderr)
         return 2
     device = torch.device("cuda", torch.cuda.current_device())
-    if refusals := triton_refusals(device, torch.float32):
-        print(f"bench.gpu: {'; '.join(refusals)}", file=sys.stderr)
+    reasons = absent(device)
+    if not set(BACKENDS) - set(reasons):
+        print(f"bench.gpu: {'; '.join(f'{backend}: {why}' for backend, why in reasons.items())}", file=sys.stderr)
         return 2
     cases = [case for case in CASES if not options.networks or case.network in options.networks]
     return run(cases, device, options)

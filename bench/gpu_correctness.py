@@ -1,4 +1,4 @@
-"""Every strategy of a layer against float64 on the same device: y and all gradients, by relative error in norm."""
+"""Every strategy of a layer on every backend against float64 on its device: y and all gradients, by error in norm."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 import mrvae_kernels as mk
 
 from .gpu_timing import failure, float32_precision
-from .layer_variants import OURS, GatedCase
+from .layer_variants import GatedCase, ours
 from .shapes import Case
 
 LIMITS = {"ieee": 1e-5, "tf32": 1e-3, "bfloat16": 1e-2}
@@ -20,12 +20,12 @@ LABELS = ("y", "dx", "dweight", "dbias", "dgate")
 
 
 def errors(case: Case, batch: int, precision: str, device: torch.device) -> dict[str, Any]:
-    """Each strategy's relative errors in y and the gradients, why it does not take the layer, or how it failed."""
+    """Each of our variants' relative errors in y and the gradients, why it refuses the layer, or how it failed."""
     found: dict[str, Any] = {}
-    with float32_precision(precision), mk.override(backend="triton"):
+    with float32_precision(precision), mk.override():
         gated = GatedCase(case, batch, NUMBERS[precision], device)
         x, exact = gated.inputs[0], None
-        for name in OURS:
+        for name in ours(device):
             try:
                 got = gated.both(name, x)
                 exact = exact or gated.exact(x)
@@ -44,16 +44,16 @@ def _error(got: Tensor, exact: Tensor) -> float:
 
 
 def faults(found: dict[str, Any]) -> list[str]:
-    """One line for every strategy that failed or exceeds its limit in what `errors` gave."""
+    """One line for every variant that failed or exceeds its limit in what `errors` gave."""
     lines = []
-    for strategy, values in found["errors"].items():
+    for name, values in found["errors"].items():
         limit = LIMITS[found["precision"]]
         bad = [f"{label} {values[label]:.2g}" for label in LABELS if label in values and not values[label] <= limit]
         if bad or "failed" in values:
-            lines.append(f"{found['case']} {found['precision']} {strategy}: {', '.join(bad) or values['failed']}")
+            lines.append(f"{found['case']} {found['precision']} {name}: {', '.join(bad) or values['failed']}")
     return lines
 
 
 def checked(found: dict[str, Any]) -> bool:
-    """Whether a strategy was compared at all."""
+    """Whether a variant was compared at all."""
     return any("y" in values for values in found["errors"].values())

@@ -12,7 +12,7 @@ import mrvae_kernels as mk
 
 from .gpu_correctness import NUMBERS
 from .gpu_timing import Step, cache_bytes, device_times, failure, float32_precision, host_times, recorded
-from .layer_variants import OURS, VARIANTS, GatedCase
+from .layer_variants import OURS, GatedCase
 from .shapes import Case
 
 MOST_COPIES = 8
@@ -31,13 +31,13 @@ def time_case(
         "case": case.name, "network": case.network, "batch": batch, "precision": precision, "copies": copies,
         "cached": copies * x_bytes <= beyond, "refused": {}, "failed": {},
     }
-    with float32_precision(precision), mk.override(backend="triton"):
+    with float32_precision(precision), mk.override():
         gated = GatedCase(case, batch, dtype, device, copies)
         for kind in ("forward", "both"):
             backward = kind == "both"
             steps: dict[str, Step] = {}
             runs: dict[str, Step] = {}
-            for name in VARIANTS:
+            for name in gated.names:
                 if name in result["refused"] or name in result["failed"] or (
                     name.endswith(" compiled") and not compiled
                 ):

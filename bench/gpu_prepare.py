@@ -1,4 +1,4 @@
-"""Kernels compiled in parallel: processes that run every case once, sharing the folder of Triton's cache."""
+"""Triton's kernels compiled in parallel: processes that run every case once, sharing the folder of Triton's cache."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import mrvae_kernels as mk
 
 from .gpu_correctness import NUMBERS
 from .gpu_timing import float32_precision
-from .layer_variants import OURS, GatedCase
+from .layer_variants import GatedCase, ours
 from .shapes import Case
 
 Task = tuple[Case, int, str]
@@ -22,7 +22,7 @@ Task = tuple[Case, int, str]
 
 
 def prepare(tasks: Sequence[Task], device: torch.device, seconds: float, processes: int = 8) -> int:
-    """Run our strategies once for each task in spawned processes, until the time is up; the tasks that were run.
+    """Run each task's strategies on Triton once, in spawned processes, until the time is up; the tasks that were run.
 
     Triton writes what it compiled to TRITON_CACHE_DIR, where the processes after this one find it. Errors are left to
     the run that reports them.
@@ -43,10 +43,11 @@ def prepare(tasks: Sequence[Task], device: torch.device, seconds: float, process
 
 
 def run_once(case: Case, batch: int, precision: str, device: str) -> None:
-    """Forward without gradients, and forward with backward, by each of our strategies that takes the layer."""
-    with float32_precision(precision), mk.override(backend="triton"):
-        gated = GatedCase(case, batch, NUMBERS[precision], torch.device(device))
-        for name in OURS:
+    """Forward without gradients, and forward with backward, by each strategy that takes the layer on Triton."""
+    with float32_precision(precision), mk.override():
+        where = torch.device(device)
+        gated = GatedCase(case, batch, NUMBERS[precision], where)
+        for name in ours(where, ("triton",)):
             try:
                 gated.steps(name, False)()
                 gated.steps(name, True)()

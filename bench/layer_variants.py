@@ -4,12 +4,12 @@
     separate           act(g * layer(x)): the library's layer, then elementwise operations
     listing1           the MR-VAE paper's Listing 1: nn.Linear(1, C), an activation, a multiplication; also compiled
     plain-fold         W' = g W, b' = g b with plain PyTorch operations, then the library's layer
-    fold, epilogue, fused      this package's strategies, on a backend
+    fold triton, fold cpp, ... this package's strategies (fold, epilogue, fused), each on both backends of a GPU
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,16 +17,43 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mrvae_kernels as mk
+from mrvae_kernels import ops
+from mrvae_kernels import strategy as choices
+from mrvae_kernels.backends import triton_refusals
 from mrvae_kernels.reference import CONVOLUTIONS, activate, along, fold, gate_activation
 
 from .shapes import Case
 
-OURS = ("fold", "epilogue", "fused")
-VARIANTS = ("library", "separate", "listing1", "listing1 compiled", "plain-fold", *OURS)
+BACKENDS = ("cpp", "triton")
+OURS = tuple(f"{strategy} {backend}" for strategy in choices.STRATEGIES for backend in BACKENDS)
+OTHERS = ("library", "separate", "listing1", "listing1 compiled", "plain-fold")
+VARIANTS = (*OTHERS, *OURS)
+
+
+def absent(device: torch.device) -> dict[str, str]:
+    """The backends that have no kernels for this device, and why; what the core has for a CPU is not meant here."""
+    reasons = {}
+    if not ops.EXTENSION:
+        reasons["cpp"] = str(ops.EXTENSION_ERROR)
+    elif ops.GPU_TYPE != device.type:
+        reasons["cpp"] = ops.CUDA_ERROR or f"its kernels take {ops.GPU_TYPE} tensors, the device is {device}"
+    if refusals := triton_refusals(device, torch.float32):
+        reasons["triton"] = "; ".join(refusals)
+    return reasons
+
+
+def ours(device: torch.device, backends: Sequence[str] = BACKENDS) -> tuple[str, ...]:
+    """Those of OURS whose backend, one of these, has kernels for the device."""
+    there = set(backends) - set(absent(device))
+    return tuple(name for name in OURS if name.partition(" ")[2] in there)
 
 
 class GatedCase:
-    """A case's tensors on a device, and y = act(g (product(x) + b)) by each variant."""
+    """A case's tensors on a device, and y = act(g (product(x) + b)) by each variant that can run there.
+
+    A variant of ours leaves the override of its backend in force, since putting back the one before would count as its
+    host time: run it within `mk.override()`, which does that at the end.
+    """
 
     def __init__(self, case: Case, batch: int, dtype: torch.dtype, device: torch.device, copies: int = 1) -> None:
         generator = torch.Generator(device).manual_seed(0)
@@ -43,9 +70,16 @@ class GatedCase:
         self.eta = draw(batch, 1).to(dtype)
         self.grad: Tensor | None = None
         self._functions: dict[str, Callable[[Tensor], Tensor]] = {}
-        for name in VARIANTS:
+        for name in OTHERS:
             function = getattr(self, "_" + name.partition(" ")[0].replace("-", "_"))
             self._functions[name] = torch.compile(function, dynamic=False) if name.endswith(" compiled") else function
+        for name in ours(device):
+            self._functions[name] = self._on_backend(*name.split())
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The variants that can run."""
+        return tuple(self._functions)
 
     def leaves(self, name: str, x: Tensor) -> list[Tensor]:
         """What backward differentiates by."""
@@ -115,6 +149,15 @@ class GatedCase:
         geometry = {name: getattr(layer, name) for name in ("stride", "padding", "dilation", "groups")}
         return self._activate(convolve(x, weight, bias, **geometry, **padding))
 
+    def _on_backend(self, strategy: str, backend: str) -> Callable[[Tensor], Tensor]:
+        chosen = choices.Override(backend=backend)
+
+        def run(x: Tensor) -> Tensor:
+            choices._override = chosen  # mk.override() would cost host time, which is measured
+            return self._ours(x, strategy)
+
+        return run
+
     def _ours(self, x: Tensor, strategy: str) -> Tensor:
         layer: Any = self.layer
         arguments = (x, layer.weight, layer.bias, self.gate)
@@ -129,15 +172,6 @@ class GatedCase:
         return mk.gated_conv2d(
             *arguments, None, layer.stride, layer.padding, layer.dilation, layer.groups, act, strategy=strategy
         )
-
-    def _fold(self, x: Tensor) -> Tensor:
-        return self._ours(x, "fold")
-
-    def _epilogue(self, x: Tensor) -> Tensor:
-        return self._ours(x, "epilogue")
-
-    def _fused(self, x: Tensor) -> Tensor:
-        return self._ours(x, "fused")
 
 
 class ExactCase:

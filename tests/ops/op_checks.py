@@ -13,6 +13,9 @@ from mrvae_kernels import ops
 
 requires_extension = pytest.mark.skipif(not ops.EXTENSION, reason=f"no C++ core: {ops.EXTENSION_ERROR}")
 
+DEVICE = "cuda" if torch.cuda.is_available() and ops.GPU_TYPE == "cuda" else "cpu"
+"""Where conftest.py has tensors drawn."""
+
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 """Largest error allowed relative to the largest element, for results of at most a few thousand terms."""
 

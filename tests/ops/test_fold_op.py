@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from op_checks import (
+    DEVICE,
     agree,
     check_compiled,
     check_once_differentiable,
@@ -183,7 +184,8 @@ def test_the_gradient_buffer_is_reused_when_nobody_holds_it():
             folded.retain_grad()
         with torch.profiler.profile(profile_memory=True) as profile:
             loss.backward(inputs=[weight, gate])
-        return sum(event.self_cpu_memory_usage >= 4 * weight.numel() for event in profile.events())
+        usage = "self_cpu_memory_usage" if DEVICE == "cpu" else "self_device_memory_usage"
+        return sum(getattr(event, usage) >= 4 * weight.numel() for event in profile.events())
 
     weight.grad = torch.zeros_like(weight)
     assert weight_sized_allocations(held=True) == weight_sized_allocations(held=False) + 1
@@ -233,7 +235,7 @@ def test_keeps_only_its_inputs():
 def test_autocast_leaves_folding_to_the_products():
     weights = [leaf(torch.randn(4, 6)), leaf(torch.randn(5))]
     gates = [leaf(torch.rand(4)), leaf(torch.rand(5))]
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         folded, biases = ops.fold(weights, [leaf(torch.randn(4)), None], gates, [None, leaf(torch.randn(5))], [0, 0])
     assert {t.dtype for t in (*folded, *biases)} == {torch.float32}
     sum(f.sum() for f in folded).backward()

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from op_checks import agree, check_compiled, check_once_differentiable, check_subsets, leaf, requires_extension
+from op_checks import DEVICE, agree, check_compiled, check_once_differentiable, check_subsets, leaf, requires_extension
 
 from mrvae_kernels import ops, reference
 
@@ -101,7 +101,7 @@ def test_expanded_and_foreign_gradients_and_strided_inputs(strategy):
 def test_autocast(strategy):
     geometry, tensors = tensors_for("conv2d", dtype=torch.float32)
     leaves = [leaf(t) for t in tensors]
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         y = functions(geometry, strategy)[0](*leaves)
     assert y.dtype == torch.bfloat16
     y.float().square().sum().backward()

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from op_checks import (
+    DEVICE,
     agree,
     assert_close,
     check_compiled,
@@ -33,7 +34,7 @@ def oracle(weight, bias, eta):
 
 
 def parameters(dtype=torch.float64, scale=1.0):
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(DEVICE).manual_seed(0)
     weight, bias = (scale * torch.randn(sum(SIZES), generator=generator) for _ in range(2))
     return weight.to(dtype), bias.to(dtype)
 

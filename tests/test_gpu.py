@@ -1,18 +1,36 @@
-"""What only a GPU can show: streams, CUDA graphs, a second device, tensors beyond 2^31 elements."""
+"""What only a GPU can show, of both backends: streams, CUDA graphs, a second device, more than 2^31 elements."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 
 import pytest
 import torch
-from kernel_checks import assert_close
 from torch import Tensor, nn
 
 import mrvae_kernels as mk
-from mrvae_kernels import reference
+from mrvae_kernels import functional, reference
+from mrvae_kernels.backends import refusals
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@pytest.fixture(params=["cpp", "triton"], autouse=True)
+def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each test runs on each backend that has kernels for the GPU."""
+    if reasons := refusals(request.param, torch.device("cuda"), torch.float32, "fused"):
+        pytest.skip("; ".join(reasons))
+    with mk.override(backend=request.param):
+        yield request.param
+
+
+def assert_close(actual: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
+    """By the norm of the difference, relative to the expected norm; NaN fails."""
+    assert actual.shape == expected.shape
+    want = expected.to(actual.device).double()
+    error = (actual.double() - want).norm().item()
+    assert error <= tolerance * max(want.norm().item(), 1e-3), f"error {error}"
 
 
 def network(device: torch.device | str = "cuda") -> mk.MultiRate:
@@ -34,7 +52,7 @@ def test_a_cuda_graph_replays_with_new_inputs_and_weights(strategy):
     torch.manual_seed(0)
     model = network()
     x = torch.rand(5, 3, 8, 8, device="cuda")
-    with mk.override(backend="triton", strategy=strategy):
+    with mk.override(strategy=strategy):
         mk.warm_up(model, x, beta=0.5)
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
@@ -63,7 +81,7 @@ def test_kernels_run_on_the_current_stream(strategy):
     torch.manual_seed(0)
     model = network()
     x = torch.rand(5, 3, 8, 8, device="cuda")
-    with mk.override(backend="triton", strategy=strategy):
+    with mk.override(strategy=strategy):
         want = gradients(model, x, 0.5)
         stream = torch.cuda.Stream()
         late = torch.zeros_like(x)
@@ -84,7 +102,7 @@ def test_the_second_device_while_the_first_is_current(strategy):
     model = network("cuda:0")
     twin = copy.deepcopy(model).to("cuda:1")
     x = torch.rand(5, 3, 8, 8, device="cuda:0")
-    with mk.override(backend="triton", strategy=strategy), torch.cuda.device(0):
+    with mk.override(strategy=strategy), torch.cuda.device(0):
         want, got = gradients(model, x, 0.5), gradients(twin, x.to("cuda:1"), 0.5)
     for a, b in zip(got, want, strict=True):
         assert_close(a, b)
@@ -94,7 +112,7 @@ def test_the_second_device_while_the_first_is_current(strategy):
 def test_compiled_steps_agree_with_eager_ones(mode):
     torch.manual_seed(0)
     model = network()
-    with mk.override(backend="triton", strategy="fused"):
+    with mk.override(strategy="fused"):
         compiled = torch.compile(model, mode=mode, fullgraph=True)
         for scale in (1.0, 2.0, 3.0):
             x = scale * torch.rand(5, 3, 8, 8, device="cuda")
@@ -111,17 +129,15 @@ def room(gigabytes: float) -> bool:
 
 @pytest.mark.skipif(not room(60), reason="needs 60 GB of GPU memory")
 def test_more_than_2_to_the_31_elements():
-    from mrvae_kernels.ops import triton as operators
-
     rows, columns = 2**17 + 3, 2**14 + 8
     gate, bias = torch.rand(columns, device="cuda"), torch.randn(columns, device="cuda")
     u = torch.randn(rows, columns, device="cuda", dtype=torch.bfloat16)
-    y = operators.epilogue(u, bias, gate, None, 1, "relu")
+    y = functional.epilogue(u, bias, gate, None, 1, "relu")
     for part in (slice(0, 5), slice(rows // 2, rows // 2 + 5), slice(rows - 5, rows)):
         torch.testing.assert_close(y[part], reference.epilogue(u[part], bias, gate, None, 1, "relu"))
     del u, y
     x, weight = (torch.randn(n, 16, device="cuda", dtype=torch.bfloat16) for n in (rows, columns))
-    y = operators.gated_linear(x, weight, bias, gate, None, "none", "fused")
+    y = mk.gated_linear(x, weight, bias, gate, strategy="fused")
     for part in (slice(0, 5), slice(rows - 5, rows)):
         want = reference.gated_linear(x[part].float(), weight.float(), bias, gate)
         assert_close(y[part].float(), want, tolerance=1e-2)
@@ -129,7 +145,7 @@ def test_more_than_2_to_the_31_elements():
     grad = torch.randn(rows, 16, device="cuda", dtype=torch.bfloat16)
     wide = torch.randn(16, columns, device="cuda", dtype=torch.bfloat16)
     inputs = torch.zeros(rows, columns, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    y = operators.gated_linear(inputs, wide, None, gate[:16].contiguous(), None, "none", "fused")
+    y = mk.gated_linear(inputs, wide, None, gate[:16].contiguous(), strategy="fused")
     (dx,) = torch.autograd.grad(y, inputs, grad)
     want = (grad[-5:].float() * gate[:16]) @ wide.float()
     assert_close(dx[-5:].float(), want, tolerance=1e-2)
