@@ -52,7 +52,7 @@ cuda: $(CUDA_VENV)/.built ## compile the CUDA kernels, link and import the core,
 		{ $(CURDIR)/$(CUDA_BIN)/python -m mrvae_kernels.doctor | grep ' core  '; exit 1; }
 	$(CUDA_BIN)/python -m bench.cuda_resources --out bench/results/cuda-resources.json
 
-environments: $(VENV)/.torch ## install into four environments: no compiler, g++, and nvcc with and without a CUDA torch
+environments: $(VENV)/.torch ## install with and without compilers, nvcc and a CUDA torch, from sources, sdist and wheel
 	$(BIN)/python tests/environments.py $(if $(wildcard $(CUDA_BIN)/python),--cuda-python $(CUDA_BIN)/python)
 
 # On the GPU with the environment that is there (PYTHON), whose torch and driver fit each other; nothing is installed:

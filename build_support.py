@@ -1,6 +1,6 @@
 """What setup.py decides before it compiles: with CUDA or without and why, for which GPUs, in how many processes.
 
-    python build_support.py         says what a build would use, or in one sentence why there is no CUDA
+    python build_support.py     says which nvcc, GPUs and processes `make cuda` uses, or in one sentence why it cannot
 
 It imports neither torch nor setuptools, needs no GPU and downloads nothing.
 """
@@ -261,7 +261,7 @@ def max_jobs(given: str | None, count: int, memory: int | None) -> int:
 
 def main() -> int:
     try:
-        found = check("", "13.0", toolkit(), retry="make cuda")
+        found = check("2.13.0", "13.0", toolkit(), retry="make cuda")
         chosen = architectures(os.environ.get("TORCH_CUDA_ARCH_LIST"), known(found.nvcc))
         jobs = max_jobs(os.environ.get("MAX_JOBS"), cores(), free_memory())
     except CannotBuild as error:

@@ -334,14 +334,24 @@ class FoldJob(NamedTuple):
     shift: Tensor | None
 
 
+def lost(layer: nn.Module, name: str) -> RuntimeError:
+    """The error for a gated layer whose parameter of that name is gone."""
+    return RuntimeError(
+        f"a gated {getattr(layer, 'plain', type(layer)).__name__} has no parameter {name!r} any more: it was pruned or parametrized "
+        "after multirate(), or the parameter was deleted; change the network first (weight norm, pruning), then call "
+        "multirate()"
+    )
+
+
 def fold_layers(jobs: list[FoldJob]) -> list[dict[str, Tensor | None]]:
     """Fold all the layers in one operator; for each, its folded tensors by parameter name, shaped as the parameters."""
     weights, biases, gates, shifts, groups, names = [], [], [], [], [], []
     for job, (layer, adapter, gate, shift) in enumerate(jobs):
         parameters = layer._parameters
         for entry in adapter.entries(layer):
-            weight, bias = parameters[entry.weight], parameters.get(entry.bias)
-            assert weight is not None
+            weight, bias = parameters.get(entry.weight), parameters.get(entry.bias)
+            if weight is None:
+                raise lost(layer, entry.weight)
             weights.append(weight.flatten() if entry.flat else weight)
             biases.append(bias.flatten() if entry.flat and bias is not None else bias)
             gates.append(gate if entry.rows == slice(None) else gate[entry.rows])

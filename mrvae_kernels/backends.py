@@ -9,6 +9,7 @@ An operator is "gates", "fold", "epilogue" or "fused".
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 
 import torch
@@ -36,12 +37,41 @@ def refusals(backend: str, device: torch.device, dtype: torch.dtype, operator: s
     return ["plain PyTorch has no fused kernel"] if operator == "fused" else []
 
 
+def inside_transform() -> bool:
+    """Whether a transform of torch.func runs; not for Dynamo, which traces them itself and would take this for yes."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def has_code_for(capability: tuple[int, int], architectures: str) -> bool:
+    """Whether a GPU runs code for "sm_80 sm_90+PTX": machine code of its generation, not newer, or any older PTX."""
+    for name in architectures.split():
+        number, _, ptx = name.removeprefix("sm_").partition("+")
+        exact = number.endswith(("a", "f"))  # for this one, not for the later ones
+        built = divmod(int(number.rstrip("af")), 10)
+        if built == capability or (not exact and built <= capability and (ptx or built[0] == capability[0])):
+            return True
+    return False
+
+
+@functools.cache
+def code_refusal(device: torch.device) -> str | None:
+    """Why this CUDA GPU cannot run the compiled core's kernels, or None."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return None
+    capability = torch.cuda.get_device_capability(device)
+    if has_code_for(capability, ops.build_facts()["architectures"]):
+        return None
+    wanted = "{}.{}".format(*capability)
+    name = wanted.replace(".", "")
+    return f"the CUDA core has no code for sm_{name}; run: TORCH_CUDA_ARCH_LIST={wanted} MRVAE_CUDA=1 {ops.REBUILD}"
+
+
 def triton_refusals(device: torch.device, dtype: torch.dtype, operator: str = "epilogue") -> list[str]:
     """Why Triton's kernels do not take these tensors; empty if they do."""
     reasons = []
     if not TRITON_INSTALLED:
         reasons.append(NO_TRITON)
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if inside_transform():
         reasons.append("Triton's kernels do not run inside torch.func's transforms")
     if device.type not in TRITON_DEVICE_TYPES:
         taken = " and ".join(TRITON_DEVICE_TYPES)
@@ -53,11 +83,10 @@ def cpp_refusals(device: torch.device, dtype: torch.dtype, operator: str = "epil
     """Why the compiled core does not take these tensors; empty if it does."""
     if not ops.EXTENSION:
         return [str(ops.EXTENSION_ERROR)]
+    reasons = ["the compiled core's operators do not run inside torch.func's transforms"] if inside_transform() else []
     if device.type == ops.GPU_TYPE:
-        inside = operator == "fused" and torch._C._functorch.peek_interpreter_stack() is not None
-        reasons = ["fused kernels do not run inside torch.func's transforms"] if inside else []
-        return [*reasons, *_dtype_refusals(dtype, operator)]
-    reasons = []
+        lacking = code_refusal(device)
+        return [*reasons, *([lacking] if lacking else []), *_dtype_refusals(dtype, operator)]
     if device.type == "cuda":
         reasons.append(f"the compiled core has no CUDA kernels: {ops.CUDA_ERROR}")
     elif device.type != "cpu":

@@ -14,6 +14,7 @@ from torch import nn
 
 from . import __version__, measurements, ops, strategy
 from .adapters import ADAPTERS, RecurrentAdapter
+from .backends import code_refusal
 from .strategy import NO_TRITON, TRITON_INSTALLED, explain
 
 EXAMPLES: tuple[tuple[str, tuple[int, ...]], ...] = (
@@ -132,17 +133,6 @@ def _cuda_core() -> str:
     return f"built (CUDA {facts['cuda']}, {facts['architectures']}, nvcc flags {facts['nvcc_flags']})"
 
 
-def has_code_for(capability: tuple[int, int], architectures: str) -> bool:
-    """Whether a GPU runs code for "sm_80 sm_90+PTX": machine code of its generation, not newer, or any older PTX."""
-    for name in architectures.split():
-        number, _, ptx = name.removeprefix("sm_").partition("+")
-        exact = number.endswith(("a", "f"))  # for this one, not for the later ones
-        built = divmod(int(number.rstrip("af")), 10)
-        if built == capability or (not exact and built <= capability and (ptx or built[0] == capability[0])):
-            return True
-    return False
-
-
 def _triton() -> str:
     if not TRITON_INSTALLED:
         return NO_TRITON
@@ -152,15 +142,16 @@ def _triton() -> str:
 def _gpu(index: int) -> str:
     device = torch.device("cuda", index)
     known = measurements.records(device)
-    wins = [name for name in ("gates", "fold", "epilogue") if measurements.best_backend(device, name) == "triton"]
+    wins = [
+        f"{operator} by {best}" for operator in ("gates", "fold", "epilogue", "fused")
+        if (best := measurements.best_backend(device, operator)) not in (None, "reference")
+    ]
     name = measurements.device_name(device)
-    capability = torch.cuda.get_device_capability(device)
-    if not ops.cuda_error() and not has_code_for(capability, ops.build_facts()["architectures"]):
-        wanted = "{}.{}".format(*capability)
-        name += f" (the CUDA core has no code for it; run: TORCH_CUDA_ARCH_LIST={wanted} MRVAE_CUDA=1 {ops.REBUILD})"
+    if not ops.CUDA_ERROR and (lacking := code_refusal(device)):
+        name += f" ({lacking})"
     if not any(known.values()):
         return f"{name}: nothing measured, plain PyTorch runs; {strategy.HOW_TO_MEASURE}"
-    return f"{name}: Triton for {', '.join(wins) or 'none'}; {len(known['strategies'])} shape classes measured"
+    return f"{name}: {', '.join(wins) or 'plain PyTorch'}; {len(known['strategies'])} shape classes measured"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -65,7 +65,7 @@ def gate_bank_at(
     weight: Tensor, bias: Tensor, beta: float, beta_range: BetaRange, sizes: tuple[int, ...], kinds: tuple[str, ...]
 ) -> list[Tensor]:
     """The same for one number beta, standardised on the way: the hot path of a training step."""
-    if not torch.compiler.is_compiling() and choose_backend(weight.device, weight.dtype) == "cpp":
+    if not torch.compiler.is_compiling() and choose_backend(weight.device, weight.dtype, "gates") == "cpp":
         return bank(sizes, _kind_codes(kinds)).gates_at(weight, bias, standardize_number(beta, beta_range))
     eta = standardize(beta, beta_range, device=weight.device, dtype=reference.gate_dtype(weight.dtype))
     return gate_bank(weight, bias, eta, sizes, kinds)

@@ -76,7 +76,9 @@ def tune(model: MultiRate, *args: Any, beta: Beta, rounds: int = 20, **kwargs: A
         raise RuntimeError(f"{PURPOSE}: the model is on the CPU; move it and its inputs to the GPU")
     if why["cpp"] and why["triton"]:
         raise RuntimeError(f"{PURPOSE}: {'; '.join([*why['cpp'], *why['triton']])}")
-    from .triton_kernels.tuning import autotune
+    tuned: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext
+    if not why["triton"]:
+        from .triton_kernels.tuning import autotune as tuned
 
     found: Record = {"backends": {}, "strategies": {}}
     failures: list[str] = []
@@ -91,7 +93,7 @@ def tune(model: MultiRate, *args: Any, beta: Beta, rounds: int = 20, **kwargs: A
             product = entry.adapter.measured_product(layer, x, x.device)
             if product is None:
                 continue
-            with autotune():
+            with tuned():
                 steps = running(_candidates(model, i, x, beta, best), label, failures)
             times = medians(steps, like.device, rounds, label, failures)
             if times:

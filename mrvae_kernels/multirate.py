@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from . import functional, measurements, reference, strategy
 from .adapters import ADAPTERS, Adapter, FoldJob, fold_layers
+from .backends import inside_transform
 from .gates import (
     DEFAULT_BETA_RANGE,
     KINDS,
@@ -34,7 +35,7 @@ from .gates import (
 )
 from .hosting import HOSTED, HOSTED_TYPES, Hosted, Share, Turn, hand_out, lend
 from .layers import Recorded, _one, write_folded
-from .prepared import Prepared, takes
+from .prepared import Prepared, can_prepare
 from .recalibration import recalibrate, running_norms
 from .selection import Gates, select
 
@@ -158,17 +159,18 @@ class MultiRate(Recorded):
     def forward(self, *args: Any, beta: Beta, **kwargs: Any) -> Any:
         """The network's forward at this beta: a positive number, a 0-d tensor, or one a sample, shape (N,)."""
         key = None
-        if not (torch.compiler.is_compiling() or _saving_is_hooked()):
+        if not (torch.compiler.is_compiling() or _saving_is_hooked() or inside_transform()):
             shapes = (value.shape if isinstance(value, Tensor) else None for value in args)
             key = (strategy.current(), measurements.generation, *shapes)
         layers = self._hosts()
-        prepared = self._prepared.get(key)
-        if prepared is not None and type(beta) is float:
-            weight, bias = self._parameters["gate_weight"], self._parameters["gate_bias"]
-            shares = prepared.shares(layers, weight, bias, standardize_number(beta, self.beta_range))  # type: ignore[arg-type]
-        else:
-            shares = self._shares(beta, key)
         with nullcontext() if torch.compiler.is_compiling() else self._turn:
+            # within the turn: while another thread's call runs, a folded layer holds that call's parameters
+            prepared = self._prepared.get(key)
+            if prepared is not None and type(beta) is float:
+                weight, bias = _present(self._parameters["gate_weight"]), _present(self._parameters["gate_bias"])
+                shares = prepared.shares(layers, weight, bias, standardize_number(beta, self.beta_range))
+            else:
+                shares = self._shares(beta, key)
             before = hand_out(layers, shares)
             try:
                 result = self._modules["network"](*args, **kwargs)  # type: ignore[misc]
@@ -276,11 +278,12 @@ class MultiRate(Recorded):
     def _shares(self, beta: Beta, key: Any) -> list[Share]:
         """Each layer's gate, and its folded parameters where the plan for these input shapes folds it."""
         gates = self._gates(beta)
-        compiled = not torch.compiler.is_compiling() and self._runs_compiled()
+        compiled = not torch.compiler.is_compiling() and self._runs_compiled("epilogue")
         plan: Sequence[str | None] = self._unplanned
         if gates[0].gate.dim() == 2:
-            # with the compiled core there is one way, "epilogue", or an error for another that was asked for
-            plan = (strategy.choose_strategy(0, 0, True) if compiled else None,) * len(gates)
+            # the compiled core has one way on the CPU, "epilogue", or an error for another that was asked for
+            known = compiled and gates[0].gate.device.type == "cpu"
+            plan = (strategy.choose_strategy(0, 0, True) if known else None,) * len(gates)
         elif key is not None:
             plan = self._plans.get(key, self._unplanned)
         shares = [
@@ -298,9 +301,11 @@ class MultiRate(Recorded):
                 shares[i] = Share(gates[i].gate, gates[i].shift, folded, None, gates[i].inputs)
         return shares
 
-    def _runs_compiled(self) -> bool:
+    def _runs_compiled(self, *operators: str) -> bool:
         weight = self._parameters["gate_weight"]
-        return weight is not None and strategy.choose_backend(weight.device, weight.dtype) == "cpp"
+        return weight is not None and all(
+            strategy.choose_backend(weight.device, weight.dtype, operator) == "cpp" for operator in operators
+        )
 
     def _remember(self, key: Any) -> None:
         """Plan for inputs of these shapes: each layer's strategy, so that next time those that fold do so together."""
@@ -312,7 +317,7 @@ class MultiRate(Recorded):
             (layer._last_strategy or "epilogue") if entry.adapter.product else "fold"
             for layer, entry in zip(layers, self._entries, strict=True)
         )
-        if self._runs_compiled() and takes(layers, plan):
+        if self._runs_compiled("gates", "fold", "epilogue") and can_prepare(layers, plan):
             kinds = tuple(map(KINDS.index, self._kinds))
             self._prepared[key] = Prepared(layers, plan, self._layout, self._sizes, kinds)
 

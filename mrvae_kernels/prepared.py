@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .adapters import Adapter
+from .adapters import Adapter, lost
 from .hosting import Hosted, Share
 from .ops.shortcuts import gated_fold
 
@@ -21,7 +21,7 @@ class Prepared:
     """What `shares` gives the layers of a plan, by layer and in the order of the gates' slices.
 
     plan: each layer's strategy. layout: each layer's slices of its shift and of its gate on inputs, or None; its gate
-    is slice i for layer i. See `takes`.
+    is slice i for layer i. See `can_prepare`.
     """
 
     def __init__(
@@ -47,7 +47,9 @@ class Prepared:
         biases: list[Tensor | None] = []
         for i, weight_name, bias_name, _, _ in self._folds:
             parameters: dict[str, Any] = layers[i]._parameters
-            weights.append(parameters[weight_name])
+            if (own := parameters.get(weight_name)) is None:
+                raise lost(layers[i], weight_name)
+            weights.append(own)
             biases.append(parameters.get(bias_name))
         gates, folded_weights, folded_biases = self._run(weight, bias, eta, weights, biases)
         folded: dict[int, dict[str, Tensor | None]] = {}
@@ -67,7 +69,7 @@ class Prepared:
         return shares
 
 
-def takes(layers: Sequence[Hosted], plan: Sequence[str]) -> bool:
+def can_prepare(layers: Sequence[Hosted], plan: Sequence[str]) -> bool:
     """Whether the plan can be prepared: every fold scales whole parameters by all of the layer's gate.
 
     Not recurrent layers, of which each parameter has rows of its own, and no affine of several axes.

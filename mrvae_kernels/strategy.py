@@ -27,7 +27,7 @@ from typing import NamedTuple
 import torch
 
 from . import measurements, ops
-from .backends import BACKENDS, CPU_DTYPES, HOW_TO_INTERPRET, NO_TRITON, TRITON_INSTALLED, refusals
+from .backends import BACKENDS, CPU_DTYPES, HOW_TO_INTERPRET, NO_TRITON, TRITON_INSTALLED, inside_transform, refusals
 from .triton_kernels.device import float32_precision
 
 STRATEGIES = ("fold", "epilogue", "fused")
@@ -120,7 +120,7 @@ def choose_backend(device: torch.device, dtype: torch.dtype, operator: str = "ep
         if torch.compiler.is_compiling():
             return "reference"
         if device.type == "cpu":  # the hot path: without the list of reasons
-            return "cpp" if ops.EXTENSION and dtype in CPU_DTYPES else "reference"
+            return "cpp" if ops.EXTENSION and dtype in CPU_DTYPES and not inside_transform() else "reference"
         best = measurements.best_backend(device, operator)
         return best if best and not refusals(best, device, dtype, operator) else "reference"
     if asked == "reference" and operator == "fused":
@@ -141,7 +141,7 @@ def _fused_backend(device: torch.device, dtype: torch.dtype) -> str:
         told = "; ".join(f"{backend}: {'; '.join(why)}" for backend, why in reasons.items())
         advice = f". {HOW_TO_INTERPRET}" if device.type == "cpu" and TRITON_INSTALLED else ""
         raise RuntimeError(f"strategy 'fused' was asked for: {told}{advice}")
-    best = measurements.best_backend(device, "fused")
+    best = None if torch.compiler.is_compiling() else measurements.best_backend(device, "fused")
     return best if best in possible else possible[0]
 
 

@@ -136,7 +136,8 @@ class Trial:
 
     def environment(self, path: str | None) -> dict[str, str]:
         """Variables with this PATH; without one, all programs that there are, nvcc among them."""
-        ours = ("MRVAE_CPU", "MRVAE_CUDA", "MRVAE_CORE", "MRVAE_STRATEGY", "MRVAE_BACKEND", "PYTHONPATH", "CC", "CXX")
+        ours = ("MRVAE_CPU", "MRVAE_CUDA", "MRVAE_CORE", "MRVAE_STRATEGY", "MRVAE_BACKEND", "PYTHONPATH", "CC", "CXX",
+                "CUDA_PATH", "TORCH_CUDA_ARCH_LIST", "MAX_JOBS")
         values = {key: value for key, value in os.environ.items() if key not in ours}
         # an nvcc in the usual place is found without PATH; a folder that is named and has none is not looked past
         return values if path is None else {**values, "PATH": path, "CUDA_HOME": str(self.folder / "no-cuda")}

@@ -68,7 +68,7 @@ def test_the_cuda_core_and_the_one_that_is_missing(capsys, monkeypatch):
     ],
 )
 def test_which_gpus_the_cuda_core_has_code_for(capability, architectures, runs):
-    assert doctor.has_code_for(capability, architectures) is runs
+    assert backends.has_code_for(capability, architectures) is runs
 
 
 @pytest.mark.parametrize(

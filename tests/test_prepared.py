@@ -133,11 +133,14 @@ def test_batched_gradients_are_refused_as_by_the_operators():
         torch.autograd.grad(y, list(model.parameters()), torch.randn(3, *y.shape), is_grads_batched=True)
 
 
-def test_nothing_is_kept_after_backward():
+@pytest.mark.parametrize("backward", [False, True])
+def test_nothing_is_kept(backward):
     model = mk.multirate(nn.Sequential(nn.Conv2d(2, 3, 3)), gates="sigmoid")
     x = torch.randn(8, 2, 9, 9)
     model(x, beta=0.3)
     shares = next(iter(model._prepared.values())).shares(model._hosts(), model.gate_weight, model.gate_bias, 0.1)
+    if backward:
+        torch.autograd.backward(shares[0].folded["weight"].sum())
     kept = [weakref.ref(shares[0].folded["weight"]), weakref.ref(shares[0].gate)]
     del shares
     gc.collect()
@@ -156,3 +159,17 @@ def test_a_plan_that_does_not_fit_is_an_error(arguments, message):
 def test_as_many_weights_as_layers():
     with pytest.raises(ValueError, match="got 0 weights and 1 biases; expected 1 of each"):
         gated_fold((3,), (0,), (0,), (-1,), (0,)).run(torch.randn(3), torch.randn(3), torch.tensor(0.0), [], [None])
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+def test_a_layer_that_is_parametrized_afterwards_is_named(rows):
+    model = mk.multirate(nn.Sequential(nn.Conv2d(2, 3, 3)), gates="sigmoid")
+    x = torch.randn(rows, 2, 9, 9)
+    with mk.override(strategy="fold"):
+        model(x, beta=0.3)
+        assert model._prepared
+        with pytest.warns(FutureWarning):
+            nn.utils.weight_norm(model.network[0])
+        for beta in (0.3, torch.tensor(0.3)):
+            with pytest.raises(RuntimeError, match="Conv2d has no parameter 'weight' any more: it was pruned or"):
+                model(x, beta=beta)

@@ -251,3 +251,32 @@ def test_which_fused_kernels(cuda_core):
     assert choose_backend(CUDA, torch.float32, "fused") == "triton"
     with mk.override(strategy="fused"):
         assert "cpp: measured slower on cuda" in explain(10, 1000, device="cuda").rejected
+
+
+def test_inside_torch_func_plain_pytorch_computes():
+    x, weight, gate = torch.randn(5, 3), torch.randn(4, 3), torch.rand(4)
+
+    def total(gate: torch.Tensor) -> torch.Tensor:
+        return mk.gated_linear(x, weight, None, gate, activation="tanh").square().sum()
+
+    leaf = gate.clone().requires_grad_()
+    total(leaf).backward()
+    torch.testing.assert_close(torch.func.grad(total)(gate), leaf.grad)
+    torch.testing.assert_close(torch.func.vmap(total)(torch.stack([gate, gate]))[1], total(gate))
+    model = mk.multirate(torch.nn.Sequential(torch.nn.Linear(3, 4)), gates="sigmoid")
+    wanted = model(x, beta=0.3)
+    torch.testing.assert_close(torch.func.vmap(lambda x: model(x, beta=0.3))(x), wanted)
+
+
+def test_a_gpu_that_the_core_has_no_code_for(cuda_core, monkeypatch):
+    monkeypatch.setattr(backends, "code_refusal", lambda device: "the CUDA core has no code for sm_75; run: make")
+    assert choose_backend(CUDA, torch.float32, "fused") == "triton"
+    with mk.override(backend="cpp"), pytest.raises(RuntimeError, match="no code for sm_75; run: make"):
+        choose_backend(CUDA, torch.float32)
+
+
+def test_each_operator_follows_its_own_measurement(cuda_core):
+    cuda_core(backends={"epilogue": {"reference": 2.0, "cpp": 1.0}, "gates": {"reference": 1.0, "cpp": 2.0}})
+    assert [choose_backend(CUDA, torch.float32, name) for name in ("epilogue", "gates", "fold")] == [
+        "cpp", "reference", "reference"
+    ]

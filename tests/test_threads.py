@@ -15,8 +15,11 @@ def network():
     return mk.multirate(nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32)), "sigmoid").eval()
 
 
-def test_threads_do_not_get_each_others_gates():
-    model, x = network(), torch.randn(4, 32)
+@pytest.mark.parametrize("rows", [4, 64])
+def test_threads_do_not_get_each_others_gates(rows):
+    model, x = network(), torch.randn(rows, 32)
+    model(x, beta=0.5)
+    assert set(next(iter(model._plans.values()))) == {"epilogue" if rows == 4 else "fold"}
     wanted = {beta: model(x, beta=beta).detach() for beta in (0.02, 0.3, 5.0)}
     wrong = []
 

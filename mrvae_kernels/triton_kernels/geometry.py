@@ -101,7 +101,7 @@ def _refusal_of_shapes(x: tuple[int, ...], weight: tuple[int, ...], layer: Geome
             f"x has shape {x} and weight {weight}, which gives {size[0]} x {size[1]} results; expected at least 1 x 1"
         )
     most = 2**31 - 1 - BEYOND_POSITIONS
-    if x[0] * max(x[2] * x[3], math.prod(map(sum, zip(size, layer.stride, strict=True)))) > most:
+    if x[0] * max(x[2] * x[3], math.prod([a + b for a, b in zip(size, layer.stride, strict=True)])) > most:
         return f"x has shape {x}, which makes more than {most} positions; positions are counted in 32 bits"
     return None
 

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import mrvae_kernels as mk
 from mrvae_kernels import ops, reference
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "triton_kernels"))
@@ -355,6 +356,24 @@ def test_compiled(by_sample):
     for run in (network, compiled):
         y = run(x, gate)
         outcomes.append([y, *torch.autograd.grad(y.square().sum(), [x, gate, *network.parameters()])])
+    for a, b in zip(*outcomes, strict=True):
+        assert_close(a, b.double(), tolerance=1e-6)
+
+
+@pytest.mark.parametrize("backend", [None, "cpp"])
+def test_the_strategy_compiles_whole(backend):
+    weight, gate, bias = (random(*shape).requires_grad_() for shape in ((16, 8), (16,), (16,)))
+    filters, own = random(8, 2, 3, 3).requires_grad_(), random(8).requires_grad_()
+
+    def network(x: Tensor) -> Tensor:
+        y = mk.gated_linear(x, weight, bias, gate, activation="silu")
+        return mk.gated_conv2d(y.view(-1, 2, 4, 2), filters, None, own, padding=1)
+
+    x, outcomes = random(3, 8).requires_grad_(), []
+    with mk.override(strategy="fused", backend=backend):
+        for run in (network, torch.compile(network, backend="aot_eager", fullgraph=True)):
+            y = run(x)
+            outcomes.append([y, *torch.autograd.grad(y.square().sum(), [x, weight, bias, gate, filters, own])])
     for a, b in zip(*outcomes, strict=True):
         assert_close(a, b.double(), tolerance=1e-6)
 
