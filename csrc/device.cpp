@@ -16,19 +16,12 @@ int processors(const at::Tensor& tensor) {
   return at::cuda::getDeviceProperties(tensor.device().index())->multiProcessorCount;
 }
 
-int capability(const at::Tensor& tensor) {
-  const auto* properties = at::cuda::getDeviceProperties(tensor.device().index());
-  return 10 * properties->major + properties->minor;
-}
-
 #else
 
 Launch::Launch(const at::Tensor& tensor) : guard_(tensor.device()), stream_(nullptr) {}
 
 // a few, so that small tensors are cut too
 int processors(const at::Tensor&) { return 4; }
-
-int capability(const at::Tensor&) { return 90; }
 
 #endif
 

@@ -38,7 +38,5 @@ class Launch {
 
 // Multiprocessors of the tensor's device, by which work is cut: the same bits each time on one device.
 int processors(const at::Tensor& tensor);
-// 10 major + minor of its compute capability.
-int capability(const at::Tensor& tensor);
 
 }  // namespace mrvae

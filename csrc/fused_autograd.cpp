@@ -81,6 +81,7 @@ struct FusedNode : torch::autograd::Function<FusedNode> {
     const Tensor kept = present(out.kept, out.y);
     const bool reads_result = gate.dim() == 1 && activation != Activation::None && !saves_argument(activation);
     ctx->mark_non_differentiable({kept});
+    ctx->set_materialize_grads(false);  // else each backward pass fills a tensor of kept's size with zeros
     ctx->save_for_backward({x, weight, bias.value_or(Tensor()), gate, shift.value_or(Tensor()),
                             reads_result ? out.y : Tensor(), kept});
     std::vector<std::int64_t> plan{std::int64_t(activation), layer.linear, layer.transposed, layer.groups};
@@ -92,6 +93,7 @@ struct FusedNode : torch::autograd::Function<FusedNode> {
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    if (!grads[0].defined()) return variable_list(7);
     const auto saved = ctx->get_saved_variables();
     const auto plan = ctx->saved_data["plan"].toIntVector();
     const auto part = [&](std::size_t k) { return IntArrayRef(plan).slice(4 + 2 * k, 2); };

@@ -199,7 +199,8 @@ FusedGrads fused_backward(const FusedLayer& layer, const Tensor& grad, const Ten
     last.splits = last.sum_splits = what.splits;
     parts = at::empty({what.splits, weight.numel()}, x.options().dtype(at::kFloat));
     what.parts = parts.mutable_data_ptr<float>();
-    if (want_sums && !layer.transposed) {
+    // not along with TF32's products, whose operands are rounded to 10 bits: the library sums biases in float32
+    if (want_sums && !layer.transposed && what.numbers != cuda::Numbers::Tf32) {
       sums = at::empty({what.splits, channels}, parts.options());
       what.sums = sums.mutable_data_ptr<float>();
     }

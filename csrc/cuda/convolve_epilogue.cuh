@@ -80,8 +80,9 @@ __device__ __forceinline__ void finish_four(const Result<T>& to, const float (&s
       if (to.per_sample) z[v] = rounded<T>(z[v]);
       if (v < count) {
         if (to.bias != nullptr) z[v] += parameter(to.bias, to.bias_type, channel + v);
-        z[v] *= __ldg(to.gate + row_of_gate + channel + v);
-        if (to.shift != nullptr) z[v] += __ldg(to.shift + row_of_gate + channel + v);
+        const float shift = to.shift != nullptr ? __ldg(to.shift + row_of_gate + channel + v) : 0.0f;
+        // rounded once, as the compiler rounds g u + t in the backward pass
+        z[v] = std::fma(z[v], __ldg(to.gate + row_of_gate + channel + v), shift);
       }
     }
     if (to.kept != nullptr) {

@@ -120,8 +120,9 @@ void backward(const EpilogueShape& shape, const void* grad, const void* u, const
   if (p.mode == Mode::Rows) {
     data.row_gate = out.gate;
     data.row_shift = out.shift;
-    if (out.bias != nullptr) finish.sum = is_final(partial) ? out.bias : sum;
-    if (finish.sum == sum) {
+    const bool in_parts = out.bias != nullptr && !is_final(partial);
+    finish.sum = in_parts ? sum : out.bias;
+    if (in_parts) {
       combiner.add(partial, sum, nullptr, nullptr, {out.bias, nullptr, nullptr, nullptr, nullptr, nullptr});
     }
   } else if (sums && is_final(partial)) {

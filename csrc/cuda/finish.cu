@@ -74,11 +74,14 @@ __global__ void __launch_bounds__(threads) finish_kernel(const Finish what, int 
     }
   }
   if (what.grad_gate != nullptr) dot = column_sum(dot, column, across);
-  if (first != 0 || gate >= gates) return;
   float sum = 0;
   if (what.sums != nullptr) {
-    for (int i = 0; i < what.sum_splits; ++i) sum += what.sums[std::int64_t(i) * gates + gate];
+    if (gate < gates) {
+      for (int i = first; i < what.sum_splits; i += threads / across) sum += what.sums[std::int64_t(i) * gates + gate];
+    }
+    sum = column_sum(sum, column, across);
   }
+  if (first != 0 || gate >= gates) return;
   if (what.grad_gate != nullptr) {
     what.grad_gate[gate] = what.bias != nullptr ? dot + number(what.bias, what.bias_type, gate) * sum : dot;
   }

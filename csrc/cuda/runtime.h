@@ -50,6 +50,7 @@ __device__ __forceinline__ T* dynamic_shared() {
 
 inline void check(const char* name, cudaError_t error) {
   if (error != cudaSuccess) {
+    (void)cudaGetLastError();  // else whoever launches next reports this error as his own
     throw std::runtime_error(std::string("the CUDA kernel ") + name + " could not be launched: " +
                              cudaGetErrorString(error));
   }
