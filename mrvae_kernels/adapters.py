@@ -338,7 +338,7 @@ def lost(layer: nn.Module, name: str) -> RuntimeError:
     """The error for a gated layer whose parameter of that name is gone."""
     plain = getattr(layer, "plain", type(layer))  # of a layer within a MultiRate
     return RuntimeError(
-        f"a gated {plain.__name__} has no parameter {name!r} any more: it was pruned or parametrized after multirate(), "
+        f"a gated {plain.__name__} has no parameter {name!r} any more: it was pruned or parametrized after multirate, "
         "or the parameter was deleted; change the network first (weight norm, pruning), then call multirate()"
     )
 
