@@ -65,6 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--layers", type=int, default=10, help="convolutions (default 10)")
     parser.add_argument("--rounds", type=int, default=2000, help="interleaved runs of each (default 2000)")
     options = parser.parse_args(arguments)
+    if options.layers < 1 or options.rounds < 1:
+        parser.error(f"--layers is {options.layers} and --rounds {options.rounds}; expected positive numbers")
     torch.set_num_threads(1)
     medians = measure(options.layers, options.rounds)
     for what in ("forward", "both"):
