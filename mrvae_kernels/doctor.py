@@ -75,21 +75,22 @@ def describe(layer: nn.Module, text: str, shape: Sequence[int], per_sample: bool
         raise ValueError(f"{text} cannot be gated: {reason}")
     weights = sum(layer.get_parameter(entry.weight).numel() for entry in adapter.entries(layer))
     head = f"{text}, input {'x'.join(map(str, shape))}, {'one beta a sample' if per_sample else 'one beta'}, {device}"
-    product = refusal = None
-    if adapter.product:
-        x = torch.empty(tuple(shape), device="meta")
-        product = adapter.measured_product(layer, x, torch.device(device))
-        refusal = adapter.fused_refusal(layer, x)
-    try:
-        choice = explain(weights, output.numel(), per_sample, device, product=product, fused_refusal=refusal)
-    except (ValueError, RuntimeError) as error:
-        raise ValueError(f"{text}: {error}{_advice()}") from None
     if per_sample and isinstance(adapter, RecurrentAdapter):
         reason = "a Python step for each time step: torch's kernels take one weight a batch"
         return [head, f"  the recurrence written out, {reason}"]
-    if not adapter.product and not per_sample:
-        reason = "norms and recurrent layers always fold one beta into their parameters"
-        return [head, f"  fold on {choice.backend}: {reason}"]
+    x = torch.empty(tuple(shape), device="meta")
+    try:
+        if not adapter.product:  # whatever strategy is asked for: it is asked of products
+            how, reason = "fold", "norms and recurrent layers always fold one beta into their parameters"
+            if per_sample:
+                how, reason = "epilogue", "one beta a sample, by norms always after the plain norm"
+            backend = strategy.choose_backend(torch.device(device), torch.float32, how)
+            return [head, f"  {how} on {backend}: {reason}"]
+        product = adapter.measured_product(layer, x, torch.device(device))
+        refusal = adapter.fused_refusal(layer, x)
+        choice = explain(weights, output.numel(), per_sample, device, product=product, fused_refusal=refusal)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"{text}: {error}{_advice()}") from None
     return [head, f"  {choice.strategy} on {choice.backend}: {choice.reason}", *(f"  not {r}" for r in choice.rejected)]
 
 

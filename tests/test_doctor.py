@@ -194,3 +194,13 @@ def test_a_layer_without_a_fused_kernel_is_told_so(capsys, monkeypatch):
     with mk.override(strategy="fused"):
         assert doctor.main(["--layer", "Conv1d(8, 8, 3)", "--input", "2x8x5"]) == 2
     assert "this is a 1-d convolution: use strategy 'epilogue'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("asked", [None, "fold", "epilogue", "fused"])
+def test_norms_do_not_follow_a_strategy(capsys, asked):
+    with mk.override(strategy=asked):
+        shared = lines(capsys, "--layer", "BatchNorm2d(4)", "--input", "3x4x5x5", "--device", "cuda")
+        own = lines(capsys, "--layer", "BatchNorm2d(4)", "--input", "3x4x5x5", "--device", "cuda", "--per-sample")
+    assert any(line.startswith("  fold on reference: norms") for line in shared)
+    assert any(line.startswith("  epilogue on reference: one beta a sample") for line in own)
+    assert not any("fused" in line for line in [*shared, *own] if line.startswith("  "))
