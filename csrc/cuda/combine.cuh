@@ -3,7 +3,7 @@
 
 #include <vector>
 
-#include "traverse.cuh"
+#include "planes.cuh"
 
 namespace mrvae::cuda::memory {
 

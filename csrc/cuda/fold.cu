@@ -1,6 +1,6 @@
 // W' = g W and b' = g b + t of all layers in one launch, and their gradients.
 //
-// A layer is an epilogue without bias, shift and activation (traverse.cuh); blocks after those of its weight handle its
+// A layer is an epilogue without bias, shift and activation (columns.cuh, planes.cuh); blocks after those of its weight handle its
 // vectors of one number a channel.
 #include "combine.cuh"
 #include "kernels.h"
