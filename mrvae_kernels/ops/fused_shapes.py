@@ -14,15 +14,26 @@ Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 """Of x, weight, bias, gate and shift."""
 
 
-def fake_linear(x: Tensor, weight: Tensor, gate: Tensor, activation: str, keep: bool) -> tuple[Tensor, Tensor]:
+def fake_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor, shift: Tensor | None, activation: str, keep: bool
+) -> tuple[Tensor, Tensor]:
     """Tensors like the result and what is kept."""
     y = x.new_empty((*x.shape[:-1], weight.shape[0]))
     return y, fake_kept(y, gate, activation, keep)
 
 
+def fake_linear_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor, shift: Tensor | None, y: Tensor | None,
+    kept: Tensor, activation: str, mask: Sequence[bool],
+) -> Gradients:
+    """See fake_gradients."""
+    return fake_gradients(x, weight, bias, gate, shift, mask)
+
+
 def fake_convolution(
-    x: Tensor, weight: Tensor, gate: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
-    transposed: bool, output_padding: Sequence[int], groups: int, activation: str, keep: bool,
+    x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor, shift: Tensor | None, stride: Sequence[int],
+    padding: Sequence[int], dilation: Sequence[int], transposed: bool, output_padding: Sequence[int], groups: int,
+    activation: str, keep: bool,
 ) -> tuple[Tensor, Tensor]:
     """As fake_linear."""
     shape = torch.ops.aten.convolution(
@@ -35,6 +46,15 @@ def fake_convolution(
         memory_format=torch.channels_last if last else torch.contiguous_format,
     )
     return y, fake_kept(y, gate, activation, keep)
+
+
+def fake_convolution_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor, shift: Tensor | None, y: Tensor | None,
+    kept: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], transposed: bool,
+    output_padding: Sequence[int], groups: int, activation: str, mask: Sequence[bool],
+) -> Gradients:
+    """See fake_gradients."""
+    return fake_gradients(x, weight, bias, gate, shift, mask)
 
 
 def fake_kept(y: Tensor, gate: Tensor, activation: str, keep: bool) -> Tensor:

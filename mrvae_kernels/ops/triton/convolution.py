@@ -10,8 +10,9 @@ from torch import Tensor
 
 from ...triton_kernels.conv2d import conv2d, conv2d_backward
 from ...triton_kernels.conv_transpose2d import conv_transpose2d, conv_transpose2d_backward
+from ..fused_shapes import Gradients, fake_convolution, fake_convolution_backward
 from .define import LIBRARY, autocast, define, once_differentiable, recording, traced, unwanted
-from .fused import Gradients, fake_convolution, fake_gradients, result_for_backward
+from .fused import result_for_backward
 
 Geometry = tuple[Sequence[int], Sequence[int], Sequence[int], bool, Sequence[int], int]
 """stride, padding, dilation, transposed, output_padding, groups: the order of aten::convolution."""
@@ -42,33 +43,15 @@ def _convolution_backward(
     return conv2d_backward(*tensors, stride, padding, dilation, groups, activation, mask)
 
 
-def _fake(
-    x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor, shift: Tensor | None, stride: Sequence[int],
-    padding: Sequence[int], dilation: Sequence[int], transposed: bool, output_padding: Sequence[int], groups: int,
-    activation: str, keep: bool,
-) -> tuple[Tensor, Tensor]:
-    return fake_convolution(
-        x, weight, gate, stride, padding, dilation, transposed, output_padding, groups, activation, keep
-    )
-
-
-def _fake_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor, shift: Tensor | None, y: Tensor | None,
-    kept: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], transposed: bool,
-    output_padding: Sequence[int], groups: int, activation: str, mask: Sequence[bool],
-) -> Gradients:
-    return fake_gradients(x, weight, bias, gate, shift, mask)
-
-
 _GEOMETRY = "int[] stride, int[] padding, int[] dilation, bool transposed, int[] output_padding, int groups, "
 CONVOLUTION = define(
     "convolution(Tensor x, Tensor weight, Tensor? bias, Tensor gate, Tensor? shift, " + _GEOMETRY
-    + "str activation, bool keep) -> (Tensor, Tensor)", _convolution, _fake,
+    + "str activation, bool keep) -> (Tensor, Tensor)", _convolution, fake_convolution,
 )
 CONVOLUTION_BACKWARD = define(
     "convolution_backward(Tensor grad, Tensor x, Tensor weight, Tensor? bias, Tensor gate, Tensor? shift, Tensor? y, "
     "Tensor kept, " + _GEOMETRY + "str activation, bool[5] mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _convolution_backward, _fake_backward, tables=True,
+    _convolution_backward, fake_convolution_backward, tables=True,
 )
 
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..fused_shapes import NEEDS_ARGUMENT, Gradients, fake_contiguous, fake_convolution, fake_gradients, fake_linear
-
-__all__ = ["Gradients", "fake_contiguous", "fake_convolution", "fake_gradients", "fake_linear", "result_for_backward"]
+from ..fused_shapes import NEEDS_ARGUMENT
 
 
 def result_for_backward(y: Tensor, gate: Tensor, activation: str) -> Tensor | None:

@@ -2,38 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...triton_kernels import linear as kernels
+from ..fused_shapes import fake_linear, fake_linear_backward
 from .define import LIBRARY, autocast, define, once_differentiable, recording, traced, unwanted
-from .fused import Gradients, fake_gradients, fake_linear, result_for_backward
-
-
-def _fake(
-    x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor, shift: Tensor | None, activation: str, keep: bool
-) -> tuple[Tensor, Tensor]:
-    return fake_linear(x, weight, gate, activation, keep)
-
-
-def _fake_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor, shift: Tensor | None, y: Tensor | None,
-    kept: Tensor, activation: str, mask: Sequence[bool],
-) -> Gradients:
-    return fake_gradients(x, weight, bias, gate, shift, mask)
-
+from .fused import result_for_backward
 
 LINEAR = define(
     "linear(Tensor x, Tensor weight, Tensor? bias, Tensor gate, Tensor? shift, str activation, bool keep) "
-    "-> (Tensor, Tensor)", kernels.linear, _fake,
+    "-> (Tensor, Tensor)", kernels.linear, fake_linear,
 )
 LINEAR_BACKWARD = define(
     "linear_backward(Tensor grad, Tensor x, Tensor weight, Tensor? bias, Tensor gate, Tensor? shift, Tensor? y, "
     "Tensor kept, str activation, bool[5] mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    kernels.linear_backward, _fake_backward, tables=True,
+    kernels.linear_backward, fake_linear_backward, tables=True,
 )
 
 
