@@ -56,6 +56,14 @@ bool recording(std::initializer_list<const Tensor*> tensors) {
   return false;
 }
 
+void refuse_tangents(const char* op, std::initializer_list<const Tensor*> tensors) {
+  for (const Tensor* tensor : tensors) {
+    if (tensor == nullptr || !tensor->defined()) continue;
+    TORCH_CHECK_NOT_IMPLEMENTED(!tensor->_fw_grad(0).defined(), "Trying to use forward AD with ", op,
+                                " that does not support it; compute the layer with mrvae_kernels.reference");
+  }
+}
+
 variable_list once_differentiable(const char* op, variable_list gradients) {
   if (!c10::GradMode::is_enabled()) return gradients;
   const std::string message = std::string(op) +

@@ -164,48 +164,64 @@ Tensor call_epilogue(const Tensor& u, const OptionalTensor& bias, const Tensor& 
   return op.call(u, bias, gate, shift, dim, activation);
 }
 
-EpilogueGrads call_epilogue_backward(const Tensor& grad, const Tensor& u, const OptionalTensor& bias,
-                                     const Tensor& gate, const OptionalTensor& shift, std::int64_t dim,
-                                     std::string_view activation, std::array<bool, 4> mask) {
-  if (direct({&grad, &u, pointer(bias), &gate, pointer(shift)})) {
-    return epilogue_backward(grad, u, bias, gate, shift, dim, activation, mask);
-  }
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("mrvae::epilogue_backward", "")
-                             .typed<decltype(epilogue_backward)>();
-  return op.call(grad, u, bias, gate, shift, dim, activation, mask);
+// A gate of 0 gets no gradient: see divisible() in product_node.h.
+template <class T>
+static void divide(const Tensor& gradient, const Tensor& gate) {
+  T* d = gradient.mutable_data_ptr<T>();
+  const T* g = gate.const_data_ptr<T>();
+  for (std::int64_t i = 0; i < gradient.numel(); ++i) d[i] = g[i] == T(0) ? T(0) : d[i] / g[i];
 }
 
-EpilogueGrads epilogue_backward(const Tensor& grad, const Tensor& u, const OptionalTensor& bias, const Tensor& gate,
-                                const OptionalTensor& shift, std::int64_t dim, std::string_view activation,
-                                std::array<bool, 4> mask) {
+static EpilogueGrads backward(const Tensor& grad, const Tensor& u, const OptionalTensor& bias, const Tensor& gate,
+                              const OptionalTensor& shift, std::int64_t dim, std::string_view activation,
+                              std::array<bool, 4> mask, EpilogueBackward how) {
   check(u, bias, gate, shift, dim);
   TORCH_CHECK_VALUE(grad.sizes() == u.sizes(), "epilogue_backward: grad has shape ", grad.sizes(), "; expected ",
                     u.sizes(), ", that of u");
   mask[1] = mask[1] && given(bias);
   mask[3] = mask[3] && given(shift);
   const auto dtype = gate_dtype(u.scalar_type());
-  const Parameters with(bias, gate, shift, activation, dtype);
+  // from y = g (u + b) the kernel sums dz g (u + b)
+  const Parameters with(how.of_result ? std::nullopt : bias, gate, shift, activation, dtype);
   EpilogueShape shape;
   const Tensor values = dense(u, dim < 0 ? dim + u.dim() : dim, gate.dim() == 2, shape);
   Tensor incoming = grad;
   if (!same_layout(grad, values)) incoming = at::empty_like(values).copy_(grad);
   Tensor grad_u, grad_bias, grad_gate, grad_shift;
-  if (mask[0]) grad_u = at::empty_like(values);
+  if (mask[0]) grad_u = how.overwrite && !on_gpu(u) ? incoming : at::empty_like(values);
   if (mask[1] || mask[2] || mask[3]) {
     grad_gate = at::empty_like(with.gate);
     grad_shift = at::empty_like(with.gate);
   }
-  if (mask[1]) grad_bias = at::empty_like(with.bias);
+  if (mask[1]) grad_bias = at::empty({bias->numel()}, with.gate.options());
   const EpilogueGrads grads{grad_u, grad_bias, grad_gate, grad_shift};
   dtype == at::kDouble ? launch_backward<double>(incoming, values, shape, with, grads)
                        : launch_backward<float>(incoming, values, shape, with, grads);
+  if (how.of_result && mask[2]) dtype == at::kDouble ? divide<double>(grad_gate, with.gate) : divide<float>(grad_gate, with.gate);
   const auto result = [&](bool wanted, const Tensor& value, const Tensor& like) {
     if (!wanted) return Tensor();
     return value.scalar_type() == like.scalar_type() ? value : value.to(like.scalar_type());
   };
   return {mask[0] ? restored(grad_u, u) : Tensor(), result(mask[1], grad_bias, bias.value_or(gate)),
           result(mask[2], grad_gate, gate), result(mask[3], grad_shift, shift.value_or(gate))};
+}
+
+EpilogueGrads epilogue_backward(const Tensor& grad, const Tensor& u, const OptionalTensor& bias, const Tensor& gate,
+                                const OptionalTensor& shift, std::int64_t dim, std::string_view activation,
+                                std::array<bool, 4> mask) {
+  return backward(grad, u, bias, gate, shift, dim, activation, mask, {});
+}
+
+EpilogueGrads call_epilogue_backward(const Tensor& grad, const Tensor& u, const OptionalTensor& bias,
+                                     const Tensor& gate, const OptionalTensor& shift, std::int64_t dim,
+                                     std::string_view activation, std::array<bool, 4> mask, EpilogueBackward how) {
+  if (direct({&grad, &u, pointer(bias), &gate, pointer(shift)})) {
+    return backward(grad, u, bias, gate, shift, dim, activation, mask, how);
+  }
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("mrvae::epilogue_backward", "")
+                             .typed<decltype(epilogue_backward)>();
+  return op.call(grad, u, bias, gate, shift, dim, activation, mask);
 }
 
 Tensor epilogue_autograd(const Tensor& u, const OptionalTensor& bias, const Tensor& gate, const OptionalTensor& shift,

@@ -8,60 +8,82 @@
 #include <ATen/ops/add.h>
 
 namespace mrvae {
+
+using torch::autograd::edge_list;
+
 namespace {
 
-using Plan = c10::intrusive_ptr<torch::CustomClassHolder>;
+using Plan = c10::intrusive_ptr<const GatedFold>;
 
-struct GatedFoldNode : torch::autograd::Function<GatedFoldNode> {
+struct GatedFoldNode final : Node {
+  std::string name() const override { return "gated_fold_backward"; }
+
   // inputs: the gates' weight and bias, eta, the layers' weights, then their biases that exist, at bias_at
-  static variable_list forward(AutogradContext* ctx, TensorList inputs, const Plan& held, IntArrayRef bias_at) {
-    at::AutoDispatchBelowADInplaceOrView below;
-    const auto& plan = static_cast<const GatedFold&>(*held);
-    variable_list outputs = gates(inputs[0], inputs[1], inputs[2], plan.sizes, plan.kinds);
-    variable_list saved = inputs.vec();
-    saved.insert(saved.end(), outputs.begin(), outputs.end());
-    auto [weights, biases] = as_lists(fold_layers(layers(saved, plan, bias_at)));
-    ctx->save_for_backward(std::move(saved));
-    ctx->saved_data["bias_at"] = bias_at;
-    ctx->saved_data["plan"] = c10::IValue::make_capsule(held);
-    ctx->set_materialize_grads(false);
-    variable_list empty;
-    outputs.insert(outputs.end(), weights.begin(), weights.end());
-    for (std::size_t i = 0; i < biases.size(); ++i) {
-      if (bias_at[i] < 0 && plan.shift_at[i] < 0) empty.push_back(biases[i]);
-      outputs.push_back(std::move(biases[i]));
+  static void record(const Plan& plan, TensorList inputs, GatedFold::Numbers bias_at, StepGates& step) {
+    edge_list edges;
+    for (const Tensor& input : inputs) {
+      refuse_tangents("gated_fold", {&input});
+      edges.push_back(gradient_edge(input));
     }
-    ctx->mark_non_differentiable(empty);
-    return outputs;
+    const auto node = make_node<GatedFoldNode>();
+    node->set_next_edges(std::move(edges));
+    std::vector<LayerFolded> folded;
+    {
+      at::AutoDispatchBelowADInplaceOrView below;
+      step.values = gates(inputs[0], inputs[1], inputs[2], plan->sizes, plan->kinds);
+      folded = fold_layers(layers(*plan, inputs, bias_at, step.values));
+    }
+    for (const Tensor& input : inputs) node->inputs_.emplace_back(input, false);
+    node->values_ = step.values;
+    node->bias_at_ = std::move(bias_at);
+    node->plan_ = plan;
+    for (const Tensor& value : step.values) node->add_input_metadata(value);
+    for (const LayerFolded& layer : folded) {
+      torch::autograd::set_history(layer.weight, node);
+      step.weights.push_back(layer.weight);
+    }
+    for (const LayerFolded& layer : folded) {
+      torch::autograd::set_history(layer.bias, node);  // of an undefined one: the place of a gradient that never comes
+      step.biases.push_back(optional(layer.bias));
+    }
+    step.node = node;
   }
 
-  // A reference, not a copy: a copy of the list would hold the buffers a second time.
-  static variable_list backward(AutogradContext* ctx, variable_list& grads) {
-    const variable_list saved = ctx->get_saved_variables();
-    const auto bias_at = ctx->saved_data["bias_at"].toIntVector();
-    const auto capsule = ctx->saved_data["plan"].toCapsule();
-    const auto& plan = static_cast<const GatedFold&>(*capsule);
+  void release_variables() override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (SavedVariable& input : inputs_) input.reset_data();
+    values_.clear();
+    released_ = true;
+  }
+
+  variable_list apply(variable_list&& grads) override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    TORCH_CHECK(!released_, "gated_fold: trying to backward through the graph a second time, after its buffers were "
+                "freed; pass retain_graph=True to the first backward()");
+    const GatedFold& plan = *plan_;
     const std::size_t slices = plan.sizes.size(), count = plan.groups.size();
-    const auto wanted = [&](std::int64_t at) { return at >= 0 && ctx->needs_input_grad(std::size_t(at)); };
+    variable_list inputs;
+    for (const SavedVariable& input : inputs_) inputs.push_back(input.unpack());
+    const auto wanted = [&](std::int64_t at) { return at >= 0 && task_should_compute_output(std::size_t(at)); };
     const bool gated = wanted(0) || wanted(1) || wanted(2);
-    variable_list gradients(saved.size() - slices + 2);  // none for the plan and bias_at
+    variable_list gradients(inputs.size());
     bool plain = true;
-    for (const Tensor& tensor : saved) plain = plain && (!tensor.defined() || direct({&tensor}));
+    for (const Tensor& tensor : inputs) plain = plain && direct({&tensor});
     for (const Tensor& grad : grads) plain = plain && (!grad.defined() || direct({&grad}));
     {
       at::AutoDispatchBelowADInplaceOrView below;
       std::vector<LayerRequest> requests(count);
       for (std::size_t i = 0; i < count; ++i) {
         Tensor& grad = grads[slices + i];
-        const bool overwrite = plain && ours(grad) && grad.scalar_type() == saved[3 + i].scalar_type();
-        requests[i] = {std::move(grad), grads[slices + count + i],       wanted(std::int64_t(3 + i)), wanted(bias_at[i]),
+        const bool overwrite = plain && ours(grad) && grad.scalar_type() == inputs[3 + i].scalar_type();
+        requests[i] = {std::move(grad), grads[slices + count + i],       wanted(std::int64_t(3 + i)), wanted(bias_at_[i]),
                        gated,           gated && plan.shift_at[i] >= 0, overwrite};
       }
-      const std::vector<Layer> folded = layers(saved, plan, bias_at);
+      const std::vector<Layer> folded = layers(plan, inputs, bias_at_, values_);
       std::vector<LayerGrads> results = plain ? fold_layers_backward(folded, requests) : dispatched(folded, requests);
       for (std::size_t i = 0; i < count; ++i) {
         gradients[3 + i] = results[i].weight;
-        if (bias_at[i] >= 0) gradients[std::size_t(bias_at[i])] = results[i].bias;
+        if (bias_at_[i] >= 0) gradients[std::size_t(bias_at_[i])] = results[i].bias;
         add(grads[std::size_t(plan.gate_at[i])], results[i].gate);
         if (plan.shift_at[i] >= 0) add(grads[std::size_t(plan.shift_at[i])], results[i].shift);
       }
@@ -73,8 +95,8 @@ struct GatedFoldNode : torch::autograd::Function<GatedFoldNode> {
                                    .findSchemaOrThrow("mrvae::gates_backward", "")
                                    .typed<decltype(gates_backward)>();
         std::tie(gradients[0], gradients[1], gradients[2]) =
-            plain ? gates_backward(of_gates, saved[0], saved[1], saved[2], plan.sizes, plan.kinds, wanted(2))
-                  : op.call(of_gates, saved[0], saved[1], saved[2], plan.sizes, plan.kinds, wanted(2));
+            plain ? gates_backward(of_gates, inputs[0], inputs[1], inputs[2], plan.sizes, plan.kinds, wanted(2))
+                  : op.call(of_gates, inputs[0], inputs[1], inputs[2], plan.sizes, plan.kinds, wanted(2));
         if (!wanted(2)) gradients[2] = Tensor();
       }
     }
@@ -93,34 +115,41 @@ struct GatedFoldNode : torch::autograd::Function<GatedFoldNode> {
     return results;
   }
 
-  // saved: the node's inputs, then all gates
-  static std::vector<Layer> layers(const variable_list& saved, const GatedFold& plan, IntArrayRef bias_at) {
-    const std::size_t first = saved.size() - plan.sizes.size();
-    const auto gate = [&](std::int64_t at) { return at < 0 ? Tensor() : saved[first + std::size_t(at)]; };
+  static std::vector<Layer> layers(const GatedFold& plan, TensorList inputs, IntArrayRef bias_at,
+                                   const std::vector<Tensor>& values) {
+    const auto gate = [&](std::int64_t at) { return at < 0 ? Tensor() : values[std::size_t(at)]; };
     std::vector<Layer> result(plan.groups.size());
     for (std::size_t i = 0; i < result.size(); ++i) {
-      result[i] = {saved[3 + i], bias_at[i] < 0 ? Tensor() : saved[std::size_t(bias_at[i])], gate(plan.gate_at[i]),
+      result[i] = {inputs[3 + i], bias_at[i] < 0 ? Tensor() : inputs[std::size_t(bias_at[i])], gate(plan.gate_at[i]),
                    gate(plan.shift_at[i]), plan.groups[i]};
     }
     return result;
   }
+
+  std::vector<SavedVariable> inputs_;
+  std::vector<Tensor> values_;
+  GatedFold::Numbers bias_at_;
+  Plan plan_;
+  bool released_ = false;
 };
 
 // In terms of the operators, which do without a gradient, trace and dispatch as they always do.
-variable_list by_operators(const GatedFold& plan, TensorList inputs, IntArrayRef bias_at) {
+void by_operators(const GatedFold& plan, TensorList inputs, IntArrayRef bias_at, StepGates& step) {
   const std::size_t count = plan.groups.size();
-  variable_list outputs = gates_autograd(inputs[0], inputs[1], inputs[2], plan.sizes, plan.kinds), chosen;
-  if (count == 0) return outputs;  // without a tensor the dispatcher knows no device
+  variable_list chosen;
+  step.values = gates_autograd(inputs[0], inputs[1], inputs[2], plan.sizes, plan.kinds);
+  if (count == 0) return;  // without a tensor the dispatcher knows no device
   OptionalTensorList biases, shifts;
   for (std::size_t i = 0; i < count; ++i) {
-    chosen.push_back(outputs[std::size_t(plan.gate_at[i])]);
+    chosen.push_back(step.values[std::size_t(plan.gate_at[i])]);
     biases.push_back(bias_at[i] < 0 ? OptionalTensor() : OptionalTensor(inputs[std::size_t(bias_at[i])]));
-    shifts.push_back(plan.shift_at[i] < 0 ? OptionalTensor() : OptionalTensor(outputs[std::size_t(plan.shift_at[i])]));
+    shifts.push_back(plan.shift_at[i] < 0 ? OptionalTensor() : OptionalTensor(step.values[std::size_t(plan.shift_at[i])]));
   }
-  const auto [weights, folded_biases] = fold_autograd(inputs.slice(3, count), biases, chosen, shifts, plan.groups);
-  outputs.insert(outputs.end(), weights.begin(), weights.end());
-  outputs.insert(outputs.end(), folded_biases.begin(), folded_biases.end());
-  return outputs;
+  auto [weights, folded_biases] = fold_autograd(inputs.slice(3, count), biases, chosen, shifts, plan.groups);
+  step.weights = std::move(weights);
+  for (std::size_t i = 0; i < count; ++i) {
+    step.biases.push_back(bias_at[i] < 0 && plan.shift_at[i] < 0 ? std::nullopt : OptionalTensor(folded_biases[i]));
+  }
 }
 
 }  // namespace
@@ -140,14 +169,23 @@ GatedFold::GatedFold(Numbers sizes_, Numbers kinds_, Numbers gate_at_, Numbers s
   }
 }
 
-GatedFolded GatedFold::run(const Tensor& weight, const Tensor& bias, const Tensor& eta,
-                           const std::vector<Tensor>& weights, const std::vector<OptionalTensor>& biases) const {
-  const std::size_t count = groups.size(), slices = sizes.size();
+Tensor StepGates::variable(std::int64_t slice) const {
+  const Tensor& value = values.at(std::size_t(slice));
+  if (!node) return value;
+  const Tensor result = value.variable_data();
+  torch::autograd::impl::set_gradient_edge(result, edge(std::size_t(slice)));
+  return result;
+}
+
+c10::intrusive_ptr<StepGates> GatedFold::run(const Tensor& weight, const Tensor& bias, const Tensor& eta,
+                                             const std::vector<Tensor>& weights,
+                                             const std::vector<OptionalTensor>& biases) const {
+  const std::size_t count = groups.size();
   TORCH_CHECK_VALUE(weights.size() == count && biases.size() == count, "gated_fold: got ", weights.size(),
                     " weights and ", biases.size(), " biases; expected ", count, " of each, one a layer of the plan");
   variable_list inputs{weight, bias, eta};
   inputs.insert(inputs.end(), weights.begin(), weights.end());
-  std::vector<std::int64_t> bias_at(count, -1);
+  Numbers bias_at(count, -1);
   for (std::size_t i = 0; i < count; ++i) {
     if (!given(biases[i])) continue;
     bias_at[i] = std::int64_t(inputs.size());
@@ -158,19 +196,12 @@ GatedFolded GatedFold::run(const Tensor& weight, const Tensor& bias, const Tenso
     plain = plain && direct({&input});
     recorded = recorded || recording({&input});
   }
+  auto step = c10::make_intrusive<StepGates>();
   // the plan, which belongs to Python, for as long as the node lives
-  const auto self = Plan::reclaim_copy(const_cast<GatedFold*>(this));
-  const variable_list outputs = plain && recorded ? GatedFoldNode::apply(TensorList(inputs), self, IntArrayRef(bias_at))
-                                                  : by_operators(*this, inputs, bias_at);
-  GatedFolded result;
-  auto& [values, folded, folded_biases] = result;
-  values.assign(outputs.begin(), outputs.begin() + std::ptrdiff_t(slices));
-  folded.assign(outputs.begin() + std::ptrdiff_t(slices), outputs.begin() + std::ptrdiff_t(slices + count));
-  for (std::size_t i = 0; i < count; ++i) {
-    folded_biases.push_back(bias_at[i] < 0 && shift_at[i] < 0 ? std::nullopt
-                                                              : OptionalTensor(outputs[slices + count + i]));
-  }
-  return result;
+  const auto self = Plan::reclaim_copy(this);
+  plain && recorded ? GatedFoldNode::record(self, inputs, std::move(bias_at), *step)
+                    : by_operators(*this, inputs, bias_at, *step);
+  return step;
 }
 
 }  // namespace mrvae

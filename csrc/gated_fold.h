@@ -1,14 +1,24 @@
 // The gates and folds of a model's plan in one call; see gated_fold.cpp.
 #pragma once
 
-#include <ATen/core/ivalue.h>
-
+#include "node.h"
 #include "ops.h"
 
 namespace mrvae {
 
-// all gates, the folded weights, and the folded biases, none where a layer has neither bias nor shift
-using GatedFolded = std::tuple<std::vector<Tensor>, std::vector<Tensor>, std::vector<OptionalTensor>>;
+// All gates of a model at one beta, and what was folded by them: what a call of the model computes first.
+//
+// A layer of ours takes a gate's values and sends the gradient straight to the node of all gates; for others there is
+// the gate as a tensor with a history.
+struct StepGates : torch::CustomClassHolder {
+  std::vector<Tensor> values;          // of the slices
+  NodePointer node;                    // takes gradient i for slice i; without it the values have histories of their own
+  std::vector<Tensor> weights;         // folded
+  std::vector<OptionalTensor> biases;  // folded; none where a layer has neither bias nor shift
+
+  Edge edge(std::size_t slice) const { return node ? Edge(node, std::uint32_t(slice)) : gradient_edge(values[slice]); }
+  Tensor variable(std::int64_t slice) const;
+};
 
 // A plan, made once for many steps, whose nodes keep it.
 struct GatedFold : torch::CustomClassHolder {
@@ -18,8 +28,8 @@ struct GatedFold : torch::CustomClassHolder {
 
   // ValueError unless there is one of each a layer, and every slice is there.
   GatedFold(Numbers sizes, Numbers kinds, Numbers gate_at, Numbers shift_at, Numbers groups);
-  GatedFolded run(const Tensor& weight, const Tensor& bias, const Tensor& eta, const std::vector<Tensor>& weights,
-                  const std::vector<OptionalTensor>& biases) const;
+  c10::intrusive_ptr<StepGates> run(const Tensor& weight, const Tensor& bias, const Tensor& eta,
+                                    const std::vector<Tensor>& weights, const std::vector<OptionalTensor>& biases) const;
 };
 
 }  // namespace mrvae

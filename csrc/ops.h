@@ -49,6 +49,9 @@ bool ours(const Tensor& grad);
 // True when autograd has to record: grad mode is on and one of the tensors requires a gradient.
 bool recording(std::initializer_list<const Tensor*> tensors);
 
+// NotImplementedError for a tensor with a forward-mode tangent, which a node written out here would drop.
+void refuse_tangents(const char* op, std::initializer_list<const Tensor*> tensors);
+
 // The gradients, behind a node that raises when one differentiates through them (under create_graph=True).
 variable_list once_differentiable(const char* op, variable_list gradients);
 
@@ -112,9 +115,14 @@ EpilogueGrads epilogue_backward(const Tensor& grad, const Tensor& u, const Optio
 // u_is_free: nobody reads u afterwards, so that y may take its memory.
 Tensor call_epilogue(const Tensor& u, const OptionalTensor& bias, const Tensor& gate, const OptionalTensor& shift,
                      std::int64_t dim, std::string_view activation, bool u_is_free = false);
+// How a node of ours may have it computed.
+struct EpilogueBackward {
+  bool overwrite = false;  // grad is nobody else's: du may take its memory
+  bool of_result = false;  // u is y, of no activation or ReLU and without a shift; direct() tensors of the CPU only
+};
 EpilogueGrads call_epilogue_backward(const Tensor& grad, const Tensor& u, const OptionalTensor& bias,
                                      const Tensor& gate, const OptionalTensor& shift, std::int64_t dim,
-                                     std::string_view activation, std::array<bool, 4> mask);
+                                     std::string_view activation, std::array<bool, 4> mask, EpilogueBackward how = {});
 
 // ---- fold ----------------------------------------------------------------------------------------------------------
 

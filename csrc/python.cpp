@@ -7,7 +7,7 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include "build_facts.h"
-#include "gated_fold.h"
+#include "python_layers.h"
 
 // a build of the tests' own may leave these out
 #ifndef MRVAE_BUILD_ARCHITECTURES
@@ -43,20 +43,6 @@ class Bank {
   std::vector<std::int64_t> sizes_, kinds_;
 };
 
-GatedFolded gated_fold_at(const GatedFold& plan, const Tensor& weight, const Tensor& bias, double eta,
-                          const std::vector<Tensor>& weights, const std::vector<OptionalTensor>& biases) {
-  const auto options = weight.options().dtype(gate_dtype(weight.scalar_type())).requires_grad(false);
-  return plan.run(weight, bias, at::scalar_tensor(eta, options), weights, biases);
-}
-
-// The epilogue strategy without activation: what a layer of a multi-rate network runs once its plan is made.
-Tensor scaled_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& gate,
-                     const OptionalTensor& shift) {
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("mrvae::gated_linear", "").typed<decltype(gated_linear)>();
-  return op.call(x, weight, bias, gate, shift, "none", "epilogue");
-}
-
 py::dict build_facts() {
   py::dict facts;
   facts["torch"] = MRVAE_BUILD_TORCH;
@@ -76,7 +62,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "The C++ core of mrvae_kernels: importing it registers the operators of torch.ops.mrvae.";
   m.def("build_facts", &mrvae::build_facts);
   const auto unlocked = py::call_guard<py::gil_scoped_release>();
-  m.def("scaled_linear", &mrvae::scaled_linear, unlocked);
   py::class_<mrvae::Bank>(m, "Bank")
       .def(py::init<std::vector<std::int64_t>, std::vector<std::int64_t>>())
       .def("gates", &mrvae::Bank::gates, unlocked)
@@ -87,6 +72,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         return c10::make_intrusive<mrvae::GatedFold>(std::move(sizes), std::move(kinds), std::move(gate_at),
                                                      std::move(shift_at), std::move(groups));
       }))
-      .def("run", &mrvae::GatedFold::run, unlocked)
-      .def("run_at", &mrvae::gated_fold_at, unlocked);
+      .def("run", &mrvae::GatedFold::run, unlocked);
+  mrvae::define_layers(m);
+  mrvae::define_entry(m);
 }

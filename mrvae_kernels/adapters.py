@@ -17,7 +17,6 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from . import functional
 from .gates import GateSpec
-from .ops.shortcuts import scaled_linear
 from .recurrent import gated_recurrent, recurrent_rows
 from .reference import along
 from .strategy import Product
@@ -92,10 +91,13 @@ class Adapter:
         """The gated layer's output, for a gate (C,) or (N, C)."""
         return functional.gated_linear(x, layer.weight, layer.bias, gate, shift, activation, strategy=strategy)
 
-    def run_direct(self, layer: Any, gate: Tensor, shift: Tensor | None, strategy: str | None, x: Tensor) -> Tensor:
-        """`run` without the checks that the compiled operator makes itself; strategy is "epilogue", as planned."""
-        parameters = layer._parameters
-        return scaled_linear()(x, parameters["weight"], parameters["bias"], gate, shift)
+    def direct(self, layer: Any) -> bool:
+        """Whether the compiled core can call the layer straight away, with a number for each of `geometry`."""
+        return True
+
+    def geometry(self, layer: Any) -> functional.Geometry | None:
+        """A convolution's stride, padding, dilation, transposed, output padding and groups, else None."""
+        return None
 
     def run_folded(
         self, layer: Any, plain: type, folded: Mapping[str, Tensor | None], *args: Any, **kwargs: Any
@@ -132,26 +134,26 @@ class ConvolutionAdapter(Adapter):
 
     def choose(self, layer: Any, x: Tensor) -> str:
         x = x if x.dim() == self.spatial + 2 else x.unsqueeze(0)
-        return functional.convolution_strategy(x, layer.weight, self._geometry(layer), False)
+        return functional.convolution_strategy(x, layer.weight, self.geometry(layer), False)
 
     def measured_product(self, layer: Any, x: Tensor, device: torch.device) -> Product | None:
-        x, geometry = x if x.dim() == self.spatial + 2 else x.unsqueeze(0), self._geometry(layer)
+        x, geometry = x if x.dim() == self.spatial + 2 else x.unsqueeze(0), self.geometry(layer)
         outputs = functional.convolution_output_numel(x, layer.weight, *geometry)
         return functional.convolution_product(x, layer.weight, outputs, geometry, device)
 
     def fused_refusal(self, layer: Any, x: Tensor) -> str | None:
         x = x if x.dim() == self.spatial + 2 else x.unsqueeze(0)
-        return functional.fused_refusal(x, layer.weight, self._geometry(layer))
+        return functional.fused_refusal(x, layer.weight, self.geometry(layer))
 
-    def _geometry(self, layer: Any) -> functional.Geometry:
+    def geometry(self, layer: Any) -> functional.Geometry:
         padding = layer.padding
         if isinstance(padding, str):
             reach = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
             padding = [0] * self.spatial if padding == "valid" else [r // 2 for r in reach]
         return layer.stride, padding, layer.dilation, layer.transposed, layer.output_padding, layer.groups
 
-    def run_direct(self, layer: Any, gate: Tensor, shift: Tensor | None, strategy: str | None, x: Tensor) -> Tensor:
-        return self.run(layer, gate, shift, None, strategy, x)
+    def direct(self, layer: Any) -> bool:
+        return layer.padding_mode == "zeros" and layer.padding != "same"  # which may pad one side more than the other
 
     def run(
         self, layer: Any, gate: Tensor, shift: Tensor | None, activation: str | None, strategy: str | None, x: Tensor,
@@ -202,6 +204,9 @@ class NormAdapter(Adapter):
     product = False
     affine_flag = "affine"
 
+    def direct(self, layer: Any) -> bool:
+        return False
+
     def features(self, layer: Any) -> int:
         return layer.weight.numel()
 
@@ -245,6 +250,9 @@ class RecurrentAdapter(Adapter):
     """LSTM and GRU: every gate row of every layer and direction, scaled before the non-linearity."""
 
     product = False
+
+    def direct(self, layer: Any) -> bool:
+        return False
 
     def features(self, layer: Any) -> int:
         return recurrent_rows(layer) * layer.num_layers * (2 if layer.bidirectional else 1)

@@ -3,33 +3,34 @@
 A hosted layer has the class Hosted<Name>, a subclass of its torch.nn class, so that names, parameters, optimisers and
 isinstance checks stay as they were. MultiRate gives it a Share for the duration of a call and takes it back afterwards:
 one entry of a dictionary a layer, where torch.func.functional_call renews every parameter and nn.Module's own attribute
-assignment looks through three dictionaries.
+assignment looks through three dictionaries. A layer that the compiled core calls straight away keeps, between the calls
+of one plan, the core's HostedLayer, which finds the gates on the network's stage (`prepared`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .adapters import ADAPTERS, Adapter
+from .adapters import ADAPTERS, Adapter, lost
+from .ops import EXTENSION
+from .ops.shortcuts import core
 
 
 class Share(NamedTuple):
     """What a layer is handed: its gate, its shift or None, its folded parameters where they were folded already, the
-    strategy where that is decided already, the gate on its inputs or None, and whether to call the compiled operator
-    straight away, which checks its arguments itself."""
+    strategy where that is decided already, and the gate on its inputs or None."""
 
     gate: Tensor
     shift: Tensor | None
     folded: Mapping[str, Tensor | None] | None = None
     strategy: str | None = None
     inputs: Tensor | None = None
-    direct: bool = False
 
 
 class Hosted(nn.Module):
@@ -37,13 +38,19 @@ class Hosted(nn.Module):
 
     plain: type[nn.Module]
     adapter: Adapter
-    _share: Share | None = None
+    _share: Any = None  # a Share, the core's HostedLayer, or None
     _last_strategy: str | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         share = self._share
-        if share is not None and share.direct and len(args) == 1 and not kwargs:
-            return self.adapter.run_direct(self, share.gate, share.shift, share.strategy, args[0])
+        if share is not None and share.__class__ is not Share:
+            if len(args) == 1 and not kwargs:
+                y = core().run_layer(share, self._parameters, args[0])
+                if y is not None:
+                    return y
+            if self._parameters.get("weight") is None:
+                raise lost(self, "weight")
+            share = share_of(share)
         if share is None:
             raise RuntimeError(
                 f"this {self.plain.__name__} belongs to a multi-rate network and was called without a beta: call the "
@@ -65,6 +72,11 @@ class Hosted(nn.Module):
                 self._last_strategy = strategy
         return adapter.run(self, share.gate, share.shift, None, strategy, *args, **kwargs)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in GEOMETRY and self._share is not None and self._share.__class__ is not Share:
+            self._share.stage.version += 1  # the core keeps these numbers
+        super().__setattr__(name, value)
+
     def __getstate__(self) -> dict[str, Any]:
         """A copy or a pickle made during a call or within `at` waits for a beta of its own."""
         # torch's recurrent layers have one; object since Python 3.11
@@ -77,6 +89,37 @@ class Hosted(nn.Module):
         for name in ("_share", "_last_strategy"):
             self.__dict__.pop(name, None)
         self.__class__ = self.plain  # type: ignore[assignment]
+
+
+GEOMETRY = frozenset(("stride", "padding", "dilation", "groups", "output_padding", "padding_mode"))
+
+
+class HostedSequential(nn.Sequential):
+    """An nn.Sequential with gated layers in it, whose calls the compiled core makes.
+
+    A layer that the core calls straight away takes the activation after it into its epilogue; every other module, and
+    one with hooks, is called as in nn.Sequential.
+    """
+
+    def forward(self, input: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return super().forward(input)
+        return core().run_sequential(self._modules, input)
+
+
+def host_sequentials(network: nn.Module, layers: Collection[nn.Module]) -> None:
+    """Make each nn.Sequential of the network that holds one of these layers a HostedSequential."""
+    if EXTENSION:
+        for module in network.modules():
+            if type(module) is nn.Sequential and any(child in layers for child in module.children()):
+                module.__class__ = HostedSequential
+
+
+def release_sequentials(network: nn.Module) -> None:
+    """Turn them back."""
+    for module in network.modules():
+        if type(module) is HostedSequential:
+            module.__class__ = nn.Sequential
 
 
 HOSTED: dict[type[nn.Module], type[Hosted]] = {
@@ -97,19 +140,22 @@ class Turn:
     """A lock: one thread at a time in a network, whose layers hold one beta's gates. Copies have locks of their own."""
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()
-
-    def __enter__(self) -> None:
-        self._lock.acquire()
-
-    def __exit__(self, *error: object) -> None:
-        self._lock.release()
+        self.lock = threading.RLock()
 
     def __reduce__(self) -> tuple[type[Turn], tuple[()]]:
         return Turn, ()
 
 
-def hand_out(layers: Sequence[Hosted], shares: Sequence[Share | None]) -> list[Share | None]:
+def share_of(direct: Any) -> Share | None:
+    """What the core's HostedLayer stands for at present: None outside a call."""
+    gates = direct.stage.gates
+    if gates is None:
+        return None
+    shift = None if direct.shift < 0 else gates.variable(direct.shift)
+    return Share(gates.variable(direct.gate), shift, None, direct.strategy)
+
+
+def hand_out(layers: Sequence[Hosted], shares: Sequence[Any]) -> list[Any]:
     """Give each layer its share; returns what they held before."""
     before = [layer._share for layer in layers]
     if torch.compiler.is_compiling():  # Dynamo follows attributes, not dictionaries
@@ -122,7 +168,7 @@ def hand_out(layers: Sequence[Hosted], shares: Sequence[Share | None]) -> list[S
 
 
 @contextlib.contextmanager
-def lend(layers: Sequence[Hosted], shares: Sequence[Share | None]) -> Iterator[None]:
+def lend(layers: Sequence[Hosted], shares: Sequence[Any]) -> Iterator[None]:
     """Within the block the layers hold these shares."""
     before = hand_out(layers, shares)
     try:
@@ -143,10 +189,24 @@ def checkpoint_context(model: Any) -> Contexts:
     def contexts() -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
         layers = model._hosts()
         shares = [layer._share for layer in layers]
-        if shares[0] is None:
+        gates = None if model._stage is None else model._stage.gates
+        if shares[0] is None or (gates is None and shares[0].__class__ is not Share):
             raise RuntimeError(
                 "checkpoint_context(model) was used outside a forward of that model; there is no beta to keep"
             )
-        return contextlib.nullcontext(), lend(layers, shares)
+
+        @contextlib.contextmanager
+        def again() -> Iterator[None]:
+            before = None if model._stage is None else model._stage.gates
+            with lend(layers, shares):
+                if model._stage is not None:
+                    model._stage.gates = gates
+                try:
+                    yield
+                finally:
+                    if model._stage is not None:
+                        model._stage.gates = before
+
+        return contextlib.nullcontext(), again()
 
     return contexts

@@ -13,13 +13,13 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from . import functional, measurements, reference, strategy
+from . import functional, measurements, ops, reference, strategy
 from .adapters import ADAPTERS, Adapter, FoldJob, fold_layers
 from .backends import inside_transform
 from .gates import (
@@ -31,10 +31,19 @@ from .gates import (
     GateSpec,
     init_gates_,
     standardize,
-    standardize_number,
 )
-from .hosting import HOSTED, HOSTED_TYPES, Hosted, Share, Turn, hand_out, lend
+from .hosting import (
+    HOSTED,
+    HOSTED_TYPES,
+    Hosted,
+    Share,
+    Turn,
+    host_sequentials,
+    lend,
+    release_sequentials,
+)
 from .layers import Recorded, _one, write_folded
+from .ops.shortcuts import core
 from .prepared import Prepared, can_prepare
 from .recalibration import recalibrate, running_norms
 from .selection import Gates, select
@@ -129,8 +138,13 @@ class MultiRate(Recorded):
             parent, _, name = entry.name.rpartition(".")
             # a network that is itself the one gated layer has no parent in it: it is the MultiRate's own child
             self._places.append((network.get_submodule(parent)._modules, name) if name else (self._modules, "network"))
-        self._plans: dict[Any, tuple[str, ...]] = {}
+        self._plans: dict[Any, tuple[str | None, ...]] = {}
         self._prepared: dict[Any, Prepared] = {}
+        self._installed: Prepared | None = None  # the plan that the layers hold parts of
+        self._made_under: Any = None
+        self._stage: Any = core().Stage() if ops.EXTENSION else None
+        self._version = self._lent = 0
+        host_sequentials(network, [modules[entry.name] for entry in self._entries])
 
     def _add_gates(self, like: Tensor) -> None:
         specs = [e.spec for e in self._entries]
@@ -158,25 +172,56 @@ class MultiRate(Recorded):
 
     def forward(self, *args: Any, beta: Beta, **kwargs: Any) -> Any:
         """The network's forward at this beta: a positive number, a 0-d tensor, or one a sample, shape (N,)."""
-        key = None
-        if not (torch.compiler.is_compiling() or _saving_is_hooked() or inside_transform()):
-            shapes = (value.shape if isinstance(value, Tensor) else None for value in args)
-            key = (strategy.current(), measurements.generation, *shapes)
-        layers = self._hosts()
-        with nullcontext() if torch.compiler.is_compiling() else self._turn:
-            # within the turn: while another thread's call runs, a folded layer holds that call's parameters
-            prepared = self._prepared.get(key)
-            if prepared is not None and type(beta) is float:
-                weight, bias = _present(self._parameters["gate_weight"]), _present(self._parameters["gate_bias"])
-                shares = prepared.shares(layers, weight, bias, standardize_number(beta, self.beta_range))
-            else:
-                shares = self._shares(beta, key)
-            before = hand_out(layers, shares)
+        if torch.compiler.is_compiling():
+            return self._call(beta, None, args, kwargs)
+        with self._turn.lock:  # while another thread's call runs, the layers hold that call's gates
+            installed, made_under = self._installed, (strategy.current(), measurements.generation)
+            if installed is None or made_under != self._made_under or not self._begin(installed, args, beta):
+                key = self._key(beta, args)
+                found = None if self._lent else self._prepared.get(key)
+                if found is None or not self._begin(self._install(found), args, beta):
+                    return self._call(beta, key, args, kwargs)
+                installed = found
             try:
-                result = self._modules["network"](*args, **kwargs)  # type: ignore[misc]
+                if not installed.indirect:
+                    return self._modules["network"](*args, **kwargs)  # type: ignore[misc]
+                layers = self._hosts()
+                try:
+                    installed.hand_out(layers)
+                    return self._modules["network"](*args, **kwargs)  # type: ignore[misc]
+                finally:
+                    installed.take_back(layers)
             finally:
-                hand_out(layers, before)
-        if key is not None and key not in self._plans and shares[0].gate.dim() == 1:
+                self._stage.gates = None
+
+    def _begin(self, prepared: Prepared, args: Any, beta: Beta) -> bool:
+        """Whether this is a call that the plan is for; then its gates are on the stage."""
+        free = not self._lent and self._modules["network"] is self._origin[0]
+        return free and prepared.begin(args, beta, self._places, HOSTED_TYPES, self._parameters)
+
+    def _install(self, prepared: Prepared) -> Prepared:
+        if self._installed is not prepared:
+            prepared.install(self._hosts())
+            self._installed = prepared
+        self._made_under = (strategy.current(), measurements.generation)
+        return prepared
+
+    def _key(self, beta: Beta, args: Any) -> Any:
+        """What a plan depends on; None where none is made."""
+        if _saving_is_hooked() or inside_transform():
+            return None
+        if self._stage is not None and self._stage.version != self._version:  # a layer's stride or padding was changed
+            self._forget()
+        per_sample = (beta.dim() if isinstance(beta, Tensor) else not isinstance(beta, (int, float))) != 0
+        shapes = tuple(tuple(value.shape) if isinstance(value, Tensor) else None for value in args)
+        return (per_sample, shapes, strategy.current(), measurements.generation)
+
+    def _call(self, beta: Beta, key: Any, args: Any, kwargs: Any) -> Any:
+        """Without a plan that is ready."""
+        shares = self._shares(beta, key)
+        with self._lend(shares):
+            result = self._modules["network"](*args, **kwargs)  # type: ignore[misc]
+        if key is not None and key not in self._plans and (shares[0].gate.dim() == 2) == key[0]:
             self._remember(key)
         return result
 
@@ -187,8 +232,18 @@ class MultiRate(Recorded):
         For one beta, give a number or a 0-d tensor; for one a sample, every call in the block takes that batch size.
         Other threads that call the model wait for the block's end.
         """
-        with self._turn, lend(self._hosts(), self._shares(beta, None)):
+        with self._turn.lock, self._lend(self._shares(beta, None)):
             yield self
+
+    @contextmanager
+    def _lend(self, shares: Sequence[Share]) -> Iterator[None]:
+        """Within the block the layers hold these shares, and a call of the model leaves them as they are."""
+        with lend(self._hosts(), shares):
+            self._lent += 1
+            try:
+                yield
+            finally:
+                self._lent -= 1
 
     def gate_values(self, beta: Beta) -> dict[str, Tensor]:
         """Layer name -> g at beta, (C,) or (N, C); shifts under "<name>.shift", input gates under "<name>.inputs"."""
@@ -230,16 +285,24 @@ class MultiRate(Recorded):
             assert weight is not None and bias is not None
             if isinstance(beta, float):
                 return functional.gate_bank_at(weight, bias, beta, self.beta_range, self._sizes, self._kinds)
-            eta = standardize(beta, self.beta_range, device=weight.device, dtype=reference.gate_dtype(weight.dtype))
+            eta = self._eta(beta, weight.device, reference.gate_dtype(weight.dtype))
             return functional.gate_bank(weight, bias, eta, self._sizes, self._kinds)
         networks: Any = self.gate_networks  # of GateNetwork
         like = networks[0].output.bias
-        eta = standardize(beta, self.beta_range, device=like.device, dtype=reference.gate_dtype(like.dtype))
+        eta = self._eta(beta, like.device, reference.gate_dtype(like.dtype))
         p = torch.cat([net(eta.to(like.dtype)).to(eta.dtype) for net in networks], -1)
         return [
             reference.gate_activation(piece, kind)
             for piece, kind in zip(p.split(self._sizes, -1), self._kinds, strict=True)
         ]
+
+    def _eta(self, beta: Beta, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """eta of the betas, with the bits that a plan made ready has."""
+        if isinstance(beta, Tensor) and self._stage is not None and not torch.compiler.is_compiling():
+            eta: Tensor | None = core().standardized(beta, *self.beta_range, dtype == torch.float64)
+            if eta is not None and device.type == "cpu":
+                return eta
+        return standardize(beta, self.beta_range, device=device, dtype=dtype)
 
     def _gates(self, beta: Beta) -> list[LayerGates]:
         """The same by layer."""
@@ -278,20 +341,13 @@ class MultiRate(Recorded):
     def _shares(self, beta: Beta, key: Any) -> list[Share]:
         """Each layer's gate, and its folded parameters where the plan for these input shapes folds it."""
         gates = self._gates(beta)
-        compiled = not torch.compiler.is_compiling() and self._runs_compiled("epilogue")
         plan: Sequence[str | None] = self._unplanned
         if gates[0].gate.dim() == 2:
-            # the compiled core has one way on the CPU, "epilogue", or an error for another that was asked for
-            known = compiled and gates[0].gate.device.type == "cpu"
-            plan = (strategy.choose_strategy(0, 0, True) if known else None,) * len(gates)
+            plan = self._plan_per_sample(gates[0].gate.device)
         elif key is not None:
             plan = self._plans.get(key, self._unplanned)
         shares = [
-            Share(
-                g.gate, g.shift, None, how, g.inputs,
-                compiled and how == "epilogue" and g.inputs is None and entry.adapter.product,
-            )
-            for g, how, entry in zip(gates, plan, self._entries, strict=True)
+            Share(g.gate, g.shift, None, how, g.inputs) for g, how in zip(gates, plan, strict=True)
         ]
         folding = [i for i, how in enumerate(plan) if how == "fold"]
         if folding:
@@ -300,6 +356,11 @@ class MultiRate(Recorded):
             for i, folded in zip(folding, fold_layers(jobs), strict=True):
                 shares[i] = Share(gates[i].gate, gates[i].shift, folded, None, gates[i].inputs)
         return shares
+
+    def _plan_per_sample(self, device: torch.device) -> Sequence[str | None]:
+        """The compiled core has one way on the CPU, "epilogue", or an error for another that was asked for."""
+        known = not torch.compiler.is_compiling() and device.type == "cpu" and self._runs_compiled("epilogue")
+        return (strategy.choose_strategy(0, 0, True) if known else None,) * len(self._entries)
 
     def _runs_compiled(self, *operators: str) -> bool:
         weight = self._parameters["gate_weight"]
@@ -310,26 +371,46 @@ class MultiRate(Recorded):
     def _remember(self, key: Any) -> None:
         """Plan for inputs of these shapes: each layer's strategy, so that next time those that fold do so together."""
         if len(self._plans) > 32:
-            self._plans.clear()
-            self._prepared.clear()
+            self._forget()
         layers = self._hosts()
-        self._plans[key] = plan = tuple(
-            (layer._last_strategy or "epilogue") if entry.adapter.product else "fold"
-            for layer, entry in zip(layers, self._entries, strict=True)
-        )
+        plan: tuple[str | None, ...]
+        per_sample, shapes, *_ = key
+        if per_sample:
+            plan = tuple(
+                how if entry.adapter.product else None
+                for entry, how in zip(self._entries, self._plan_per_sample(next(self.parameters()).device), strict=True)
+            )
+        else:
+            plan = tuple(
+                (layer._last_strategy or "epilogue") if entry.adapter.product else "fold"
+                for layer, entry in zip(layers, self._entries, strict=True)
+            )
+        self._plans[key] = plan
         if self._runs_compiled("gates", "fold", "epilogue") and can_prepare(layers, plan):
             kinds = tuple(map(KINDS.index, self._kinds))
-            self._prepared[key] = Prepared(layers, plan, self._layout, self._sizes, kinds)
+            self._prepared[key] = Prepared(
+                self._stage, per_sample, shapes, self.beta_range, layers, plan, self._layout, self._sizes, kinds
+            )
+
+    def _forget(self) -> None:
+        """Make plans anew."""
+        self._plans.clear()
+        self._prepared.clear()
+        self._installed = None
+        self._version = 0 if self._stage is None else self._stage.version
 
     def _apply(self, *args: Any, **kwargs: Any) -> MultiRate:
         """`.to()`, `.half()` and the like: another device or dtype makes other plans."""
-        self._plans.clear()
-        self._prepared.clear()
+        self._forget()
         return super()._apply(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy or a pickle makes its own plans."""
-        return {**self.__dict__, "_plans": {}, "_prepared": {}}
+        return {**self.__dict__, "_plans": {}, "_prepared": {}, "_installed": None, "_stage": None, "_version": 0, "_lent": 0}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._stage = core().Stage() if ops.EXTENSION else None
 
 
 def multirate(
@@ -395,4 +476,5 @@ def bake(model: MultiRate, beta: Beta, batches: Iterable[Any] | None = None) -> 
                 folded["weight"] = job.adapter.fold_inputs(layer, _present(folded["weight"]), g.inputs)
             layer.release()
             write_folded(layer, folded)
+    release_sequentials(model.network)
     return model.network

@@ -1,80 +1,105 @@
-"""The hot path of a training step: a plan's gates and folds by one call of the compiled core.
+"""The hot path of a training step: a plan's gates, folds and layers through the compiled core.
 
-The plan of a MultiRate says which layers fold. Prepared, its gates and folds are one autograd node and few lines of
-Python a layer: for ten small convolutions 0.52 of the time of the two operators, 0.81 with backward (python -m
-bench.host_time, one thread).
+The plan of a MultiRate says how each layer is gated. Prepared, all of its gates are one autograd node, and a layer that
+the core can call straight away is handed nothing a step: it finds the gates on the network's stage. Other layers get
+their share as always: folded parameters from the same node, or gates as tensors.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from .adapters import Adapter, lost
+from .adapters import Adapter
+from .gates import BetaRange
 from .hosting import Hosted, Share
-from .ops.shortcuts import gated_fold
+from .ops.shortcuts import core, gated_fold
+
+
+class Indirect(NamedTuple):
+    """A layer that gets a share: which, its slices of gate, shift and gate on inputs or None, and its strategy."""
+
+    layer: int
+    shift: int | None
+    inputs: int | None
+    strategy: str | None
 
 
 class Prepared:
-    """What `shares` gives the layers of a plan, by layer and in the order of the gates' slices.
+    """A plan made ready for calls with arguments of these shapes (None for one that is no tensor), and with one beta or
+    one a sample.
 
-    plan: each layer's strategy. layout: each layer's slices of its shift and of its gate on inputs, or None; its gate
-    is slice i for layer i. See `can_prepare`.
+    plan: each layer's strategy; layout: each layer's slices of its shift and of its gate on inputs, or None; its gate
+    is slice i for layer i. stage: the network's. See `can_prepare`.
     """
 
     def __init__(
-        self, layers: Sequence[Hosted], plan: Sequence[str], layout: Sequence[tuple[int | None, int | None]],
+        self, stage: Any, per_sample: bool, shapes: Sequence[Sequence[int] | None], beta_range: BetaRange,
+        layers: Sequence[Hosted], plan: Sequence[str | None], layout: Sequence[tuple[int | None, int | None]],
         sizes: tuple[int, ...], kinds: tuple[int, ...],
     ) -> None:
-        self._layout = [
-            (shift, inputs, how, how == "epilogue" and inputs is None and layer.adapter.product)
-            for layer, how, (shift, inputs) in zip(layers, plan, layout, strict=True)
+        self._stage = stage
+        self._direct: list[tuple[int, Any]] = []
+        self.indirect: list[Indirect] = []
+        for i, (layer, how, (shift, inputs)) in enumerate(zip(layers, plan, layout, strict=True)):
+            if inputs is None and _direct(layer, how):
+                slices = (i, -1 if shift is None else shift)
+                self._direct.append((i, core().HostedLayer(stage, *slices, how, layer.adapter.geometry(layer))))
+            else:
+                self.indirect.append(Indirect(i, shift, inputs, how))
+        folds = [
+            (i, entry, layout[i][0] if entry.shifted else None)
+            for i, _, _, how in self.indirect if how == "fold" for entry in layers[i].adapter.entries(layers[i])
         ]
-        self._folds = [
-            (i, entry.weight, entry.bias, layout[i][0] if entry.shifted else None, entry.groups)
-            for i, how in enumerate(plan) if how == "fold" for entry in layers[i].adapter.entries(layers[i])
-        ]
-        shifts = tuple(-1 if shift is None else shift for _, _, _, shift, _ in self._folds)
-        gates = tuple(i for i, *_ in self._folds)
-        groups = tuple(groups for *_, groups in self._folds)
-        self._run = gated_fold(sizes, kinds, gates, shifts, groups).run_at
+        self._folds = [(i, entry.weight, entry.bias) for i, entry, _ in folds]
+        gates = tuple(i for i, *_ in folds)
+        shifts = tuple(-1 if shift is None else shift for *_, shift in folds)
+        fold = gated_fold(sizes, kinds, gates, shifts, tuple(entry.groups for _, entry, _ in folds))
+        self.begin = core().Entry(stage, fold, per_sample, shapes, self._folds, *beta_range).begin
 
-    def shares(self, layers: Sequence[Hosted], weight: Tensor, bias: Tensor, eta: float) -> list[Share]:
-        """Each layer's share at eta, from the flat weight and bias of all gates."""
-        weights: list[Tensor] = []
-        biases: list[Tensor | None] = []
-        for i, weight_name, bias_name, _, _ in self._folds:
-            parameters: dict[str, Any] = layers[i]._parameters
-            if (own := parameters.get(weight_name)) is None:
-                raise lost(layers[i], weight_name)
-            weights.append(own)
-            biases.append(parameters.get(bias_name))
-        gates, folded_weights, folded_biases = self._run(weight, bias, eta, weights, biases)
+    def install(self, layers: Sequence[Hosted]) -> None:
+        """Give the layers that the core calls what they keep between the calls of this plan."""
+        for i, direct in self._direct:
+            layers[i].__dict__["_share"] = direct
+
+    def hand_out(self, layers: Sequence[Hosted]) -> None:
+        """Give the other layers their shares of the gates that `begin` has put on the stage."""
+        gates = self._stage.gates
         folded: dict[int, dict[str, Tensor | None]] = {}
-        for (i, weight_name, bias_name, _, _), w, b in zip(self._folds, folded_weights, folded_biases, strict=True):
+        for (i, weight_name, bias_name), w, b in zip(self._folds, gates.weights, gates.biases, strict=True):
             parts = folded.setdefault(i, {})
             parts[weight_name] = w
             if bias_name in layers[i]._parameters:
                 parts[bias_name] = b
-        shares = []
-        for i, (shift, inputs, how, direct) in enumerate(self._layout):
-            shift_value = None if shift is None else gates[shift]
-            input_gate = None if inputs is None else gates[inputs]
-            if i in folded:
-                shares.append(Share(gates[i], shift_value, folded[i], None, input_gate))
-            else:
-                shares.append(Share(gates[i], shift_value, None, how, input_gate, direct))
-        return shares
+        for i, shift, inputs, how in self.indirect:
+            shift_value = None if shift is None else gates.variable(shift)
+            input_gate = None if inputs is None else gates.variable(inputs)
+            strategy = None if i in folded else how
+            share = Share(gates.variable(i), shift_value, folded.get(i), strategy, input_gate)
+            layers[i].__dict__["_share"] = share
+
+    def take_back(self, layers: Sequence[Hosted]) -> None:
+        """Take them back."""
+        for i, *_ in self.indirect:
+            layers[i].__dict__["_share"] = None
 
 
-def can_prepare(layers: Sequence[Hosted], plan: Sequence[str]) -> bool:
+def can_prepare(layers: Sequence[Hosted], plan: Sequence[str | None]) -> bool:
     """Whether the plan can be prepared: every fold scales whole parameters by all of the layer's gate.
 
     Not recurrent layers, of which each parameter has rows of its own, and no affine of several axes.
     """
     return all(_whole(layer.adapter, layer) for layer, how in zip(layers, plan, strict=True) if how == "fold")
+
+
+def _direct(layer: Hosted, how: str | None) -> bool:
+    """Folds of GPU tensors stay together: few launches count there; on the CPU a weight that is still in the cache."""
+    if not layer.adapter.direct(layer):
+        return False
+    weight: Any = layer.weight
+    return how == "epilogue" or (how == "fold" and weight.device.type == "cpu")
 
 
 def _whole(adapter: Adapter, layer: Hosted) -> bool:

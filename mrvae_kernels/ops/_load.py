@@ -21,7 +21,7 @@ import torch
 REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps ."
 """Run in the project's folder: builds against the torch that is installed."""
 
-NAMES = ("Bank", "GatedFold", "build_facts", "scaled_linear")
+NAMES = ("Bank", "GatedFold", "HostedLayer", "Stage", "build_facts", "run_sequential")
 """What the package uses of mrvae_kernels._C: an editable install may have newer Python code than its extension."""
 
 F = TypeVar("F", bound=Callable[..., Any])

@@ -1,0 +1,100 @@
+#include "hosted_layer.h"
+
+#include <ATen/autocast_mode.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/empty.h>
+
+#include "product_node.h"
+
+namespace mrvae {
+namespace {
+
+// Nothing between the caller and the kernels: no autocast, no transform, no mode.
+bool undisturbed(c10::DeviceType device) {
+  const c10::DispatchKeySet included = c10::impl::tls_local_dispatch_key_set().included_;
+  return (included - c10::default_included_set).empty() && !at::autocast::is_autocast_enabled(device);
+}
+
+// As the operator is called from Python.
+struct ByOperator {
+  const Tensor& x;
+  const Tensor& weight;
+  const OptionalTensor& bias;
+  const Tensor gate;
+  const OptionalTensor shift;
+  std::string_view activation, strategy;
+
+  Tensor operator()(const LinearProduct&) const {
+    static const auto op =
+        c10::Dispatcher::singleton().findSchemaOrThrow("mrvae::gated_linear", "").typed<decltype(gated_linear)>();
+    return op.call(x, weight, bias, gate, shift, activation, strategy);
+  }
+  Tensor operator()(const ConvolutionProduct& p) const {
+    static const auto op = c10::Dispatcher::singleton()
+                               .findSchemaOrThrow("mrvae::gated_convolution", "")
+                               .typed<decltype(gated_convolution)>();
+    return op.call(x, weight, bias, gate, shift, p.stride, p.padding, p.dilation, p.transposed, p.output_padding, p.groups,
+                   activation, strategy);
+  }
+};
+
+bool batched(const LinearProduct&, const Tensor&) { return true; }
+bool batched(const ConvolutionProduct& product, const Tensor& x) {
+  return std::size_t(x.dim()) == product.stride.size() + 2;
+}
+
+}  // namespace
+
+OptionalTensor HostedLayer::run(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                                Activation activation) const {
+  const c10::intrusive_ptr<StepGates> step = stage->gates;
+  if (!step || !std::visit([&](const auto& p) { return batched(p, x); }, product)) return std::nullopt;
+  const Tensor& values = step->values[std::size_t(gate)];
+  const Tensor shifts = shift < 0 ? Tensor() : step->values[std::size_t(shift)];
+  if (!undisturbed(x.device().type()) || !direct({&x, &weight, pointer(bias), &values, &shifts})) {
+    const ByOperator call{x, weight, bias, step->variable(gate), shift < 0 ? std::nullopt : OptionalTensor(step->variable(shift)),
+                          activation_name(activation), strategy == Strategy::Fold ? "fold" : "epilogue"};
+    return std::visit(call, product);
+  }
+  return std::visit(
+      [&](const auto& p) {
+        const bool gated = step->node || values.requires_grad() || (shifts.defined() && shifts.requires_grad());
+        if (c10::GradMode::is_enabled() && (gated || recording({&x, &weight, pointer(bias)}))) {
+          // every kind of gate has the slope 0 where its value is 0
+          const GateInput g{values, step->edge(std::size_t(gate)), true};
+          const GateInput t{shifts, shift < 0 ? Edge() : step->edge(std::size_t(shift))};
+          return ProductNode<std::decay_t<decltype(p)>>::record(p, x, weight, bias, g, t, activation, strategy);
+        }
+        at::AutoDispatchBelowADInplaceOrView below;
+        return compute(p, x, weight, bias, values, optional(shifts), activation, strategy);
+      },
+      product);
+}
+
+double standardized(double beta, double low, double high) {
+  const double mean = (std::log(low) + std::log(high)) / 2, deviation = (std::log(high) - std::log(low)) / std::sqrt(12.0);
+  return (std::log(beta) - mean) / deviation;
+}
+
+OptionalTensor standardized(const Tensor& beta, double low, double high, at::ScalarType dtype) {
+  const auto ordinary = [&] { return beta.device().is_cpu() && beta.dim() <= 1 && beta.is_contiguous() && eager({&beta}); };
+  if (!ordinary() || beta.requires_grad() || beta.numel() == 0) return std::nullopt;
+  if (beta.scalar_type() != at::kFloat && beta.scalar_type() != at::kDouble) return std::nullopt;
+  at::AutoDispatchBelowADInplaceOrView below;
+  const Tensor eta = at::empty(beta.sizes(), beta.options().dtype(dtype));
+  constexpr double slack = 1e-4;  // float32 rounds 0.01 to 0.00999999978
+  bool inside = true;
+  const auto fill = [&](const auto* from, auto* to) {
+    for (std::int64_t i = 0; i < beta.numel(); ++i) {
+      inside = inside && from[i] >= low * (1 - slack) && from[i] <= high * (1 + slack);
+      to[i] = std::decay_t<decltype(to[0])>(standardized(double(from[i]), low, high));
+    }
+  };
+  const auto from = [&](const auto* values) {
+    dtype == at::kDouble ? fill(values, eta.mutable_data_ptr<double>()) : fill(values, eta.mutable_data_ptr<float>());
+  };
+  beta.scalar_type() == at::kDouble ? from(beta.const_data_ptr<double>()) : from(beta.const_data_ptr<float>());
+  return inside ? OptionalTensor(eta) : std::nullopt;
+}
+
+}  // namespace mrvae

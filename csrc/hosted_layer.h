@@ -1,0 +1,37 @@
+// A layer of a multi-rate network, called with nothing but its own tensors: the gates are those of the network's call.
+#pragma once
+
+#include <variant>
+
+#include "gated_fold.h"
+#include "products.h"
+
+namespace mrvae {
+
+// What the layers of one network share: the gates, while a call runs.
+struct Stage : torch::CustomClassHolder {
+  c10::intrusive_ptr<StepGates> gates;
+  std::int64_t version = 0;  // of the layers' strides, paddings and the like
+};
+
+struct HostedLayer : torch::CustomClassHolder {
+  using Product = std::variant<LinearProduct, ConvolutionProduct>;
+  const c10::intrusive_ptr<Stage> stage;
+  const std::int64_t gate, shift;  // slices of the gates; -1 for no shift
+  const Strategy strategy;         // fold or epilogue
+  const Product product;
+
+  HostedLayer(c10::intrusive_ptr<Stage> stage_, std::int64_t gate_, std::int64_t shift_, Strategy strategy_, Product product_)
+      : stage(std::move(stage_)), gate(gate_), shift(shift_), strategy(strategy_), product(std::move(product_)) {}
+
+  // y = activation(g (product(x, weight) + bias) + t). None outside a call, and for an x without a batch.
+  OptionalTensor run(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, Activation activation) const;
+};
+
+// eta = (log beta - mean) / std over the range [low, high].
+double standardized(double beta, double low, double high);
+// The same for betas on the CPU, (N,) or 0-d, in this dtype; none where one of them is outside, for whoever says what to
+// do about it.
+OptionalTensor standardized(const Tensor& beta, double low, double high, at::ScalarType dtype);
+
+}  // namespace mrvae

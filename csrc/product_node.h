@@ -1,0 +1,244 @@
+// A gated product, computed and recorded as one node.
+//
+//   fold      y = activation(product(x, W') + b'),  W' = g W, b' = g b + t
+//   epilogue  y = activation(g * (u + b) + t),      u = product(x, W)
+//
+// What the backward pass needs besides the inputs is kept without memory of its own where that can be: of an epilogue
+// without a shift, y itself, from which u + b = y / g. y belongs to the user: where it was changed in place meanwhile,
+// or g is too small to divide by, the product is computed again. W' is folded again where dx asks for it.
+#pragma once
+
+#include <ATen/SavedTensorHooks.h>
+#include <ATen/ops/threshold_backward.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "node.h"
+#include "products.h"
+
+namespace mrvae {
+
+// What a forward pass leaves: the activation's argument or u, or the result y and its version.
+class Kept {
+ public:
+  bool is_result = false;
+
+  void argument(const Tensor& u) { keep(u); }
+  void result(const Tensor& y) {
+    auto* impl = y.unsafeGetTensorImpl();
+    // y without its history, which would hold itself; its version counter stays shared
+    keep(Tensor(impl->shallow_copy_and_detach(impl->version_counter(), /*allow_tensor_metadata_change=*/false)));
+    is_result = true;
+    version_ = y._version();
+  }
+  // Undefined where nothing was kept, or where the user has changed y in place since.
+  Tensor get() const {
+    if (hooked_) return packed_.unpack();
+    return tensor_.defined() && is_result && tensor_._version() != version_ ? Tensor() : tensor_;
+  }
+  void release() {
+    tensor_.reset();
+    packed_.reset_data();
+  }
+
+ private:
+  void keep(const Tensor& tensor) {
+    // under torch.utils.checkpoint and the like, whoever packs saved tensors gets this one too
+    hooked_ = at::SavedTensorDefaultHooks::get_hooks().has_value();
+    hooked_ ? void(packed_ = SavedVariable(tensor, false)) : void(tensor_ = tensor);
+  }
+
+  Tensor tensor_;
+  SavedVariable packed_;
+  bool hooked_ = false;
+  std::uint32_t version_ = 0;
+};
+
+// Whether y of an epilogue tells u + b: on the CPU, where the gates can be looked at.
+inline bool result_tells(const Tensor& y, const OptionalTensor& shift, Activation activation) {
+  return !given(shift) && !on_gpu(y) && (activation == Activation::None || activation == Activation::Relu);
+}
+
+// Whether u + b = y / g for every one of the gates. A gate of exactly 0: after a ReLU nothing gets a gradient there; else
+// only if the gate is known to have none itself (`inert`).
+template <class T>
+bool divisible(const Tensor& gate, Activation activation, bool inert) {
+  constexpr T least = std::numeric_limits<T>::min() / std::numeric_limits<T>::epsilon();
+  const T* g = gate.const_data_ptr<T>();
+  const bool relu = activation == Activation::Relu;
+  return std::all_of(g, g + gate.numel(), [&](T value) {
+    if (value == T(0)) return relu || inert;
+    return relu ? value >= least : std::abs(value) >= least;
+  });
+}
+
+template <class Product>
+std::int64_t channel_axis(const Tensor& y) {
+  return Product::channel_axis < 0 ? y.dim() - 1 : Product::channel_axis;
+}
+
+template <class Product>
+void check(const Product& product, const Tensor& x, const Tensor& weight, const Tensor& gate, Strategy strategy) {
+  check_floating(Product::name, "x", x);
+  check_floating(Product::name, "weight", weight);
+  check_device(Product::name, "weight", weight, x);
+  TORCH_CHECK_TYPE(x.scalar_type() == weight.scalar_type(), Product::name, ": x has dtype ", x.scalar_type(),
+                   " and weight ", weight.scalar_type(), "; expected the same dtype");
+  product.check(x, weight);
+  TORCH_CHECK_VALUE(gate.dim() == 1 || (gate.dim() == 2 && x.dim() >= 2), Product::name, ": gate has shape ",
+                    gate.sizes(), "; expected (C,), or (N, C) for x with N samples in axis 0");
+  TORCH_CHECK_VALUE(strategy == Strategy::Epilogue || gate.dim() == 1, Product::name, ": gate has shape ", gate.sizes(),
+                    ", one beta a sample, which cannot be folded into the weight; expected strategy epilogue or fused");
+}
+
+// y; `kept` where a backward pass will need something.
+template <class Product>
+Tensor compute(const Product& product, const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+               const Tensor& gate, const OptionalTensor& shift, Activation activation, Strategy strategy,
+               Kept* kept = nullptr) {
+  if (strategy == Strategy::Fused) {
+    return fused_forward(product.fused(), x, weight, bias, gate, shift, activation, /*keep=*/false).y;
+  }
+  check(product, x, weight, gate, strategy);
+  if (strategy == Strategy::Epilogue) {
+    const Tensor u = product.forward(x, weight, Tensor());
+    const bool tells = result_tells(u, shift, activation);
+    const Tensor y = call_epilogue(u, bias, gate, shift, channel_axis<Product>(u), activation_name(activation),
+                                   /*u_is_free=*/kept == nullptr || tells);
+    if (kept != nullptr) tells ? kept->result(y) : kept->argument(u);
+    return y;
+  }
+  const auto [folded, folded_bias] =
+      fold_layer({weight, bias.value_or(Tensor()), gate, shift.value_or(Tensor()), product.fold_groups});
+  const Tensor z = product.forward(x, folded, folded_bias), y = activate_(z, activation);
+  if (kept != nullptr) saves_argument(activation) ? kept->argument(z) : kept->result(y);
+  return y;
+}
+
+// A gate or a shift: its values, and where their gradient goes.
+struct GateInput {
+  Tensor values;
+  Edge edge;
+  bool inert = false;  // of a gate: at the value 0 it gets no gradient
+};
+
+template <class Product>
+struct ProductNode final : Node {
+  // y = product with its epilogue, recorded. The tensors are ordinary ones (eager()).
+  static Tensor record(const Product& product, const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                       const GateInput& gate, const GateInput& shift, Activation activation, Strategy strategy) {
+    refuse_tangents(Product::name, {&x, &weight, pointer(bias), &gate.values, &shift.values});
+    const auto node = make_node<ProductNode>();
+    node->set_next_edges({gradient_edge(x), gradient_edge(weight), given(bias) ? gradient_edge(*bias) : Edge(), gate.edge,
+                          shift.edge});
+    Tensor y;
+    {
+      at::AutoDispatchBelowADInplaceOrView below;
+      const bool active = activation != Activation::None;
+      const bool keeps = active || (strategy == Strategy::Epilogue && gate.edge.is_valid());
+      y = compute(product, x, weight, bias, gate.values, optional(shift.values), activation, strategy,
+                  keeps ? &node->kept_ : nullptr);
+    }
+    node->product_ = product;
+    node->activation_ = activation;
+    node->strategy_ = strategy;
+    node->inert_ = gate.inert;
+    const Tensor* tensors[] = {&x, &weight, pointer(bias), &gate.values, &shift.values};
+    for (std::size_t i = 0; i < count; ++i) {
+      if (tensors[i] != nullptr && tensors[i]->defined()) node->inputs_[i] = SavedVariable(*tensors[i], false);
+    }
+    torch::autograd::set_history(y, node);
+    return y;
+  }
+
+  std::string name() const override { return std::string(Product::name) + "_backward"; }
+
+  void release_variables() override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (SavedVariable& input : inputs_) input.reset_data();
+    kept_.release();
+    released_ = true;
+  }
+
+  variable_list apply(variable_list&& grads) override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    TORCH_CHECK(!released_, Product::name, ": trying to backward through the graph a second time, after its buffers were "
+                "freed; pass retain_graph=True to the first backward()");
+    Wanted wanted;
+    for (std::size_t i = 0; i < count; ++i) wanted[i] = task_should_compute_output(i);
+    variable_list gradients(count);
+    if (!grads[0].defined()) return gradients;
+    TORCH_CHECK_NOT_IMPLEMENTED(eager({&grads[0]}), Product::name, ": the gradient of its result is no ordinary tensor, as "
+                                "with is_grads_batched=True; compute the layer with mrvae_kernels.reference");
+    variable_list inputs(count);
+    for (std::size_t i = 0; i < count; ++i) inputs[i] = inputs_[i].unpack();
+    {
+      at::AutoDispatchBelowADInplaceOrView below;
+      const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+      gradients = strategy_ == Strategy::Fold ? through_fold(grads[0], inputs, wanted)
+                                              : through_epilogue(grads[0], inputs, wanted);
+    }
+    return once_differentiable(Product::name, std::move(gradients));
+  }
+
+ private:
+  enum Input : std::size_t { X, Weight, Bias, Gate, Shift, count };
+  using Wanted = std::array<bool, count>;
+
+  variable_list through_epilogue(Tensor& grad, const variable_list& in, const Wanted& wanted) const {
+    EpilogueBackward how;
+    how.of_result = kept_.is_result;
+    // without a gate's gradient and an activation u has no influence, and may not have been kept
+    Tensor u = wanted[Gate] || activation_ != Activation::None ? kept_.get() : grad;
+    if (how.of_result && !(u.defined() && direct({&grad, &in[Gate], &in[Bias]}) && divides(in[Gate]))) {
+      how.of_result = false;
+      u = product_.forward(in[X], in[Weight], Tensor());
+    }
+    how.overwrite = direct({&grad}) && ours(grad);
+    auto [grad_u, grad_bias, grad_gate, grad_shift] = call_epilogue_backward(
+        grad, u, optional(in[Bias]), in[Gate], optional(in[Shift]), channel_axis<Product>(u), activation_name(activation_),
+        {wanted[X] || wanted[Weight], wanted[Bias], wanted[Gate], wanted[Shift]}, how);
+    ProductGrads through;
+    if (wanted[X] || wanted[Weight]) {
+      through = product_.backward(grad_u, in[X], in[Weight], {wanted[X], wanted[Weight], false});
+    }
+    return {through.x, through.weight, grad_bias, grad_gate, grad_shift};
+  }
+
+  bool divides(const Tensor& gate) const {
+    const Tensor values = gate.contiguous();
+    if (values.scalar_type() == at::kDouble) return divisible<double>(values, activation_, inert_);
+    return values.scalar_type() == at::kFloat && divisible<float>(values, activation_, inert_);
+  }
+
+  variable_list through_fold(Tensor& grad, const variable_list& in, const Wanted& wanted) const {
+    const Layer layer{in[Weight], in[Bias], in[Gate], in[Shift], product_.fold_groups};
+    const bool weight = wanted[Weight] || wanted[Gate];
+    const bool bias = wanted[Bias] || wanted[Shift] || (wanted[Gate] && in[Bias].defined());
+    Tensor saved = kept_.get();
+    const bool again = activation_ != Activation::None && !saved.defined();
+    // the weight's values matter to dx alone
+    LayerFolded folded{in[Weight], Tensor()};
+    if (wanted[X] || again) folded = fold_layer(layer);
+    if (again) saved = activate(product_.forward(in[X], folded.weight, folded.bias), activation_);
+    const Tensor grad_z = activation_ == Activation::Relu && direct({&grad}) && ours(grad) && same_layout(grad, saved)
+                              ? at::threshold_backward_out(grad, grad, saved, 0)
+                              : activation_gradient(grad, saved, activation_);
+    const ProductGrads through = product_.backward(grad_z, in[X], folded.weight, {wanted[X], weight, bias});
+    if (!weight && !bias) return {through.x, Tensor(), Tensor(), Tensor(), Tensor()};
+    const auto [grad_weight, grad_bias, grad_gate, grad_shift] = fold_layer_backward(
+        layer,
+        {through.weight, through.bias, wanted[Weight], wanted[Bias], wanted[Gate], wanted[Shift], /*overwrite=*/true});
+    return {through.x, grad_weight, grad_bias, grad_gate, grad_shift};
+  }
+
+  std::array<SavedVariable, count> inputs_;
+  Product product_{};
+  Activation activation_ = Activation::None;
+  Strategy strategy_ = Strategy::Epilogue;
+  bool inert_ = false, released_ = false;
+  Kept kept_;
+};
+
+}  // namespace mrvae

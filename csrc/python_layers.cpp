@@ -1,0 +1,165 @@
+// Calls of hosted layers, one by one and in an nn.Sequential.
+//
+// A Sequential's own loop costs a few microseconds a module, most of them nn.Module.__call__ looking for hooks; its
+// activations are passes of their own. Here a layer takes the activation that follows it into its epilogue. A module that
+// is not known, or that has hooks, is called as Python would call it.
+#include "python_layers.h"
+
+#include <torch/csrc/autograd/python_variable.h>
+
+namespace py = pybind11;
+
+namespace mrvae {
+namespace {
+
+PyObject* name(const char* text) { return PyUnicode_InternFromString(text); }
+
+// Module types and names that are looked up at every call. They live as long as the process.
+struct Known {
+  PyObject* hooks[4] = {name("_forward_hooks"), name("_forward_pre_hooks"), name("_backward_hooks"),
+                        name("_backward_pre_hooks")};
+  PyObject *forward = name("forward"), *compiled = name("_compiled_call_impl"), *share = name("_share"),
+           *parameters = name("_parameters"), *weight = name("weight"), *bias = name("bias");
+  std::vector<PyObject*> global_hooks;
+  std::vector<std::pair<PyTypeObject*, Activation>> activations;
+  PyTypeObject* layer = nullptr;  // the Python type of HostedLayer
+};
+
+Known& known() {
+  static Known instance;
+  return instance;
+}
+
+// The object's __dict__, which it keeps alive; none for one without.
+PyObject* attributes(PyObject* object) {
+  PyObject* dictionary = PyObject_GenericGetDict(object, nullptr);
+  dictionary == nullptr ? PyErr_Clear() : Py_DECREF(dictionary);
+  return dictionary;
+}
+
+PyObject* item(PyObject* dictionary, PyObject* key) {
+  return dictionary == nullptr ? nullptr : PyDict_GetItemWithError(dictionary, key);
+}
+
+// No hook, no forward or compiled call of its own: calling the module is calling its class's forward.
+bool plain(PyObject* dictionary) {
+  const Known& k = known();
+  for (PyObject* hook : k.hooks) {
+    PyObject* found = item(dictionary, hook);
+    if (found == nullptr || !PyDict_Check(found) || PyDict_Size(found) != 0) return false;
+  }
+  PyObject* compiled = item(dictionary, k.compiled);
+  return item(dictionary, k.forward) == nullptr && (compiled == nullptr || compiled == Py_None);
+}
+
+bool hooked_everywhere() {
+  for (PyObject* hooks : known().global_hooks) {
+    if (PyDict_Size(hooks) != 0) return true;
+  }
+  return false;
+}
+
+bool is_tensor(PyObject* object) { return object != nullptr && THPVariable_CheckExact(object); }
+
+// The layer's result, or None where it cannot be called straight away.
+OptionalTensor run(PyObject* share, PyObject* parameters, const Tensor& x, Activation activation) {
+  if (parameters == nullptr || !PyDict_Check(parameters)) return std::nullopt;
+  PyObject *weight = item(parameters, known().weight), *bias = item(parameters, known().bias);
+  if (weight == nullptr || !THPVariable_Check(weight) || bias == nullptr) return std::nullopt;
+  if (bias != Py_None && !THPVariable_Check(bias)) return std::nullopt;
+  const auto& layer = py::cast<const HostedLayer&>(py::handle(share));
+  const Tensor w = THPVariable_Unpack(weight);
+  const OptionalTensor b = bias == Py_None ? std::nullopt : OptionalTensor(THPVariable_Unpack(bias));
+  const py::gil_scoped_release unlocked;
+  return layer.run(x, w, b, activation);
+}
+
+py::object run_layer(const py::handle& share, const py::handle& parameters, const py::handle& x) {
+  if (!is_tensor(x.ptr())) return py::none();
+  const OptionalTensor y = run(share.ptr(), parameters.ptr(), THPVariable_Unpack(x.ptr()), Activation::None);
+  return y.has_value() ? py::cast(*y) : py::none();
+}
+
+// The activation that a module is, Activation::None for others.
+Activation activation_of(PyObject* module) {
+  for (const auto& [type, activation] : known().activations) {
+    if (Py_TYPE(module) == type) return plain(attributes(module)) ? activation : Activation::None;
+  }
+  return Activation::None;
+}
+
+py::object run_sequential(const py::dict& modules, py::object x) {
+  std::vector<py::object> children;
+  for (const auto& [key, module] : modules) children.push_back(py::reinterpret_borrow<py::object>(module));
+  const bool by_python = hooked_everywhere();
+  for (std::size_t i = 0; i < children.size(); ++i) {
+    PyObject* module = children[i].ptr();
+    PyObject* dictionary = attributes(module);
+    PyObject* share = item(dictionary, known().share);
+    if (!by_python && share != nullptr && Py_TYPE(share) == known().layer && is_tensor(x.ptr()) && plain(dictionary)) {
+      const Activation activation = i + 1 < children.size() ? activation_of(children[i + 1].ptr()) : Activation::None;
+      if (OptionalTensor y = run(share, item(dictionary, known().parameters), THPVariable_Unpack(x.ptr()), activation)) {
+        x = py::cast(*std::move(y));
+        i += activation != Activation::None;
+        continue;
+      }
+    }
+    PyObject* result = PyObject_CallFunctionObjArgs(module, x.ptr(), nullptr);
+    if (result == nullptr) throw py::error_already_set();
+    x = py::reinterpret_steal<py::object>(result);
+  }
+  return x;
+}
+
+// activations: from a class of torch.nn without parameters to its name
+void set_known_modules(const py::dict& activations, const py::list& global_hooks) {
+  for (const auto& [type, text] : activations) {
+    known().activations.emplace_back(reinterpret_cast<PyTypeObject*>(type.inc_ref().ptr()),
+                                     parse_activation(py::cast<std::string>(text)));
+  }
+  for (const auto& hooks : global_hooks) known().global_hooks.push_back(hooks.inc_ref().ptr());
+}
+
+HostedLayer::Product convolution(const std::vector<std::int64_t>& stride, const std::vector<std::int64_t>& padding,
+                                 const std::vector<std::int64_t>& dilation, bool transposed,
+                                 const std::vector<std::int64_t>& output_padding, std::int64_t groups) {
+  return ConvolutionProduct(stride, padding, dilation, transposed, output_padding, groups);
+}
+
+using Numbers = std::vector<std::int64_t>;
+using Geometry = std::tuple<Numbers, Numbers, Numbers, bool, Numbers, std::int64_t>;
+
+c10::intrusive_ptr<HostedLayer> hosted_layer(const c10::intrusive_ptr<Stage>& stage, std::int64_t gate,
+                                             std::int64_t shift, const std::string& strategy,
+                                             const std::optional<Geometry>& geometry) {
+  return c10::make_intrusive<HostedLayer>(
+      stage, gate, shift, parse_strategy(strategy),
+      geometry ? std::apply(convolution, *geometry) : HostedLayer::Product(LinearProduct()));
+}
+
+}  // namespace
+
+void define_layers(py::module_& m) {
+  py::class_<StepGates, c10::intrusive_ptr<StepGates>>(m, "StepGates")
+      .def("variable", &StepGates::variable)
+      .def_readonly("weights", &StepGates::weights)
+      .def_readonly("biases", &StepGates::biases);
+  py::class_<Stage, c10::intrusive_ptr<Stage>>(m, "Stage")
+      .def(py::init([] { return c10::make_intrusive<Stage>(); }))
+      .def_readwrite("gates", &Stage::gates)
+      .def_readwrite("version", &Stage::version);
+  py::class_<HostedLayer, c10::intrusive_ptr<HostedLayer>>(m, "HostedLayer")
+      .def(py::init(&hosted_layer))
+      .def_readonly("stage", &HostedLayer::stage)
+      .def_readonly("gate", &HostedLayer::gate)
+      .def_readonly("shift", &HostedLayer::shift)
+      .def_property_readonly("strategy", [](const HostedLayer& layer) {
+        return layer.strategy == Strategy::Fold ? "fold" : "epilogue";
+      });
+  known().layer = reinterpret_cast<PyTypeObject*>(m.attr("HostedLayer").ptr());
+  m.def("set_known_modules", &set_known_modules);
+  m.def("run_layer", &run_layer);
+  m.def("run_sequential", &run_sequential);
+}
+
+}  // namespace mrvae
