@@ -14,17 +14,22 @@ TRITON := triton==3.7.1
 RUN ?= runs/demo
 GPU_OUT ?= bench/results
 GPU_TESTS := tests/test_gpu.py tests/cuda_core/test_cuda_products.py tests/ops tests/triton_kernels tests/test_measuring.py
-# of the whole target, 10 minutes: what build, tests and sanitizer leave is bench.gpu's, two minutes at least
-GPU_SECONDS ?= 600
+# of the whole target, 9 minutes: of what build, tests and sanitizer leave, two minutes at least, bench.gpu and
+# bench.overhead get two fifths each and bench.growth one; each lists what it left out
+GPU_SECONDS ?= 540
 GPU_TEST_SECONDS ?= 170
+# where the benchmarks' result files go; make bench-check measures anew, in about as much time, and compares
+RESULTS := bench/results
+CHECK_OUT := build/bench
+CHECK_ROUNDS ?= 15
 # Everything that the compiled extension or the list of dependencies depends on; the Python code is installed in place.
 BUILD_INPUTS := setup.py build_support.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench kernels cuda environments gpu clean
+.PHONY: help demo test lint bench bench-check kernels cuda environments gpu clean
 
 help: ## this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /\1\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | expand -t 14
 
 demo: $(VENV)/.installed ## train one Multi-Rate VAE on real digits, draw its curve, bake one beta
 	$(BIN)/mrvae train --out $(RUN) --force
@@ -39,9 +44,20 @@ lint: $(VENV)/.developed ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: $(VENV)/.developed ## train-step time, gated over ungated (CPU, a few minutes)
+bench: $(VENV)/.developed ## what gating costs on this CPU, under 10 minutes: result files, docs/benchmarks.md, README
 	$(BIN)/python -m pytest bench
-	$(BIN)/python -m bench.overhead --out bench/results/cpu-overhead.json
+	$(BIN)/python -m bench.overhead --seconds 220 --out $(RESULTS)/cpu-overhead.json
+	$(BIN)/python -m bench.growth --seconds 60 --out $(RESULTS)/cpu-growth.json
+	$(BIN)/python -m bench.curve_cost --epochs 5 --out $(RESULTS)/cpu-curve-cost.json
+	$(BIN)/python -m bench.layers --seconds 40 --out $(RESULTS)/cpu-layers.json
+	$(BIN)/python -m bench.report --results $(RESULTS)
+	$(BIN)/python -m bench.report --results $(RESULTS) --readme
+
+# Ends with an error, code 1, on a slowdown, and code 2, nothing having been compared, on another kind of machine.
+bench-check: $(VENV)/.developed ## measure the train steps again and compare with the committed ones of this machine's kind
+	$(BIN)/python -m bench.check $(RESULTS)/cpu-overhead.json
+	$(BIN)/python -m bench.overhead --rounds $(CHECK_ROUNDS) --seconds 900 --out $(CHECK_OUT)/cpu-overhead.json
+	$(BIN)/python -m bench.check $(RESULTS)/cpu-overhead.json $(CHECK_OUT)/cpu-overhead.json
 
 kernels: $(VENV)/.developed ## compile every Triton kernel for every target, list registers and spills (no GPU)
 	$(BIN)/python -m bench.ahead_of_time --out bench/results/triton-resources.json
@@ -58,14 +74,18 @@ environments: $(VENV)/.torch ## install with and without compilers, nvcc and a C
 # On the GPU with the environment that is there (PYTHON), whose torch and driver fit each other; nothing is installed:
 # where there is an nvcc the core is built in place, in mrvae_kernels/. Each step runs whatever the ones before it said;
 # one that fails, fails the target. What did not fit into the time is listed.
-gpu: ## build, test, sanitize and measure this machine's GPU kernels, 10 minutes; results in GPU_OUT
+gpu: ## build, test, sanitize and measure this machine's GPU kernels, 9 minutes; results in GPU_OUT
 	@mkdir -p $(GPU_OUT)
 	@export PYTHONPATH=.:models; failed=0; end=$$(($$(date +%s) + $(GPU_SECONDS))); \
 	$(PYTHON) -m bench.gpu_build 2>&1 | tee $(GPU_OUT)/build.log || failed=1; \
 	$(PYTHON) -m bench.gpu_tests --seconds $(GPU_TEST_SECONDS) $(GPU_TESTS) 2>&1 | tee $(GPU_OUT)/tests.log || failed=1; \
 	$(PYTHON) -m bench.gpu_sanitize 2>&1 | tee $(GPU_OUT)/sanitizer.log || failed=1; \
-	left=$$((end - $$(date +%s) - 30)); [ $$left -gt 120 ] || left=120; \
-	$(PYTHON) -m bench.gpu --out $(GPU_OUT) --prepare --seconds $$left $(GPU_FLAGS) || failed=1; \
+	left=$$((end - $$(date +%s) - 30)); [ $$left -gt 120 ] || left=120; fifth=$$((left / 5)); \
+	$(PYTHON) -m bench.gpu --out $(GPU_OUT) --prepare --seconds $$((2 * fifth)) $(GPU_FLAGS) || failed=1; \
+	name=$$($(PYTHON) -c 'import torch; print(torch.cuda.get_device_name().lower())' | tr ' ' '-') || name=gpu; \
+	$(PYTHON) -m bench.overhead --device cuda --modes eager compiled graph inference --numbers float32 tf32 bfloat16 \
+		--seconds $$((2 * fifth)) --out "$(GPU_OUT)/$$name-overhead.json" || failed=1; \
+	$(PYTHON) -m bench.growth --device cuda --seconds $$fifth --out "$(GPU_OUT)/$$name-growth.json" || failed=1; \
 	exit $$failed
 
 clean: ## remove the environment and everything built

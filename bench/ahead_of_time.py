@@ -244,7 +244,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for result, found in problems:
         print(f"{result['target']} {result['module']}: {result['variant']}: {found}")
     if options.out:
-        from .overhead import machine
+        from .records import machine
 
         for result in results:
             result.pop("seconds", None)

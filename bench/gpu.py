@@ -38,7 +38,7 @@ from .gpu_prepare import prepare
 from .gpu_report import fused_where_chosen, record, side_by_side, table
 from .gpu_timing import ceilings, failure, synchronize
 from .layer_variants import BACKENDS, GatedCase, absent, ours
-from .overhead import machine
+from .records import machine
 from .shapes import BATCHES, CASES, Case, in_turn, largest
 
 BACKEND_NAMES = {"cpp": "compiled core's CUDA kernels", "triton": "Triton kernels"}
@@ -89,7 +89,7 @@ class Run:
         self.absent = absent(device)
         core = {} if "cpp" in self.absent else {"core": mk.ops.build_facts()}
         self.report: dict[str, Any] = {
-            "machine": {**machine(), "device": self.name, **self.versions, **core}, "command": sys.argv[1:],
+            "machine": {**machine(device), "device": self.name, **self.versions, **core}, "command": sys.argv[1:],
             "absent": self.absent, "seconds": {}, "correctness": [], "results": [], "memory": [], "left_out": [],
             "failed": [],
         }

@@ -30,7 +30,7 @@ def errors(case: Case, batch: int, precision: str, device: torch.device) -> dict
                 got = gated.both(name, x)
                 exact = exact or gated.exact(x)
                 pairs = zip(LABELS, got, (exact.y, *exact.gradients(got[0])), strict=True)
-                found[name] = {label: _error(a, b) for label, a, b in pairs}
+                found[name] = {label: relative_error(a, b) for label, a, b in pairs}
             except ValueError as refusal:
                 found[name] = {"refused": str(refusal)}
             except Exception as error:
@@ -38,7 +38,8 @@ def errors(case: Case, batch: int, precision: str, device: torch.device) -> dict
     return {"case": case.name, "network": case.network, "batch": batch, "precision": precision, "errors": found}
 
 
-def _error(got: Tensor, exact: Tensor) -> float:
+def relative_error(got: Tensor, exact: Tensor) -> float:
+    """|got - exact| / |exact|, in norm; the error itself where exact is 0."""
     error, scale = (got.double() - exact).norm().item(), exact.norm().item()
     return error / scale if scale > 0 else error
 

@@ -1,10 +1,13 @@
-"""One gated layer with its activation, computed in every way that the layer benchmark sets side by side.
+"""One gated layer with its activation, computed in every way that the layer benchmarks set side by side.
 
     library            act(layer(x)): no gate at all, the baseline
     separate           act(g * layer(x)): the library's layer, then elementwise operations
-    listing1           the MR-VAE paper's Listing 1: nn.Linear(1, C), an activation, a multiplication; also compiled
+    listing1           the MR-VAE paper's Listing 1: nn.Linear(1, C), an activation, a multiplication, for one beta an
+                       example; also compiled. Of an LSTM, whose gates act before its non-linearities, the recurrence
+                       written out
     plain-fold         W' = g W, b' = g b with plain PyTorch operations, then the library's layer
-    fold triton, fold cpp, ... this package's strategies (fold, epilogue, fused), each on both backends of a GPU
+    fold cpp, ...      this package's strategies (fold, epilogue, fused), each on every backend (cpp, triton,
+                       reference), for one beta a batch; "epilogue cpp per-sample" and the like for one beta an example
 """
 
 from __future__ import annotations
@@ -15,19 +18,30 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 import mrvae_kernels as mk
-from mrvae_kernels import ops
+from mrvae_kernels import backends, functional, ops
 from mrvae_kernels import strategy as choices
+from mrvae_kernels.adapters import ADAPTERS, FoldJob, fold_layers
 from mrvae_kernels.backends import triton_refusals
+from mrvae_kernels.recurrent import gated_recurrent
 from mrvae_kernels.reference import CONVOLUTIONS, activate, along, fold, gate_activation
 
 from .shapes import Case
 
 BACKENDS = ("cpp", "triton")
+"""Those with kernels of a GPU's own."""
 OURS = tuple(f"{strategy} {backend}" for strategy in choices.STRATEGIES for backend in BACKENDS)
 OTHERS = ("library", "separate", "listing1", "listing1 compiled", "plain-fold")
 VARIANTS = (*OTHERS, *OURS)
+EVERY = (
+    *OTHERS, *(f"{strategy} {backend}" for strategy in choices.STRATEGIES for backend in backends.BACKENDS),
+    *(f"{strategy} {backend} per-sample" for strategy in ("epilogue", "fused") for backend in backends.BACKENDS),
+)
+"""Plain PyTorch too, and one beta an example."""
+PER_SAMPLE = " per-sample"
+INSIDE = "an LSTM's gates act before its non-linearities, inside the library's kernel, so that one beta a batch folds"
 
 
 def absent(device: torch.device) -> dict[str, str]:
@@ -48,6 +62,28 @@ def ours(device: torch.device, backends: Sequence[str] = BACKENDS) -> tuple[str,
     return tuple(name for name in OURS if name.partition(" ")[2] in there)
 
 
+def refusal(name: str, case: Case, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why one of EVERY is not timed for this kind of layer on this device, or None; the layer's geometry may be refused
+    when it runs, by ValueError."""
+    recurrent, product = case.kind is nn.LSTM, ADAPTERS[case.kind].product
+    if name == "listing1 compiled":
+        return "torch.compile unrolls the recurrence, for minutes" if recurrent else None
+    if name == "separate":
+        return INSIDE if recurrent else None
+    if name in OTHERS:
+        return None
+    strategy, backend, *per_sample = name.split()
+    if reasons := backends.refusals(backend, device, dtype, strategy):
+        return "; ".join(reasons)
+    if backend == "triton" and device.type == "cpu":
+        return "on a CPU Triton's kernels run in its interpreter, whose times say nothing"
+    if strategy == "fused" and not product:
+        return f"the fused kernels are for Linear, Conv2d and ConvTranspose2d, this is a {case.kind.__name__}"
+    if strategy == "epilogue" and recurrent:
+        return "one beta an example is the recurrence written out, listing1 here" if per_sample else INSIDE
+    return None
+
+
 class GatedCase:
     """A case's tensors on a device, and y = act(g (product(x) + b)) by each variant that can run there.
 
@@ -55,26 +91,36 @@ class GatedCase:
     host time: run it within `mk.override()`, which does that at the end.
     """
 
-    def __init__(self, case: Case, batch: int, dtype: torch.dtype, device: torch.device, copies: int = 1) -> None:
+    def __init__(
+        self, case: Case, batch: int, dtype: torch.dtype, device: torch.device, copies: int = 1,
+        variants: Sequence[str] | None = None,
+    ) -> None:
         generator = torch.Generator(device).manual_seed(0)
 
         def draw(*shape: int) -> Tensor:
             return torch.randn(shape, generator=generator, dtype=torch.float32, device=device)
 
         self.case, self.layer = case, case.layer(device, dtype)
+        # an LSTM whose parameters functional_call has replaced is not at once the same again
+        self.shell = case.layer(device, dtype)
         self.inputs = [draw(batch, *case.shape).to(dtype).requires_grad_() for _ in range(copies)]
         features = case.features()
-        self.gate = torch.rand(features, generator=generator, device=device).add_(0.1).requires_grad_()
+        self.gate, self.gates = (
+            torch.rand(shape, generator=generator, device=device).add_(0.1).requires_grad_()
+            for shape in ((features,), (batch, features))
+        )
         # Listing 1: one beta an example, as in the authors' code
         self.response = nn.Linear(1, features, device=device, dtype=dtype)
         self.eta = draw(batch, 1).to(dtype)
         self.grad: Tensor | None = None
         self._functions: dict[str, Callable[[Tensor], Tensor]] = {}
-        for name in OTHERS:
-            function = getattr(self, "_" + name.partition(" ")[0].replace("-", "_"))
-            self._functions[name] = torch.compile(function, dynamic=False) if name.endswith(" compiled") else function
-        for name in ours(device):
-            self._functions[name] = self._on_backend(*name.split())
+        for name in (*OTHERS, *ours(device)) if variants is None else variants:
+            if name in OTHERS:
+                function = getattr(self, "_" + name.partition(" ")[0].replace("-", "_"))
+                compiled = name.endswith(" compiled")
+                self._functions[name] = torch.compile(function, dynamic=False) if compiled else function
+            else:
+                self._functions[name] = self._on_backend(*name.split())
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -86,7 +132,9 @@ class GatedCase:
         own = [x, *self.layer.parameters()]
         if name.startswith("listing1"):
             return own + list(self.response.parameters())
-        return own if name == "library" else [*own, self.gate]
+        if name == "library":
+            return own
+        return [*own, self.gates if name.endswith(PER_SAMPLE) else self.gate]
 
     def forward(self, name: str, x: Tensor) -> Tensor:
         """y by that variant."""
@@ -99,9 +147,9 @@ class GatedCase:
             self.grad = torch.randn(y.shape, device=y.device, dtype=torch.float32).to(y.dtype)
         return (y.detach(), *torch.autograd.grad(y, self.leaves(name, x), self.grad))
 
-    def exact(self, x: Tensor) -> ExactCase:
-        """The same layer in float64."""
-        return ExactCase(self, x)
+    def exact(self, x: Tensor, name: str = "separate") -> ExactCase:
+        """The same layer in float64, with the gate of that variant."""
+        return ExactCase(self, x, name)
 
     def steps(self, name: str, backward: bool) -> Callable[[], Any]:
         """A function without arguments that runs the variant on the next of the inputs."""
@@ -128,18 +176,23 @@ class GatedCase:
         return along(gate, y.dim() - 1 if self.case.kind is nn.Linear else 1, y.dim())
 
     def _library(self, x: Tensor) -> Tensor:
-        return self._activate(self.layer(x))
+        return self._activate(only(self.layer(x)))
 
     def _separate(self, x: Tensor) -> Tensor:
         y = self.layer(x)
         return self._activate(y * self._along(self.gate.to(y.dtype), y))
 
     def _listing1(self, x: Tensor) -> Tensor:
+        gate = gate_activation(self.response(self.eta), "sigmoid")
+        if self.case.kind is nn.LSTM:
+            return gated_recurrent(self.layer, gate, None, x)[0]
         y = self.layer(x)
-        return self._activate(self._along(gate_activation(self.response(self.eta), "sigmoid"), y) * y)
+        return self._activate(self._along(gate, y) * y)
 
     def _plain_fold(self, x: Tensor) -> Tensor:
         layer: Any = self.layer
+        if not ADAPTERS[self.case.kind].product:
+            return self._activate(only(functional_call(self.shell, scaled(layer, self.gate), (x,))))
         groups = layer.groups if self.case.kind is nn.ConvTranspose2d else 0
         weight, bias = fold(layer.weight, layer.bias, self.gate, None, groups)
         if self.case.kind is nn.Linear:
@@ -149,18 +202,20 @@ class GatedCase:
         geometry = {name: getattr(layer, name) for name in ("stride", "padding", "dilation", "groups")}
         return self._activate(convolve(x, weight, bias, **geometry, **padding))
 
-    def _on_backend(self, strategy: str, backend: str) -> Callable[[Tensor], Tensor]:
+    def _on_backend(self, strategy: str, backend: str, per_sample: str = "") -> Callable[[Tensor], Tensor]:
         chosen = choices.Override(backend=backend)
+        gate = self.gates if per_sample else self.gate
+        compute = self._ours if ADAPTERS[self.case.kind].product else self._ours_folded
 
         def run(x: Tensor) -> Tensor:
             choices._override = chosen  # mk.override() would cost host time, which is measured
-            return self._ours(x, strategy)
+            return compute(x, strategy, gate)
 
         return run
 
-    def _ours(self, x: Tensor, strategy: str) -> Tensor:
+    def _ours(self, x: Tensor, strategy: str, gate: Tensor) -> Tensor:
         layer: Any = self.layer
-        arguments = (x, layer.weight, layer.bias, self.gate)
+        arguments = (x, layer.weight, layer.bias, gate)
         act = self.case.activation
         if self.case.kind is nn.Linear:
             return mk.gated_linear(*arguments, activation=act, strategy=strategy)
@@ -173,23 +228,60 @@ class GatedCase:
             *arguments, None, layer.stride, layer.padding, layer.dilation, layer.groups, act, strategy=strategy
         )
 
+    def _ours_folded(self, x: Tensor, strategy: str, gate: Tensor) -> Tensor:
+        """Of a norm or an LSTM, for which a network's gates fold or, after a norm, scale its result."""
+        adapter = ADAPTERS[self.case.kind]
+        if strategy == "epilogue":
+            return functional.epilogue(self.layer(x), None, gate, None, 1, self.case.activation)
+        (folded,) = fold_layers([FoldJob(self.layer, adapter, gate, None)])
+        return self._activate(only(adapter.run_folded(self.layer, self.case.kind, folded, x)))
+
+
+def only(y: Any) -> Tensor:
+    """The output, of an LSTM without the last state."""
+    return y[0] if isinstance(y, tuple) else y
+
+
+def scaled(layer: nn.Module, gate: Tensor) -> dict[str, Tensor]:
+    """A norm's or an LSTM's parameters, each row times its gate, with plain PyTorch operations."""
+    return {name: fold(value, None, gate)[0] for name, value in layer.named_parameters()}
+
 
 class ExactCase:
-    """A gated case in float64: z = g (product(x) + b), y = act(z) and the gradients."""
+    """A gated case in float64: z = g product, y = act(z) and the gradients, with the gate of a variant.
 
-    def __init__(self, gated: GatedCase, x: Tensor) -> None:
+    product: the plain layer's result, bias included; None for an LSTM, within which the gates are.
+    """
+
+    def __init__(self, gated: GatedCase, x: Tensor, name: str = "separate") -> None:
         assert gated.grad is not None, "y's gradient is drawn by the first backward"
         layer = gated.case.layer(x.device, torch.float64)
         layer.load_state_dict(gated.layer.state_dict())
-        gate, wide = (tensor.detach().double().requires_grad_() for tensor in (gated.gate, x))
-        product = layer(wide)
+        wide = x.detach().double().requires_grad_()
         self.activation, self.grad = gated.case.activation, gated.grad.double()
-        self.leaves = [wide, *layer.parameters(), gate]
-        self.z = product * gated._along(gate, product)
+        self.leaves = [wide, *layer.parameters()]
+        self.product: Tensor | None = None
+        gate: Tensor | None = None
+        if name.startswith("listing1"):
+            response = nn.Linear(1, gated.gate.shape[0], device=x.device, dtype=torch.float64)
+            response.load_state_dict(gated.response.state_dict())
+            self.leaves += response.parameters()
+            gate = gate_activation(response(gated.eta.double()), "sigmoid")
+        elif name != "library":
+            gate = (gated.gates if name.endswith(PER_SAMPLE) else gated.gate).detach().double().requires_grad_()
+            self.leaves.append(gate)
+        if gated.case.kind is nn.LSTM:
+            if gate is not None and gate.dim() == 2:
+                self.z = gated_recurrent(layer, gate, None, wide)[0]
+            else:
+                self.z = functional_call(layer, {} if gate is None else scaled(layer, gate), (wide,))[0]
+        else:
+            self.product = layer(wide)
+            self.z = self.product if gate is None else self.product * gated._along(gate, self.product)
         self.y = activate(self.z, self.activation)
 
     def gradients(self, computed: Tensor) -> tuple[Tensor, ...]:
-        """By x, weight, bias and gate, as `GatedCase.both` has them, for the y that was computed.
+        """By `GatedCase.leaves`, as `GatedCase.both` has them, for the y that was computed.
 
         relu's slope jumps: where z is nearly 0 its computed sign is rounding's, and one gradient differs by all of
         itself. Taking that sign from the computed y leaves the arithmetic to compare.

@@ -1,29 +1,41 @@
-"""Train-step time and peak memory, gated over ungated: `python -m bench.overhead`.
+"""What gating costs a training step, in time and memory: `python -m bench.overhead`.
 
-All variants of one network and batch run interleaved in one process; a figure is the median of the rounds' ratios to
-the ungated network (compiled variants: to the compiled ungated network), with a 95 % bootstrap interval.
+A step is forward, loss, backward and fused Adam. All variants of one network and batch (bench/overhead_networks.py) run
+interleaved in one process; a figure is the median of the rounds' ratios to the ungated network in the same mode and
+numbers, with a 95 % bootstrap interval. Before that each variant's outputs and gradients are held against the formula
+in float64 (bench/overhead_check.py); one that is wrong, or fails, is refused a time and named.
+
+Modes: "eager"; "compiled", torch.compile of the model; "graph", the whole step replayed from a CUDA graph;
+"inference", the forward pass of a baked network over the ungated one's. On a GPU the kernels launched a step and the
+host's time are measured too, and how the launches grow with depth.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
+import gc
+import itertools
 import os
-import platform
-import subprocess
 import sys
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # before torch is loaded: its allocator warns in every profile
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # likewise the profiler, at begin and end
+
 import torch
 
-import mrvae_kernels
-from mrvae_kernels import ops
+from . import records
+from . import report_tables as tables
+from .gpu_timing import failure
+from .overhead_measure import Effort, Entry, baked, empty, extra_launches, infer, launches_by_depth, train
+from .overhead_networks import VARIANTS
+from .timing import keep_memory
+from .variants import NUMBERS, TrainingStep, precision, training_step
 
-from .timing import interleave, keep_memory, peak_memory, ratio
-from .variants import training_step
-
+WHAT = "overhead"
 CASES: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {
     "linear": ("linear", (1, 28, 28), {}),
     "mlp": ("mlp", (1, 28, 28), {}),
@@ -33,88 +45,214 @@ CASES: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {
 """Name -> network, data shape, options. "cnn" is the paper's, "mlp" 784-300-16, "cnn-small" two stages without norms.
 """
 
-EAGER = ("ungated", "gated", "per-sample", "listing1", "plain-fold")
-COMPILED = ("ungated", "gated", "listing1")
+TABLE_1 = {"cnn": (17_526_977, 17_885_377)}
+"""Parameters of the paper's plain and multi-rate networks, the exponents of its Table 1 corrected."""
+
+BATCHES = (16, 128)
+MODES = ("eager", "inference", "graph", "compiled")
+DEFAULT_MODES = {"cpu": ("eager", "inference", "compiled"), "cuda": MODES}
+"""In the order in which they are measured: what takes longest last."""
+DEFAULT_NUMBERS = {"cpu": ("float32",), "cuda": NUMBERS}
+COMPILED = ("ungated", "gated", "per-sample", "listing1")
+"""Compiling is what takes the time of a run; plain folding, which Inductor fuses as it does ours, is for --variants."""
 
 
-def measure(case: str, batch: int, rounds: int, compiled: bool) -> dict[str, Any]:
-    """Raw seconds, ratios and peak bytes of every variant for one network and batch."""
+def measure(
+    case: str, batch: int, mode: str, numbers: str, device: torch.device, effort: Effort,
+    variants: Sequence[str] | None = None,
+) -> Entry:
+    """One entry; `left_out` says why where nothing could be measured."""
     network, shape, options = CASES[case]
-    steps = {name: training_step(name, network, shape, batch, **options) for name in EAGER}
-    if compiled:
-        steps |= {f"{name} compiled": training_step(name, network, shape, batch, True, **options) for name in COMPILED}
-    times = interleave(steps, rounds)
-    # weights and both moments of Adam, float32; the gradients are in the peak
-    resident = {name: 4 * sum(p.numel() for p in step.model.parameters()) * 3 for name, step in steps.items()}  # type: ignore[attr-defined]
-    peaks = {name: resident[name] + peak_memory(step) for name, step in steps.items() if "compiled" not in name}
-    baseline = {name: "ungated compiled" if "compiled" in name else "ungated" for name in steps}
-    return {
-        "case": case, "batch": batch, "threads": torch.get_num_threads(), "seconds": times,
-        "ratio": {name: ratio(times, name, baseline[name])._asdict() for name in steps},
-        "peak_bytes": peaks,
-    }
+
+    def make(variant: str) -> TrainingStep:
+        return training_step(
+            variant, network, shape, batch, mode == "compiled", graph=mode == "graph", numbers=numbers, device=device,
+            **options,
+        )
+
+    try:
+        with precision(numbers, device):
+            if mode == "graph" and device.type != "cuda":
+                raise ValueError(f"CUDA graphs need an NVIDIA GPU; the device is {device}")
+            if mode == "inference":
+                step = make("gated")
+                inputs = [draw.x for draw in step.inputs]
+                found = infer(step.plain, baked(step), inputs, effort, numbers == "bfloat16")
+            else:
+                found = train(make, variants or (COMPILED if mode == "compiled" else VARIANTS), effort)
+    except Exception as error:
+        reason = failure(error, device).partition("\n")[0]
+        found = empty(case, batch, mode, numbers, reason.removeprefix("ValueError: "))
+    finally:
+        torch._dynamo.reset()  # or the next case would be compiled for any size, as a second size of this one
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    return {**found, "case": case, "batch": batch, "mode": mode, "numbers": numbers}
 
 
-def machine() -> dict[str, Any]:
-    """What a result depends on: commit, versions, device."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        capture_output=True, text=True, cwd=Path(__file__).parent, check=False,
-    ).stdout.strip()
-    model = ""
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    return {
-        "commit": commit or "unknown", "date": datetime.date.today().isoformat(),
-        "mrvae_kernels": mrvae_kernels.__version__, "extension": ops.EXTENSION, "torch": torch.__version__,
-        "python": platform.python_version(), "cpu": model or platform.processor(), "cores": os.cpu_count(),
-    }
+def depth_entry(device: torch.device) -> Entry:
+    """The kernels launched a step by MLPs of growing depth, as an entry of mode "launches"."""
+    counts = launches_by_depth(device)
+    extra = {name: extra_launches(counts, name) for name in counts}
+    return {**empty("mlp", 128, "launches", "float32"), "by_depth": counts, "extra": extra}
 
 
-def table(results: list[dict[str, Any]]) -> str:
-    """Markdown: ratios to the ungated step, one row a network and batch."""
-    columns = [*EAGER[1:], *(f"{name} compiled" for name in COMPILED[1:])]
-    lines = ["| network | batch | " + " | ".join(columns) + " | peak memory, gated |"]
-    lines.append("|---" * (len(columns) + 3) + "|")
-    for result in results:
-        cells = []
-        for name in columns:
-            value = result["ratio"].get(name)
-            cells.append("" if value is None else f"{value['median']:.3f} ({value['low']:.3f} to {value['high']:.3f})")
-        memory = result["peak_bytes"]["gated"] / result["peak_bytes"]["ungated"]
-        lines.append(f"| {result['case']} | {result['batch']} | " + " | ".join(cells) + f" | {memory:.3f} |")
-    return "\n".join(lines)
+def run(
+    cases: Sequence[str], batches: Sequence[int], modes: Sequence[str], numbers: Sequence[str], device: torch.device,
+    effort: Effort, seconds: float, variants: Sequence[str] | None = None,
+    done: Callable[[list[Entry]], object] = lambda results: None, clock: Callable[[], float] = time.monotonic,
+) -> list[Entry]:
+    """Every entry, in the order numbers, mode, case, batch. After `seconds` nothing new is begun: what is left has an
+    entry that says so. `done` gets the entries after each."""
+    deadline = clock() + seconds
+    results: list[Entry] = []
+    if device.type == "cuda" and "eager" in modes:
+        results.append(depth_entry(device))
+    for kind, mode, case, batch in itertools.product(numbers, modes, cases, batches):
+        if clock() > deadline:
+            results.append(empty(case, batch, mode, kind, f"the {seconds:g} seconds were up"))
+        else:
+            results.append(measure(case, batch, mode, kind, device, effort, variants))
+        print(line(results[-1]), flush=True)
+        done(results)
+    return results
 
 
-def main() -> int:
-    """The command."""
-    parser = argparse.ArgumentParser(prog="python -m bench.overhead", description=__doc__)
-    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
-    parser.add_argument("--batch", nargs="+", type=int, default=[16, 128])
-    parser.add_argument(
-        "--rounds", type=int, default=40, help="rounds a case; the large CNN gets a quarter (default 40)"
+# ---- what people read ------------------------------------------------------------------------------------------------
+
+
+def label(entry: Entry) -> str:
+    """Which entry."""
+    return f"{entry['case']} batch {entry['batch']} {entry['mode']} {entry['numbers']}"
+
+
+def line(entry: Entry) -> str:
+    """One entry in a line, as the run goes along."""
+    if entry["left_out"]:
+        return f"{label(entry)}: left out: {entry['left_out']}"
+    ratios = [f"{name} {tables.interval(value)}" for name, value in entry["ratio"].items() if name != "ungated"]
+    return f"{label(entry)}: " + ", ".join([*ratios, *(f"{name} refused" for name in entry["refused"])])
+
+
+def table(results: Sequence[Entry]) -> str:
+    """Markdown: time and memory by numbers, parameters, inference, launches by depth, and what has no time and why."""
+    parts = []
+    for numbers in dict.fromkeys(kind for _, kind in tables.modes(results)):
+        found = tables.overhead(results, tables.all_columns(results, numbers), numbers)
+        parts.append(f"Training steps in {numbers}, time over the ungated network's\n\n{found}")
+    for title, found in (
+        ("Peak memory", tables.memory(results)), ("Parameters, launches, host time", tables.counts(results)),
+        ("Inference", tables.inference(results)), ("Kernels a step launches, by hidden layers", by_depth(results)),
+    ):
+        if found:
+            parts.append(f"{title}\n\n{found}")
+    for title, lines in (
+        ("Parameters beside Table 1 of the paper", beside_table_1(results)), ("Refused a time", refused(results)),
+        ("Left out", [f"{label(e)}: {e['left_out']}" for e in results if e["left_out"]]),
+    ):
+        if lines:
+            parts.append(f"{title}\n\n" + "\n".join(f"- {text}" for text in lines))
+    return "\n\n".join(parts)
+
+
+def refused(results: Sequence[Entry]) -> list[str]:
+    """A line for each variant that is wrong or failed."""
+    return [f"{label(e)}, {name}: {why}" for e in results for name, why in e["refused"].items()]
+
+
+def by_depth(results: Sequence[Entry]) -> str:
+    """Markdown; empty where no launches were counted by depth."""
+    rows = [
+        [name, *counts.values(), ", ".join(map(str, entry["extra"][name]))]
+        for entry in results if entry["mode"] == "launches" for name, counts in entry["by_depth"].items()
+    ]
+    depths = next((list(counts) for e in results for counts in e.get("by_depth", {}).values()), [])
+    return tables.markdown(["variant", *map(str, depths), "more than ungated"], rows) if rows else ""
+
+
+def beside_table_1(results: Sequence[Entry]) -> list[str]:
+    """A line for each network of the paper whose parameters were counted."""
+    lines = {}
+    for entry in results:
+        counts = entry.get("parameters") or {}
+        if entry["case"] in TABLE_1 and {"ungated", "gated"} <= set(counts):
+            plain, gated, (base, multirate) = counts["ungated"], counts["gated"], TABLE_1[entry["case"]]
+            lines[entry["case"]] = (
+                f"{entry['case']}: {plain:,} (Table 1: {base:,}), gates add {gated - plain:,}, {gated / plain - 1:.2%} "
+                f"(Table 1, which counts conditional batch norms too: {multirate - base:,}, {multirate / base - 1:.2%})"
+            )
+    return list(lines.values())
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command's options; ends with a message and code 2 where one cannot be."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.overhead", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile")
+    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES), help="networks (default all)")
+    parser.add_argument("--batch", nargs="+", type=int, default=list(BATCHES), help="examples (default 16 128)")
+    parser.add_argument("--modes", nargs="+", choices=MODES, help="default: on a CPU all but graph, on a GPU all")
+    parser.add_argument("--numbers", nargs="+", choices=NUMBERS,
+                        help="float32 products, TF32's on a GPU, bfloat16 by autocast (default: on a CPU float32, on a "
+                        "GPU all)")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS,
+                        help="besides ungated (default all; compiled: all but plain-fold)")
+    parser.add_argument("--device", default="cpu", help="such as cuda (default cpu)")
+    parser.add_argument("--rounds", type=int, default=Effort().rounds,
+                        help=f"interleaved rounds, fewer where they take longer than {Effort().limit:g} s "
+                        f"(default {Effort().rounds})")
+    parser.add_argument("--seconds", type=float, default=300,
+                        help="begin nothing new after so many seconds (default 300)")
     parser.add_argument("--out", type=Path, help="write a JSON result file there")
-    parser.add_argument("--table", type=Path, help="print the Markdown table of a result file and stop")
-    options = parser.parse_args()
+    parser.add_argument("--table", type=Path, metavar="FILE", help="print the tables of a result file and stop")
+    options = parser.parse_args(arguments)
+    if wrong := [batch for batch in options.batch if batch < 1]:
+        parser.error(f"--batch holds {wrong[0]}; expected at least 1")
+    if options.rounds < 1:
+        parser.error(f"--rounds is {options.rounds}; expected at least 1")
+    if not 0 < options.seconds < float("inf"):
+        parser.error(f"--seconds is {options.seconds}; expected a positive number of seconds")
+    try:
+        options.device = torch.device(options.device)
+    except RuntimeError:
+        parser.error(f"--device is {options.device!r}; expected cpu or cuda")
+    if options.device.type not in DEFAULT_MODES:
+        parser.error(f"--device is {str(options.device)!r}; expected cpu or cuda")
+    if options.device.type == "cuda" and not torch.cuda.is_available():
+        parser.error(f"--device is {str(options.device)!r}, and torch finds no GPU")
+    if options.variants:
+        options.variants = ["ungated", *(name for name in dict.fromkeys(options.variants) if name != "ungated")]
+    options.modes = options.modes or DEFAULT_MODES[options.device.type]
+    options.numbers = options.numbers or DEFAULT_NUMBERS[options.device.type]
     if options.table:
-        print(table(json.loads(options.table.read_text())["results"]))
+        try:
+            options.table = records.read(options.table, WHAT)
+        except (OSError, ValueError) as error:
+            parser.error(str(error))
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; 1 where a variant was refused a time."""
+    options = parse(arguments)
+    if options.table:
+        print(table(options.table.results))
         return 0
     keep_memory()
-    results = []
-    for case in options.cases:
-        for batch in options.batch:
-            rounds = max(options.rounds // 4, 3) if case == "cnn" else options.rounds
-            results.append(measure(case, batch, rounds, not options.no_compile))
-            print(table(results[-1:]), flush=True)
+
+    def write(results: list[Entry]) -> None:
+        if options.out:
+            records.write(options.out, WHAT, results, options.device)
+
+    results = run(
+        options.cases, options.batch, options.modes, options.numbers, options.device, Effort(options.rounds),
+        options.seconds, options.variants, write,
+    )
     print("\n" + table(results))
     if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps({"machine": machine(), "results": results}))
-        print(f"written: {options.out}")
-    return 0
+        print(f"\nwritten: {options.out}")
+    return 1 if refused(results) else 0
 
 
 if __name__ == "__main__":

@@ -14,9 +14,13 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mrvae_models.config import TrainConfig
+
+if TYPE_CHECKING:  # a process that only lists the runs needs no torch
+    from mrvae_models.training import TrainResult
+    from torch import nn
 
 BETAS = tuple(round(0.01 * 1000 ** (i / 9), 6) for i in range(10))
 """Ten betas, log-spaced from 0.01 to 10."""
@@ -25,19 +29,35 @@ SAMPLES = 8
 """Draws of z an example that a distortion averages over."""
 
 
-def run(directory: Path, options: dict[str, Any], betas: Sequence[float]) -> dict[str, list[float]]:
-    """Train (unless the run is there) and evaluate on the test split: objective, rate and distortion by beta."""
-    from mrvae_models.curve import evaluate
-    from mrvae_models.training import calibration_images, load_split, train
+def configured(directory: Path, options: dict[str, Any]) -> TrainConfig:
+    """A run's options, in that directory: no logs, next to no validation, one thread unless told otherwise."""
+    return TrainConfig(**{"out": str(directory), "threads": 1, "log_to": (), "validate_every": 1000, **options})
 
-    config = TrainConfig(out=str(directory), threads=1, log_to=(), validate_every=1000, **options)
+
+def trained(config: TrainConfig) -> TrainResult:
+    """One training run, in place of what the directory holds."""
+    from mrvae_models.training import train
+
+    return train(config, force=True, progress=False)
+
+
+def evaluated(config: TrainConfig, model: nn.Module, betas: Sequence[float]) -> dict[str, list[float]]:
+    """Objective, rate and distortion on the test split, by beta, in nats an example."""
+    from mrvae_models.curve import evaluate
+    from mrvae_models.training import calibration_images, load_split
+
+    images = calibration_images(load_split(config, "train"))
+    curve = evaluate(model, load_split(config, "test"), betas, samples=SAMPLES, calibration=images)
+    return {name: curve.column(name) for name in ("objective", "rate", "distortion")}
+
+
+def run(directory: Path, options: dict[str, Any], betas: Sequence[float]) -> dict[str, list[float]]:
+    """Train (unless the run is there) and evaluate."""
+    config = configured(directory, options)
     done = directory / "test.json"
     if done.exists() and json.loads(done.read_text())["config"] == config.to_dict():
         return json.loads(done.read_text())["curve"]
-    result = train(config, force=True, progress=False)
-    images = calibration_images(load_split(config, "train"))
-    curve = evaluate(result.model, load_split(config, "test"), betas, samples=SAMPLES, calibration=images)
-    columns = {name: curve.column(name) for name in ("objective", "rate", "distortion")}
+    columns = evaluated(config, trained(config).model, betas)
     done.write_text(json.dumps({"config": config.to_dict(), "curve": columns}))
     return columns
 
@@ -56,11 +76,11 @@ def jobs(
     return found
 
 
-def table(runs: dict[str, dict[str, Any]]) -> str:
+def table(runs: dict[str, dict[str, Any]], betas: Sequence[float] = BETAS) -> str:
     """Markdown: a row a beta; mean over seeds and their standard deviation, and the ratio of the means."""
     lines = ["| beta | retrained | one multi-rate run | ratio | rate: retrained, multi-rate |", "|---|---|---|---|---|"]
     ratios = []
-    for i, beta in enumerate(BETAS):
+    for i, beta in enumerate(betas):
         plain = [curve["objective"][0] for curve in runs[f"{beta:g}"].values()]
         multi = [curve["objective"][i] for curve in runs["multi-rate"].values()]
         rates = [statistics.mean(c["rate"][0] for c in runs[f"{beta:g}"].values())]
@@ -100,7 +120,7 @@ def main() -> int:
             print(f"{count}/{len(planned)}: {who}, seed {seed}", flush=True)
     print(table(runs))
     if arguments.out:
-        from .overhead import machine
+        from .records import machine
 
         document = {"machine": machine(), "config": TrainConfig(**options).to_dict(), "betas": BETAS, "runs": runs}
         arguments.out.parent.mkdir(parents=True, exist_ok=True)

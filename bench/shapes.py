@@ -1,4 +1,4 @@
-"""Layers of the published networks, with the sizes that they see (MR-VAE, Appendix; NVAE; beta-TCVAE)."""
+"""Layers of the published networks, with the sizes that they see (MR-VAE, Appendix; NVAE; beta-TCVAE; SVG-LP)."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ class Case(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Such as "Conv2d(128, 256, 4, 2, 1) 14x14"."""
+        """Such as "Conv2d(128, 256, 4, 2, 1) 14x14"; of an LSTM with the number of steps."""
         arguments = ", ".join((*map(str, self.arguments), *(f"{key}={value}" for key, value in self.options.items())))
-        return f"{self.kind.__name__}({arguments}) {'x'.join(map(str, self.shape[1:]))}".rstrip()
+        sizes = self.shape[:1] if self.kind is nn.LSTM else self.shape[1:]
+        return f"{self.kind.__name__}({arguments}) {'x'.join(map(str, sizes))}".rstrip()
 
     def layer(self, device: torch.device | str = "meta", dtype: torch.dtype = torch.float32) -> nn.Module:
         """The plain layer."""
@@ -154,3 +155,42 @@ CASES: list[Case] = [
 ]
 BATCHES = (128, 16, 1024)
 """In order of interest."""
+
+FOLDING: list[Case] = [
+    # norms of the MNIST CNN and of NVAE; batch_first, so that the batch is the first axis of every case
+    *_layers("cnn", "relu", [
+        (nn.BatchNorm2d, (128,), (128, 14, 14)),
+        (nn.BatchNorm2d, (256,), (256, 7, 7)),
+        (nn.BatchNorm2d, (1024,), (1024, 1, 1)),
+    ]),
+    *_layers("nvae", "silu", [(nn.BatchNorm2d, (16,), (16, 32, 32)), (nn.BatchNorm2d, (192,), (192, 16, 16))]),
+    # SVG-LP's predictor is a step at a time; the text model reads sentences
+    Case("svg", nn.LSTM, (256, 256), {"batch_first": True}, (1, 256), "none"),
+    Case("lstm", nn.LSTM, (256, 256), {"batch_first": True}, (16, 256), "none"),
+    Case("lstm", nn.LSTM, (512, 256), {"batch_first": True}, (32, 512), "none"),
+]
+"""Layers without a choice of strategy for one beta a batch."""
+
+SIZES: dict[str, tuple[str, ...]] = {
+    "small": (
+        "Linear(16, 300)", "Conv2d(16, 16, 3, 1, 1) 32x32", "ConvTranspose2d(64, 1, 3, 2, 1, 1) 14x14",
+        "BatchNorm2d(1024) 1x1", "LSTM(256, 256, batch_first=True) 1",
+    ),
+    "middle": (
+        "Linear(784, 300)", "Conv2d(64, 128, 4, 2, 1) 14x14", "ConvTranspose2d(128, 64, 3, 2, 1, 1) 7x7",
+        "BatchNorm2d(256) 7x7", "LSTM(256, 256, batch_first=True) 16",
+    ),
+    "large": (
+        "Linear(1200, 1200)", "Conv2d(256, 512, 4, 2, 1) 7x7", "ConvTranspose2d(512, 256, 3, 2, 1, 1) 7x7",
+        "BatchNorm2d(192) 16x16", "LSTM(512, 256, batch_first=True) 32",
+    ),
+}
+"""One layer of each kind, by name."""
+
+
+def named(name: str) -> Case:
+    """The case of that name. ValueError where there is none."""
+    for case in (*CASES, *FOLDING):
+        if case.name == name:
+            return case
+    raise ValueError(f"there is no layer {name!r}; expected one of {', '.join(c.name for c in (*CASES, *FOLDING))}")

@@ -1,56 +1,41 @@
-"""Micro-benchmarks: one gated layer, forward and backward, beside the plain layer: `pytest bench/`.
+"""Micro-benchmarks: one layer by every variant of layer_variants.py, beside the plain layer: `pytest bench/`.
 
-Shapes are those of the bundled networks. Inputs rotate, so that they do not stay in the caches.
+A group holds what is comparable: one layer of the bundled networks in the same numbers, forward, or forward and
+backward. A variant whose numbers are wrong fails instead of getting a time; one that cannot run is skipped with the
+reason. A timed step ends when the device has done it. `python -m bench.layers` interleaves the variants, and is what
+ratios are taken from.
 """
 
-import itertools
+from __future__ import annotations
+
+from typing import Any
 
 import pytest
-import torch
-from torch import nn
 
-import mrvae_kernels as mk
-from mrvae_kernels import ops
-
-LAYERS = {
-    "Linear(784, 300)": (lambda: nn.Linear(784, 300), (784,)),
-    "Linear(300, 784)": (lambda: nn.Linear(300, 784), (300,)),
-    "Conv2d(32, 64, 4, 2, 1)": (lambda: nn.Conv2d(32, 64, 4, 2, 1), (32, 14, 14)),
-    "ConvTranspose2d(64, 32, 4, 2, 1)": (lambda: nn.ConvTranspose2d(64, 32, 4, 2, 1), (64, 7, 7)),
-}
-
-VARIANTS = ("plain", "fold", "epilogue", "one beta a sample", "reference")
+from .gpu_timing import synchronize
+from .layer_checks import CheckedCase
+from .layers import Job
 
 
-def timed(call, batch, shape):
-    """A function that runs `call` forward and backward on the next of eight inputs."""
-    inputs = itertools.cycle([torch.randn(batch, *shape, requires_grad=True) for _ in range(8)])
+def step_of(checked: CheckedCase, variant: str, backward: bool) -> Any:
+    """The variant's step, done when it returns. Fails for wrong numbers, skips for what cannot run."""
+    if fault := checked.fault(variant):
+        pytest.fail(f"{variant}: {fault}", pytrace=False)
+    if variant in checked.refused:
+        pytest.skip(checked.refused[variant])
+    run = checked.gated.steps(variant, backward)
 
-    def run():
-        call(next(inputs)).sum().backward()
+    def step() -> None:
+        run()
+        synchronize(checked.device)
 
-    return run
+    return step
 
 
-@pytest.mark.parametrize("batch", [16, 128])
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("name", LAYERS)
-def test_layer(benchmark, name, variant, batch):
-    if variant in ("fold", "epilogue") and not ops.EXTENSION:
-        pytest.skip(str(ops.EXTENSION_ERROR))
-    make, shape = LAYERS[name]
-    torch.manual_seed(0)
-    layer = make()
-    benchmark.group = f"{name}, batch {batch}"
-    if variant == "plain":
-        benchmark(timed(layer, batch, shape))
-        return
-    gated = getattr(mk, f"Gated{type(layer).__name__}").from_plain(layer)
-    beta = torch.full((batch,), 0.5) if variant == "one beta a sample" else 0.5
-    x = torch.randn(batch, *shape)
-    with mk.override(backend="reference"):
-        expected = gated(x, beta)
-    strategy = variant if variant in ("fold", "epilogue") else None
-    with mk.override(strategy=strategy, backend="reference" if variant == "reference" else None):
-        torch.testing.assert_close(gated(x, beta), expected, rtol=1e-4, atol=1e-5)  # no time for wrong numbers
-        benchmark(timed(lambda inputs: gated(inputs, beta), batch, shape))
+@pytest.mark.benchmark(min_rounds=5, max_time=0.05, warmup=False)
+def test_layer(benchmark: Any, checked: CheckedCase, job: Job, direction: str, variant: str) -> None:
+    step = step_of(checked, variant, direction == "both")
+    benchmark.group = f"{job.case.name}, batch {checked.batch}, {job.dtype}, {direction}"
+    benchmark.name = variant  # the group says the rest
+    benchmark.extra_info.update(layer=job.case.name, batch=checked.batch, dtype=job.dtype, variant=variant)
+    benchmark(step)

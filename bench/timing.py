@@ -10,15 +10,20 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
+from .gpu_timing import synchronize
+
 Step = Callable[[], object]
 
+CPU = torch.device("cpu")
 SECOND_STEP = "second step"
+LEAST_ROUNDS = 5
+"""So many are measured whatever they take: the interval of fewer is the range of what was seen."""
 
 
 class Ratio(NamedTuple):
@@ -40,39 +45,45 @@ def keep_memory() -> None:
 
 
 def interleave(
-    variants: dict[str, Step], rounds: int, seconds: float = 0.02, warmup: int = 3
+    variants: Mapping[str, Step], rounds: int, seconds: float = 0.02, warmup: int = 3, limit: float | None = None,
+    device: torch.device = CPU,
 ) -> dict[str, list[float]]:
-    """Seconds a step of every variant in every round.
+    """Seconds a step of every variant in every round; a GPU's work is waited for.
 
     A round runs all variants, in an order drawn anew, each for as many steps as `seconds` takes (one at least).
+    limit: no round begins later than so many seconds after the first, LEAST_ROUNDS excepted.
     """
+
+    def run(step: Step, count: int) -> float:
+        start = time.perf_counter()
+        for _ in range(count):
+            step()
+        synchronize(device)
+        return (time.perf_counter() - start) / count
+
     repeats = {}
     for name, step in variants.items():
-        for _ in range(warmup):
-            step()
-        start = time.perf_counter()
-        step()
-        repeats[name] = max(1, round(seconds / (time.perf_counter() - start)))
+        run(step, max(warmup, 1))
+        repeats[name] = max(1, round(seconds / run(step, 1)))
     times: dict[str, list[float]] = {name: [] for name in variants}
     order = list(variants)
     shuffle = random.Random(0).shuffle
     gc.collect()
     gc.disable()
+    begin = time.perf_counter()
     try:
-        for _ in range(rounds):
+        for done in range(rounds):
+            if limit is not None and done >= LEAST_ROUNDS and time.perf_counter() - begin > limit:
+                break
             shuffle(order)
             for name in order:
-                step, count = variants[name], repeats[name]
-                start = time.perf_counter()
-                for _ in range(count):
-                    step()
-                times[name].append((time.perf_counter() - start) / count)
+                times[name].append(run(variants[name], repeats[name]))
     finally:
         gc.enable()
     return times
 
 
-def ratio(times: dict[str, list[float]], variant: str, baseline: str) -> Ratio:
+def ratio(times: Mapping[str, list[float]], variant: str, baseline: str) -> Ratio:
     """The variant's time over the baseline's."""
     ratios = [a / b for a, b in zip(times[variant], times[baseline], strict=True)]
     draw = random.Random(0).choices
@@ -80,22 +91,53 @@ def ratio(times: dict[str, list[float]], variant: str, baseline: str) -> Ratio:
     return Ratio(statistics.median(ratios), medians[25], medians[974])
 
 
-def peak_memory(step: Step) -> int:
-    """Bytes of gradients, activations and temporaries at a step's peak, as torch's CPU allocator reports.
-
-    The second of two steps is measured: the profiler does not see the end of what was there before it, the gradients.
-    """
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        step()
-        with torch.profiler.record_function(SECOND_STEP):
-            step()
+def _trace(steps: Step, device: torch.device, memory: bool = False) -> list[dict[str, Any]]:
+    """The profiler's events of a call, in the order of their begin."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities, profile_memory=memory) as profile:
+        steps()
+        synchronize(device)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         profile.export_chrome_trace(str(path))
         events = json.loads(path.read_text())["traceEvents"]
+    return sorted((event for event in events if "ts" in event), key=lambda event: event["ts"])
+
+
+def launched(step: Step, device: torch.device = CPU) -> list[str]:
+    """Names of the kernels that a call launches on a GPU, copies and fills left out; of the operators on a CPU."""
+    wanted = "kernel" if device.type == "cuda" else "cpu_op"
+    return [event["name"] for event in _trace(step, device) if event.get("cat") == wanted]
+
+
+def peak_memory(step: Step, device: torch.device = CPU) -> int:
+    """Bytes of gradients, activations and temporaries at a step's peak, as torch's allocator reports.
+
+    The second of two steps is measured, which begins with the first one's gradients: on a CPU the profiler does not see
+    the end of what was there before it. On a GPU nothing counts that is there already; drop gradients before.
+    """
+    if device.type == "cuda":
+        synchronize(device)
+        held = torch.cuda.memory_allocated(device)
+        step()
+        synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        step()
+        synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - held
+
+    def twice() -> None:
+        step()
+        with torch.profiler.record_function(SECOND_STEP):
+            step()
+
+    events = _trace(twice, device, memory=True)
     begin = next(event["ts"] for event in events if event.get("name") == SECOND_STEP)
     held = peak = 0
-    for event in sorted((e for e in events if e.get("name") == "[memory]"), key=lambda e: e["ts"]):
-        held += event["args"]["Bytes"]
-        peak = max(peak, held) if event["ts"] >= begin else 0
+    for event in events:
+        if event.get("name") == "[memory]":
+            held += event["args"]["Bytes"]
+            peak = max(peak, held) if event["ts"] >= begin else 0
     return peak

@@ -1,147 +1,205 @@
-"""The ways to train a network at many betas that the benchmark sets side by side.
+"""One optimiser step of a VAE, plain or gated in one of the ways of bench/overhead_networks.py.
 
-    ungated        the plain network
-    gated          multirate(network), one beta a step
-    per-sample     multirate(network), one beta an example
-    listing1       the MR-VAE paper's Listing 1: an nn.Linear(1, C), an activation and a multiplication after each layer
-    plain-fold     folding written with plain PyTorch operations, a layer at a time
+A step is eager, compiled (torch.compile of the model), or recorded once and replayed from a CUDA graph. `TrainingStep`
+says which network it trains and what its gates are, so that bench/overhead_check.py can hold it against the formula.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from mrvae_models.networks import build
 from mrvae_models.objectives import beta_vae
+from mrvae_models.vae import VAE, VAEOutput
 from torch import Tensor, nn
-from torch.func import functional_call
 
-import mrvae_kernels as mk
-from mrvae_kernels.reference import fold, gate_activation
+from .gpu_timing import float32_precision
+from .overhead_networks import BETA_RANGE, ONE_A_SAMPLE, Gates, Of, gated_network
+from .timing import peak_memory
 
-BETA_RANGE = mk.BetaRange(0.01, 10.0)
-KINDS = {"encoder": "sigmoid", "decoder": "sqrt"}
-PRODUCTS = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
-
-
-class Listing1(nn.Module):
-    """A layer and the gate after it, as the paper's Listing 1 prints it (`torch.activation_fnc` read as the module)."""
-
-    def __init__(self, layer: nn.Module, features: int, kind: str) -> None:
-        super().__init__()
-        self.layer = layer
-        self.hyper_block_scale = nn.Linear(1, features)
-        self.kind = kind
-        self.eta = torch.empty(0)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.layer(x)
-        scale = gate_activation(self.hyper_block_scale(self.eta), self.kind)
-        if y.dim() == 4:
-            scale = scale.unsqueeze(-1).unsqueeze(-1)
-        return scale * y
+NUMBERS = ("float32", "tf32", "bfloat16")
+DRAWS = 8
 
 
-class Listing1Network(nn.Module):
-    """A network with Listing 1 after every product, beta as (N, 1) as in the authors' code."""
+class Draw(NamedTuple):
+    """A random batch (N, *shape), and its beta: a number, the same 0-d on the device, and one an example, (N,)."""
 
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-        self.gates: list[Listing1] = []
-        for name, layer in list(network.named_modules()):
-            if isinstance(layer, PRODUCTS):
-                features = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
-                gate = Listing1(layer, features, KINDS[name.split(".")[0]])
-                parent, _, child = name.rpartition(".")
-                setattr(network.get_submodule(parent), child, gate)
-                self.gates.append(gate)
-
-    def forward(self, x: Tensor, beta: Tensor) -> Any:
-        eta = ((beta.log() - BETA_RANGE.mean) / BETA_RANGE.std).unsqueeze(-1)
-        for gate in self.gates:
-            gate.eta = eta
-        return self.network(x)
+    x: Tensor
+    beta: float
+    scalar: Tensor
+    each: Tensor
 
 
-class PlainFoldNetwork(nn.Module):
-    """Folding with plain PyTorch: g * W and g * b for every product, then functional_call."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-        self.hyper = nn.ParameterDict()
-        self.layers: list[tuple[str, str, int]] = []
-        for name, layer in network.named_modules():
-            if isinstance(layer, PRODUCTS):
-                features = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
-                self.hyper[name.replace(".", "-")] = nn.Parameter(torch.empty(2, features).uniform_(-1, 1))
-                groups = layer.groups if isinstance(layer, nn.ConvTranspose2d) else 0
-                self.layers.append((name, KINDS[name.split(".")[0]], groups))
-
-    def forward(self, x: Tensor, beta: Tensor) -> Any:
-        eta = (beta.log() - BETA_RANGE.mean) / BETA_RANGE.std
-        tensors = {}
-        for name, kind, groups in self.layers:
-            layer = self.network.get_submodule(name)
-            weight, bias = self.hyper[name.replace(".", "-")]
-            gate = gate_activation(weight * eta + bias, kind)
-            tensors[f"{name}.weight"], tensors[f"{name}.bias"] = fold(layer.weight, layer.bias, gate, None, groups)
-        return functional_call(self.network, tensors, (x,))
-
-
-def betas() -> Iterator[float]:
-    """Log-uniform on the range, for ever."""
+def draws(shape: tuple[int, ...], batch: int, device: torch.device, count: int = DRAWS) -> list[Draw]:
+    """The same batches and betas, log-uniform on the range, for every variant."""
     generator = torch.Generator().manual_seed(0)
     low, high = math.log(BETA_RANGE.low), math.log(BETA_RANGE.high)
-    while True:
-        yield from (low + (high - low) * torch.rand(1024, generator=generator)).exp().tolist()
+    found = []
+    for _ in range(count):
+        x = torch.rand(batch, *shape, generator=generator)
+        betas = (low + (high - low) * torch.rand(1 + batch, generator=generator)).exp()
+        found.append(Draw(x.to(device), betas[0].item(), betas[0].to(device), betas[1:].to(device)))
+    return found
+
+
+@contextlib.contextmanager
+def precision(numbers: str, device: torch.device) -> Iterator[None]:
+    """Within the block float32 products on a GPU are exact, or TF32's. ValueError for TF32 on a CPU."""
+    if numbers not in NUMBERS:
+        raise ValueError(f"numbers is {numbers!r}; expected one of {', '.join(NUMBERS)}")
+    if device.type != "cuda":
+        if numbers == "tf32":
+            raise ValueError(f"TF32 products need an NVIDIA GPU; the device is {device}")
+        yield
+        return
+    with float32_precision("tf32" if numbers == "tf32" else "ieee"):
+        yield
+
+
+class TrainingStep:
+    """Forward, loss, zero_grad, backward and fused Adam on the next of a few random batches; a call gives the loss.
+
+    model       what is trained; `call` is the same, compiled where asked for
+    plain       the network as it was before gating, for references; not trained
+    parameters  the network's own parameters, by their names in `plain`; `buffers` likewise
+    gates(of)   layer name -> (w, c), the value or gradient of each gate as `of` gives it
+    shared      whether one beta holds for the batch; else one an example
+    """
+
+    def __init__(
+        self, variant: str, vae: VAE, inputs: list[Draw], compiled: bool = False, graph: bool = False,
+        numbers: str = "float32",
+    ) -> None:
+        self.device = inputs[0].x.device
+        if graph and self.device.type != "cuda":
+            raise ValueError(f"CUDA graphs need an NVIDIA GPU; the device is {self.device}")
+        self.variant, self.inputs, self.numbers, self.graph = variant, inputs, numbers, graph
+        self.plain = vae.to(self.device)
+        network = copy.deepcopy(self.plain)
+        self.parameters = dict(network.named_parameters())
+        self.buffers = dict(network.named_buffers())
+        self.likelihood = vae.likelihood
+        self.model, self._gates = gated_network(network, variant)
+        self.call: Any = torch.compile(self.model, fullgraph=True, dynamic=False) if compiled else self.model
+        self.as_tensor = compiled or graph
+        self.shared = variant not in ONE_A_SAMPLE
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-4, fused=True, capturable=graph)
+        self.recorded: RecordedStep | None = None
+        self.count = 0
+
+    def gates(self, of: Of) -> Gates:
+        return self._gates(of)
+
+    def __call__(self) -> Tensor:
+        self.count += 1
+        return self.run(self.inputs[self.count % len(self.inputs)])[0]
+
+    def run(self, draw: Draw) -> tuple[Tensor, VAEOutput]:
+        """One step on this batch: the loss, and what the network gave. Gradients stay until the next step."""
+        if not self.graph:
+            return self._step(draw)
+        if self.recorded is None:
+            self.recorded = RecordedStep(self, draw)
+        return self.recorded.replay(draw)
+
+    def forward(self, draw: Draw) -> VAEOutput:
+        """The network's output, with beta as this variant takes it."""
+        if self.variant == "ungated":
+            return self.call(draw.x)
+        if self.variant in ("gated", "per-sample"):
+            shared = draw.scalar if self.as_tensor else draw.beta
+            return self.call(draw.x, beta=shared if self.shared else draw.each)
+        return self.call(draw.x, draw.scalar if self.shared else draw.each)
+
+    def _step(self, draw: Draw) -> tuple[Tensor, VAEOutput]:
+        autocast = torch.autocast(self.device.type, torch.bfloat16)
+        with autocast if self.numbers == "bfloat16" else contextlib.nullcontext():
+            output = self.forward(draw)
+            beta = (draw.scalar if self.graph else draw.beta) if self.shared else draw.each
+            loss = beta_vae(output, draw.x, beta, self.likelihood).loss
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        return loss, output
+
+
+class RecordedStep:
+    """A step's kernels in one CUDA graph, with a batch and betas of its own that a replay fills.
+
+    Recording does not train: weights, buffers and Adam's state are what they were before it.
+    peak: bytes allocated at most while it was recorded, over what was there before.
+    """
+
+    def __init__(self, step: TrainingStep, draw: Draw) -> None:
+        self.draw = Draw(draw.x.clone(), draw.beta, draw.scalar.clone(), draw.each.clone())
+        before = [tensor.detach().clone() for tensor in _trained(step)]
+        device = step.device
+        side = torch.cuda.Stream(device)
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(side):  # compiles, plans and makes Adam's state, which a recording cannot
+            for _ in range(3):
+                step._step(self.draw)
+        torch.cuda.current_stream(device).wait_stream(side)
+        step.optimizer.zero_grad()
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        held = torch.cuda.memory_allocated(device)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            loss, output = step._step(self.draw)
+            self.loss, self.output = loss.detach(), VAEOutput(*(value.detach() for value in output))
+        self.peak = torch.cuda.max_memory_allocated(device) - held
+        with torch.no_grad():
+            for tensor, value in zip(_trained(step), before, strict=True):
+                tensor.copy_(value)
+            for state in step.optimizer.state.values():
+                for value in state.values():
+                    value.zero_()
+
+    def replay(self, draw: Draw) -> tuple[Tensor, VAEOutput]:
+        self.draw.x.copy_(draw.x)
+        self.draw.scalar.copy_(draw.scalar)
+        self.draw.each.copy_(draw.each)
+        self.graph.replay()
+        return self.loss, self.output
+
+
+def _trained(step: TrainingStep) -> list[Tensor]:
+    return [*step.model.parameters(), *step.model.buffers()]
 
 
 def training_step(
-    variant: str, network: str, shape: tuple[int, ...], batch: int, compiled: bool = False, **options: Any
-) -> Callable[[], Tensor]:
-    """One optimiser step of a variant on the next of eight random batches: forward, loss, backward, fused Adam.
+    variant: str, network: str, shape: tuple[int, ...], batch: int, compiled: bool = False, *, graph: bool = False,
+    numbers: str = "float32", device: torch.device | str = "cpu", **options: Any,
+) -> TrainingStep:
+    """The step of one variant of a bundled network; every variant starts from the same weights, gates and batches.
 
-    Every variant starts from the same weights. The returned function gives the loss.
+    options: the network's own. ValueError for a variant that is not known, and for a CUDA graph without a GPU. The
+    caller puts `precision` around steps on a GPU.
     """
     torch.manual_seed(0)
     vae = build(network, shape, **options)
-    likelihood = vae.likelihood
-    images = torch.rand(8, batch, *shape)
-    model: nn.Module = copy.deepcopy(vae)
-    if variant in ("gated", "per-sample"):
-        model = mk.multirate(model, KINDS, BETA_RANGE)
-    elif variant == "listing1":
-        model = Listing1Network(model)
-    elif variant == "plain-fold":
-        model = PlainFoldNetwork(model)
-    elif variant != "ungated":
-        raise ValueError(f"variant is {variant!r}; expected ungated, gated, per-sample, listing1 or plain-fold")
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, fused=True)
-    call = torch.compile(model) if compiled else model
-    draw, counter = betas(), iter(range(10**9))
+    return TrainingStep(variant, vae, draws(shape, batch, torch.device(device)), compiled, graph, numbers)
 
-    def step() -> Tensor:
-        x, beta = images[next(counter) % 8], next(draw)
-        if variant == "ungated":
-            output = call(x)
-        elif variant == "gated":
-            output = call(x, beta=torch.tensor(beta) if compiled else beta)
-        elif variant == "plain-fold":
-            output = call(x, torch.tensor(beta))
-        else:
-            spread = torch.full((batch,), beta)
-            output = call(x, beta=spread) if variant == "per-sample" else call(x, spread)
-        loss = beta_vae(output, x, beta, likelihood).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        return loss
 
-    step.model = model  # type: ignore[attr-defined]
-    return step
+def step_bytes(step: TrainingStep) -> int:
+    """Bytes at a step's peak: weights, buffers and Adam's moments, and gradients, activations and temporaries."""
+    if not step.optimizer.state:
+        step()
+    tensors = _trained(step)
+    tensors += [value for state in step.optimizer.state.values() for value in state.values()]
+    held = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    if step.recorded is not None:
+        return held + step.recorded.peak
+    step.optimizer.zero_grad()
+    return held + peak_memory(step, step.device)
+
+
+def parameter_count(module: nn.Module) -> int:
+    """Trained numbers."""
+    return sum(parameter.numel() for parameter in module.parameters())

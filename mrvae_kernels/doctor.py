@@ -88,7 +88,8 @@ def describe(layer: nn.Module, text: str, shape: Sequence[int], per_sample: bool
             return [head, f"  {how} on {backend}: {reason}"]
         product = adapter.measured_product(layer, x, torch.device(device))
         refusal = adapter.fused_refusal(layer, x)
-        choice = explain(weights, output.numel(), per_sample, device, product=product, fused_refusal=refusal)
+        kind = "linear" if isinstance(layer, nn.Linear) else "convolution"
+        choice = explain(weights, output.numel(), per_sample, device, product=product, fused_refusal=refusal, kind=kind)
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"{text}: {error}{_advice()}") from None
     return [head, f"  {choice.strategy} on {choice.backend}: {choice.reason}", *(f"  not {r}" for r in choice.rejected)]

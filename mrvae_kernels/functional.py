@@ -146,7 +146,10 @@ def linear_strategy(x: Tensor, weight: Tensor, per_sample: bool, asked: str | No
     if asked:
         return choose_strategy(0, 0, per_sample, asked)
     product = None if x.device.type == "cpu" else linear_product(x, weight, x.device)
-    return choose_strategy(weight.numel(), math.prod(x.shape[:-1]) * weight.shape[0], per_sample, None, product)
+    outputs = math.prod(x.shape[:-1]) * weight.shape[0]
+    return choose_strategy(
+        weight.numel(), outputs, per_sample, None, product, device=x.device, dtype=_dtype_of_product(x)
+    )
 
 
 def linear_product(x: Tensor, weight: Tensor, device: torch.device) -> Product:
@@ -299,9 +302,13 @@ def convolution_strategy(
         return choose_strategy(0, 0, per_sample, asked)
     outputs = convolution_output_numel(x, weight, *geometry)
     product = None if x.device.type == "cpu" else convolution_product(x, weight, outputs, geometry, x.device)
-    how = choose_strategy(weight.numel(), outputs, per_sample, None, product)
+    choose = functools.partial(
+        choose_strategy, weight.numel(), outputs, per_sample, None, product, kind="convolution", device=x.device,
+        dtype=_dtype_of_product(x),
+    )
+    how = choose()
     if how == "fused" and current().strategy is None and fused_refusal(x, weight, geometry):
-        how = choose_strategy(weight.numel(), outputs, per_sample, None, product, fused_refused=True)
+        how = choose(fused_refused=True)
     return how
 
 

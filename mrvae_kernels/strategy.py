@@ -2,18 +2,16 @@
 
 Three strategies compute the same y = act(g (W x + b) + t):
 
-    fold       W' = g W, then the library's product. Moves the weights about five times (read and write in forward; read
-               two and write one in backward). One beta a batch only.
-    epilogue   the library's product, then one pass over the outputs. Moves the outputs about four times more than the
-               ungated layer, whose bias gradient reads them once anyway. Any beta.
+    fold       W' = g W, then the library's product: costs passes over the weights. One beta a batch only.
+    epilogue   the library's product, then one pass over the outputs, and one in backward. Any beta.
     fused      one kernel for the product with bias, gate, shift and activation. Any beta; Linear, Conv2d and
                ConvTranspose2d, on GPUs.
 
 by three backends (`backends`): "cpp", "triton" and "reference", which is also what torch.compile gets, so that it can
 fuse the gate into its neighbours. Precedence: argument, then `override(...)`, then MRVAE_STRATEGY and MRVAE_BACKEND,
-then what was measured on this very device for this shape class (`measurements`), then the cost model, with the compiled
-core on the CPU and plain PyTorch elsewhere. An explicit choice that cannot be honoured raises; the automatic one falls
-back, and `explain` says so.
+then what was measured on this very device for this shape class (`measurements`), then the cost model (`cost_model`),
+with the compiled core on the CPU and plain PyTorch elsewhere. An explicit choice that cannot be honoured raises; the
+automatic one falls back, and `explain` says so.
 """
 
 from __future__ import annotations
@@ -26,16 +24,13 @@ from typing import NamedTuple
 
 import torch
 
-from . import measurements, ops
+from . import cost_model, measurements, ops
 from .backends import BACKENDS, CPU_DTYPES, HOW_TO_INTERPRET, NO_TRITON, TRITON_INSTALLED, inside_transform, refusals
 from .triton_kernels.device import float32_precision
 
 STRATEGIES = ("fold", "epilogue", "fused")
 HOW_TO_MEASURE = "mrvae_kernels.tune(model, ...) measures, and keeps the result"
 NO_REFERENCE = "strategy 'fused' has kernels in the compiled core and in Triton only"
-
-FOLD_PASSES = 5
-EPILOGUE_PASSES = 4
 
 
 @dataclass(frozen=True)
@@ -147,10 +142,12 @@ def _fused_backend(device: torch.device, dtype: torch.dtype) -> str:
 
 def choose_strategy(
     weight_numel: int, output_numel: int, per_sample: bool, asked: str | None = None, product: Product | None = None,
-    fused_refused: bool = False,
+    fused_refused: bool = False, *, kind: str = "linear", device: torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> str:
     """"fold", "epilogue" or "fused": what is asked for, else what was measured for `product` (where it was), else by
-    bytes moved; ValueError if the one asked for cannot be done. fused_refused: the fused kernels do not take it."""
+    the cost model of a `kind` ("linear", "convolution") on `device` (None: unknown) for products in `dtype`; ValueError
+    if the one asked for cannot be done. fused_refused: the fused kernels do not take it."""
     asked = asked or _override.strategy
     if asked is None:
         if product is not None and (times := _measured(product, per_sample, fused_refused)):
@@ -160,7 +157,7 @@ def choose_strategy(
         # one program for every batch size: comparing them would pin the exported one's
         if torch.compiler.is_exporting():
             return "fold"
-        return "epilogue" if output_numel * EPILOGUE_PASSES < weight_numel * FOLD_PASSES else "fold"
+        return costs(kind, device, dtype).cheaper(weight_numel, output_numel)
     if asked not in STRATEGIES:
         raise ValueError(f"strategy is {asked!r}; expected one of {', '.join(STRATEGIES)}")
     if asked == "fold" and per_sample:
@@ -169,6 +166,15 @@ def choose_strategy(
             "whole batch: use strategy 'epilogue', or one beta"
         )
     return asked
+
+
+def costs(kind: str, device: torch.device | None, dtype: torch.dtype) -> cost_model.CostModel:
+    """The cost model of a product: fitted for the compiled core on the CPU, elsewhere by bytes moved."""
+    compiled_core = (
+        device is not None and device.type == "cpu" and ops.EXTENSION and _override.backend in (None, "cpp")
+        and not torch.compiler.is_compiling() and not inside_transform()
+    )
+    return cost_model.fitted(kind, dtype) if compiled_core else cost_model.BYTES_MOVED
 
 
 def _measured(product: Product, per_sample: bool, fused_refused: bool = False) -> measurements.Times:
@@ -207,18 +213,21 @@ class Choice:
 def explain(
     weight_numel: int, output_numel: int, per_sample: bool = False, device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32, product: Product | None = None, fused_refusal: str | None = None,
+    kind: str = "linear",
 ) -> Choice:
-    """What would run for a layer with that many weights and outputs, and why not the others (for doctor).
+    """What would run for a layer of that kind with that many weights and outputs, and why not the others (for doctor).
 
     fused_refusal: why the fused kernels do not take this very layer. ValueError if they are asked for all the same.
     """
     device = torch.device(device)
-    strategy = choose_strategy(weight_numel, output_numel, per_sample, None, product, fused_refusal is not None)
+    strategy = choose_strategy(
+        weight_numel, output_numel, per_sample, None, product, fused_refusal is not None, kind=kind, device=device,
+        dtype=dtype,
+    )
     if strategy == "fused" and fused_refusal:
         raise ValueError(fused_refused(fused_refusal))
     backend = choose_backend(device, dtype, strategy)
     times = {} if product is None or _override.strategy else _measured(product, per_sample, fused_refusal is not None)
-    fold_cost, epilogue_cost = weight_numel * FOLD_PASSES, output_numel * EPILOGUE_PASSES
     if _override.strategy:
         reason = "asked for by override or MRVAE_STRATEGY"
     elif times:
@@ -226,7 +235,7 @@ def explain(
     elif per_sample:
         reason = "one beta a sample"
     else:
-        reason = f"fold moves {fold_cost:,} elements, epilogue {epilogue_cost:,}"
+        reason = costs(kind, device, dtype).told(weight_numel, output_numel)
     rejected = []
     for other in STRATEGIES:
         refused = _fused_refusals(device, dtype) if other == "fused" else []

@@ -16,7 +16,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before mrvae_kernels reads it: Triton's kernels on CPU tensors
 
 import mrvae_kernels as mk
-from mrvae_kernels import ops
+from mrvae_kernels import cost_model, ops
 
 sys.path.insert(0, str(Path(__file__).parent))  # helpers.py and its like, under every import mode of pytest
 import interpreter_bounds
@@ -47,6 +47,12 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """The test runs once on each backend that is installed."""
     with mk.override(backend=request.param):
         yield request.param
+
+
+@pytest.fixture(autouse=True)
+def _no_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Strategies by bytes moved, on every machine and after every fit of the cost model."""
+    monkeypatch.setattr(cost_model, "_fitted", {})
 
 
 @pytest.fixture(autouse=True)

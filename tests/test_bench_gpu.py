@@ -147,11 +147,11 @@ def test_a_lost_device_ends_the_run_with_what_was_found(tmp_path, monkeypatch):
     def lost(*_):
         raise RuntimeError("an illegal memory access was encountered")
 
-    def second(self, x, strategy):
+    def second(self, x, strategy, gate):
         if self.case is TINY[1] and strategy == "fused":
             monkeypatch.setattr(gpu_timing, "synchronize", lost)
             lost()
-        return right(self, x, strategy)
+        return right(self, x, strategy, gate)
 
     right = GatedCase._ours
     monkeypatch.setattr(GatedCase, "_ours", second)

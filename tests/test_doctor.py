@@ -82,10 +82,10 @@ def test_which_gpus_the_cuda_core_has_code_for(capability, architectures, runs):
 )
 def test_what_would_run_for_a_layer(capsys, layer, shape, weights, outputs):
     out = lines(capsys, "--layer", layer, "--input", shape)
-    choice = "fold" if strategy.FOLD_PASSES * weights <= strategy.EPILOGUE_PASSES * outputs else "epilogue"
+    kind = "linear" if layer.startswith("Linear") else "convolution"
+    model = strategy.costs(kind, torch.device("cpu"), torch.float32)
     backend = "cpp" if ops.EXTENSION else "reference"
-    numbers = f"fold moves {strategy.FOLD_PASSES * weights:,} elements, epilogue {strategy.EPILOGUE_PASSES * outputs:,}"
-    assert f"  {choice} on {backend}: {numbers}" in out
+    assert f"  {model.cheaper(weights, outputs)} on {backend}: {model.told(weights, outputs)}" in out
     per_sample = lines(capsys, "--layer", layer, "--input", shape, "--per-sample")
     assert (
         f"  epilogue on {backend}: one beta a sample" in per_sample

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import mrvae_kernels as mk
-from mrvae_kernels import backends, measurements, ops, strategy
-from mrvae_kernels.strategy import EPILOGUE_PASSES, FOLD_PASSES, Product, choose_backend, choose_strategy, explain
+from mrvae_kernels import backends, cost_model, measurements, ops, strategy
+from mrvae_kernels.strategy import Product, choose_backend, choose_strategy, explain
 
-CPU = torch.device("cpu")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 @pytest.fixture(autouse=True)
@@ -21,12 +21,68 @@ def _no_override(monkeypatch):
     monkeypatch.setattr(strategy, "_override", strategy.Override())
 
 
-def test_the_cost_model_moves_fewer_bytes():
-    for weights, outputs in [(10, 1000), (1000, 10), (784 * 300, 128 * 300), (128 * 256 * 16, 128 * 256 * 49)]:
-        cheaper = "fold" if FOLD_PASSES * weights <= EPILOGUE_PASSES * outputs else "epilogue"
-        assert choose_strategy(weights, outputs, False) == cheaper
-        assert choose_strategy(weights, outputs, True) == "epilogue"
-    assert choose_strategy(5 * EPILOGUE_PASSES, 5 * FOLD_PASSES, False) == "fold", "a tie folds"
+def test_without_a_fit_fewer_bytes_are_moved():
+    for device in (None, CUDA):
+        for weights, outputs in [(10, 1000), (1000, 10), (784 * 300, 128 * 300), (128 * 256 * 16, 128 * 256 * 49)]:
+            cheaper = "fold" if 5 * weights <= 4 * outputs else "epilogue"
+            assert choose_strategy(weights, outputs, False, device=device) == cheaper
+            assert choose_strategy(weights, outputs, True, device=device) == "epilogue"
+        assert choose_strategy(20, 25, False, device=device) == "fold", "a tie folds"
+
+
+@pytest.fixture
+def fits(monkeypatch):
+    """A fit by which folding a Linear costs nothing at all and folding a convolution costs too much, and a core."""
+    model = cost_model.CostModel(cost_model.Extra(0, 0, 0), cost_model.Extra(0, 0, 2_000_000), "a quick machine")
+    turned = model._replace(fold=model.epilogue, epilogue=model.fold)
+    monkeypatch.setattr(cost_model, "_fitted", {
+        ("linear", torch.float32): model, ("convolution", torch.float32): turned, ("linear", torch.bfloat16): turned,
+    })
+    monkeypatch.setattr(ops, "EXTENSION", True)
+
+
+def test_the_compiled_core_on_a_cpu_follows_the_fit(fits):
+    large = (1000, 1)  # by bytes moved the epilogue
+    assert choose_strategy(*large, False, device=CPU) == "fold"
+    assert choose_strategy(*large, False, device=CPU, kind="convolution") == "epilogue"
+    assert choose_strategy(*large, False, device=CPU, dtype=torch.bfloat16) == "epilogue"
+    assert choose_strategy(1, 1000, False, device=CPU, dtype=torch.float16) == "fold", "not fitted: bytes moved"
+    assert choose_strategy(*large, False, device=CUDA) == choose_strategy(*large, True, device=CPU) == "epilogue"
+    with mk.override(backend="cpp"):
+        assert choose_strategy(*large, False, device=CPU) == "fold"
+    with mk.override(backend="reference"):
+        assert choose_strategy(*large, False, device=CPU) == "epilogue", "plain PyTorch was not fitted"
+    told = explain(1000, 1)
+    assert (told.strategy, told.backend) == ("fold", "cpp")
+    assert told.reason == "fold adds 0.0 us a step, epilogue 2.0 us, by the cost model fitted on a quick machine"
+    assert f"epilogue: {told.reason}" in told.rejected
+    assert explain(1000, 1, kind="convolution").strategy == "epilogue"
+
+
+def test_layers_say_which_kind_and_which_numbers_they_are(fits, monkeypatch):
+    x, image, gate = torch.randn(2, 3), torch.randn(2, 3, 5, 5), torch.rand(4)
+    linear, convolution = torch.randn(4, 3), torch.randn(4, 3, 3, 3)
+    assert mk.functional.linear_strategy(x, linear, False) == "fold"
+    with torch.autocast("cpu", torch.bfloat16):
+        assert mk.functional.linear_strategy(x, linear, False) == "epilogue"
+    geometry = ((1, 1), (0, 0), (1, 1), False, (0, 0), 1)
+    assert mk.functional.convolution_strategy(image, convolution, geometry, False) == "epilogue"
+    asked = []
+    monkeypatch.setattr(ops, "gated_convolution", lambda *a: asked.append(a[-1]))
+    mk.gated_conv2d(image, convolution, None, gate)
+    assert asked == ["epilogue"]
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_compiled_graph_follows_the_bytes_moved(fits, dynamic):
+    weight, gate = torch.randn(40, 3), torch.rand(40)
+
+    @torch.compile(fullgraph=True, backend="eager", dynamic=dynamic)
+    def choices(x):
+        how = mk.functional.linear_strategy(x, weight, False)
+        return mk.gated_linear(x, weight, None, gate), how
+
+    assert [choices(torch.randn(rows, 3))[1] for rows in (1, 2, 100)] == ["epilogue", "epilogue", "fold"]
 
 
 def test_layers_follow_the_cost_model(monkeypatch):
@@ -111,6 +167,7 @@ def test_with_the_extension_cpp_takes_its_devices_and_dtypes(monkeypatch):
 
 
 def test_explain_gives_the_reason_and_what_was_rejected_why(monkeypatch):
+    monkeypatch.setattr(cost_model, "_fitted", {})
     fold = explain(10, 1000)
     assert (fold.strategy, fold.reason) == ("fold", "fold moves 50 elements, epilogue 4,000")
     assert fold.rejected[0].startswith("epilogue: ")
@@ -140,7 +197,6 @@ def test_environment_variables(monkeypatch):
         strategy._from_environment()
 
 
-CUDA = torch.device("cuda")
 PRODUCT = Product("linear", CUDA, torch.float32, 128, 300, 784)
 
 

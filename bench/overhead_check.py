@@ -1,0 +1,251 @@
+"""Whether a training step computes what its gates say, in float64: a variant that does not is refused a time.
+
+    y_layer = act(w eta(beta) + c) * layer(x)        hooks on a float64 copy of the plain network
+    z = mean + exp(log_variance / 2) * noise         noise recovered from the step's own output
+    loss = mean of D + beta R, and its gradients by the network's parameters and by every gate
+
+Held against it are the network's outputs, the loss, all gradients and the running statistics that one step gives, and
+that its optimiser moves what has a gradient. A value a is off from the exact b by |a - b| (Euclidean norms); allowed is
+
+    TOLERANCES[numbers] |b| + 3 |p - b| + 1e-5 max |b'|
+
+with p what the plain network with hooks gives in the step's own numbers (float32, TF32, bfloat16), and b' the values of
+b's kind (outputs, gradients, ...): a bias before a batch norm has no gradient but rounding.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from mrvae_models.objectives import beta_vae
+from mrvae_models.vae import VAE, VAEOutput, reparameterise
+from torch import Tensor, nn
+
+from mrvae_kernels.reference import along, gate_activation
+
+from .gpu_timing import failure
+from .overhead_networks import Gates, channel_axis, eta_of, kind_of
+from .variants import Draw, TrainingStep
+
+
+class Tolerance(NamedTuple):
+    """Relative, of outputs and statistics, and of gradients: a rounding error that turns the sign of a ReLU's input
+    moves those of a small batch, by 1e-3 in float32 and 1e-1 in bfloat16."""
+
+    outputs: float
+    gradients: float
+
+
+TOLERANCES = {"float32": Tolerance(5e-4, 2e-3), "tf32": Tolerance(5e-3, 2e-2), "bfloat16": Tolerance(2e-2, 1e-1)}
+
+PLAIN_TIMES = 3
+OF_LARGEST = 1e-5
+SEED = 7
+
+Values = dict[str, Tensor]
+"""What a step gave or should have given, as "kind: name"."""
+
+
+class Before(NamedTuple):
+    """What a step starts from."""
+
+    parameters: Values
+    buffers: Values
+    gates: Gates
+
+
+def before(step: TrainingStep) -> Before:
+    """Copies, so that the step can go on."""
+    return Before(
+        {name: value.detach().clone() for name, value in step.parameters.items()},
+        {name: value.detach().clone() for name, value in step.buffers.items()},
+        step.gates(lambda parameter: parameter.detach().clone()),
+    )
+
+
+def given(step: TrainingStep, draw: Draw) -> tuple[Values, VAEOutput]:
+    """What one step on this batch gives, and its output."""
+    loss, output = step.run(draw)
+    values = {"output: loss": loss.detach(), **_outputs(output)}
+    values |= {f"gradient: {name}": _gradient(value) for name, value in step.parameters.items()}
+    return values | _by_name(step.gates(_gradient)) | _statistics(step.buffers), output
+
+
+def expected(
+    plain: VAE, start: Before, draw: Draw, shared: bool, noise: Tensor, dtype: torch.dtype = torch.float64,
+    autocast: bool = False,
+) -> Values:
+    """The same from the formula, in plain PyTorch; z is made of this noise."""
+    network = copy.deepcopy(plain).to(dtype)
+    network.load_state_dict({**start.parameters, **start.buffers})
+    beta = draw.scalar if shared else draw.each
+    gates = {
+        name: (weight.to(dtype, copy=True).requires_grad_(), bias.to(dtype, copy=True).requires_grad_())
+        for name, (weight, bias) in start.gates.items()
+    }
+    for name, (weight, bias) in gates.items():
+        gate = gate_activation(eta_of(beta.to(dtype)).unsqueeze(-1) * weight + bias, kind_of(name))
+        network.get_submodule(name).register_forward_hook(_scaling(gate))
+    with torch.autocast(draw.x.device.type, torch.bfloat16, enabled=autocast):
+        mean, log_variance = network.encode(draw.x.to(dtype))
+        z = mean + torch.exp(0.5 * log_variance) * noise.to(dtype)
+        output = VAEOutput(network.decode(z), mean, log_variance, z)
+        loss = beta_vae(output, draw.x.to(dtype), beta.to(dtype), plain.likelihood).loss
+    loss.backward()
+    values = {"output: loss": loss.detach(), **_outputs(output)}
+    values |= {f"gradient: {name}": _gradient(value) for name, value in network.named_parameters()}
+    values |= _by_name({name: (_gradient(weight), _gradient(bias)) for name, (weight, bias) in gates.items()})
+    return values | _statistics(dict(network.named_buffers()))
+
+
+class Reference(NamedTuple):
+    """The exact values for one start, kind of beta and noise, and those of plain PyTorch in the step's numbers."""
+
+    start: Before
+    shared: bool
+    noise: Tensor
+    exact: Values
+    plain: Values
+
+
+class References:
+    """References of one case, kept: variants that start and draw alike share one."""
+
+    def __init__(self) -> None:
+        self.known: list[Reference] = []
+
+    def get(self, step: TrainingStep, start: Before, draw: Draw, noise: Tensor) -> Reference:
+        near = 0.05 if step.numbers == "bfloat16" else 1e-3
+        for found in self.known:
+            if (
+                found.shared == step.shared and torch.allclose(found.noise, noise, rtol=0, atol=near)
+                and _same(found.start, start)
+            ):
+                return found
+        exact = expected(step.plain, start, draw, step.shared, noise)
+        autocast = step.numbers == "bfloat16"
+        plain = expected(step.plain, start, draw, step.shared, noise, torch.float32, autocast)
+        self.known.append(Reference(start, step.shared, noise, exact, plain))
+        return self.known[-1]
+
+
+def refusal(step: TrainingStep, references: References | None = None) -> str | None:
+    """Why this step gets no time, or None: it fails, or what it gives is not what its gates say.
+
+    Takes a step and, where it is compiled, a second one with another beta, which must not compile again.
+    """
+    references = references or References()
+    draw = step.inputs[0]
+    start = before(step)
+    try:
+        torch.manual_seed(SEED)
+        values, output = given(step, draw)
+        if wrong := _wrong_noise(output):
+            return wrong
+        noise = _noise(output)
+        if wrong := _wrong_values(values, references.get(step, start, draw, noise), TOLERANCES[step.numbers]):
+            return wrong
+        if wrong := _not_moved(step, start, values):
+            return wrong
+        if step.call is not step.model:
+            with torch.compiler.set_stance("fail_on_recompile"):
+                step.run(step.inputs[-1])
+    except Exception as error:
+        return failure(error, step.device).strip().partition("\n")[0]
+    return None
+
+
+def _outputs(output: VAEOutput) -> Values:
+    return {f"output: {name}": getattr(output, name).detach() for name in ("parameters", "mean", "log_variance")}
+
+
+def _statistics(buffers: Values) -> Values:
+    return {f"statistics: {n}": value.detach().clone() for n, value in buffers.items() if value.is_floating_point()}
+
+
+def _gradient(parameter: Tensor) -> Tensor:
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.detach().clone()
+
+
+def _scaling(gate: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+    def scale(layer: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> Tensor:
+        return y * along(gate, channel_axis(layer, y.dim()), y.dim()).to(y.dtype)
+
+    return scale
+
+
+def _noise(output: VAEOutput) -> Tensor:
+    mean, log_variance, z = (value.detach().double() for value in (output.mean, output.log_variance, output.z))
+    return (z - mean) * torch.exp(-0.5 * log_variance)
+
+
+def _same(a: Before, b: Before) -> bool:
+    pairs = [(a.parameters, b.parameters), (a.buffers, b.buffers), (_by_name(a.gates), _by_name(b.gates))]
+    return all(x.keys() == y.keys() and all(torch.equal(x[name], y[name]) for name in x) for x, y in pairs)
+
+
+def _by_name(gates: Gates) -> Values:
+    """Each gate's w and c by "gradient of the gate: <layer> w" and "... c", the names under which they are compared."""
+    return {
+        f"gradient of the gate: {name} {what}": value
+        for name, pair in gates.items() for what, value in zip("wc", pair, strict=True)
+    }
+
+
+def _wrong_noise(output: VAEOutput) -> str | None:
+    """N(0, 1) has mean 0 and variance 1: within six standard errors, and what bfloat16 rounds. The mean square of few
+    draws is skew: downwards the factor of ten errors counts."""
+    noise = _noise(output)
+    mean, variance, n = noise.mean().item(), noise.square().mean().item(), noise.numel()
+    error = math.sqrt(2 / n)
+    if abs(mean) < 6 / math.sqrt(n) + 0.05 and 1 / (1.05 + 10 * error) < variance < 1.05 + 6 * error:
+        return None
+    return (
+        f"the noise of z has mean {mean:.3g} and mean square {variance:.3g}; expected draws of N(0, 1): "
+        f"{reparameterise.__name__} was left out or is wrong"
+    )
+
+
+def _wrong_values(values: Values, reference: Reference, tolerance: Tolerance) -> str | None:
+    """The value that is furthest beyond what is allowed, in words."""
+    largest: dict[str, float] = {}
+    for name, exact in reference.exact.items():
+        kind = name.partition(":")[0]
+        largest[kind] = max(largest.get(kind, 0.0), exact.norm().item())
+    worst, wrong = 1.0, None
+    for name, exact in reference.exact.items():
+        size, off = exact.norm().item(), _distance(values[name], exact)
+        relative = tolerance.gradients if name.startswith("gradient") else tolerance.outputs
+        allowed = relative * size + PLAIN_TIMES * _distance(reference.plain[name], exact)
+        allowed += OF_LARGEST * largest[name.partition(":")[0]]
+        if not off <= worst * allowed:
+            worst = off / allowed if off < math.inf else math.inf
+            wrong = (
+                f"{name} is off by {off:.3g}, its size is {size:.3g} and {allowed:.3g} are allowed, from the same "
+                "network and gates in float64"
+            )
+    return wrong
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    """|a - b|; infinite where a has another shape or is not finite."""
+    if a.shape != b.shape or not a.isfinite().all():
+        return math.inf
+    return (a.double() - b.double()).norm().item()
+
+
+def _not_moved(step: TrainingStep, start: Before, values: Values) -> str | None:
+    """The first parameter or gate that has a gradient and that the optimiser left where it was."""
+    moved: dict[str, tuple[Tensor, Tensor]] = {
+        f"gradient: {name}": (start.parameters[name], now) for name, now in step.parameters.items()
+    }
+    for name, now in _by_name(step.gates(lambda parameter: parameter.detach())).items():
+        moved[name] = _by_name(start.gates)[name], now
+    for name, (was, now) in moved.items():
+        if values[name].any() and torch.equal(was, now):
+            return f"{name.partition(': ')[2]} has a gradient, but the step left it as it was"
+    return None

@@ -1,0 +1,122 @@
+"""One multi-rate run against ten retrained networks: pairs of runs, their ratios, and a real one of seconds."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from mrvae_models.config import TrainConfig
+
+from bench import curve_cost, plots, records, retraining
+from bench.curve_cost import measure, ratios, summary
+
+BETAS = (0.1, 1.0, 10.0)
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """Training that takes no time: a multi-rate run 1.1 s, a beta-VAE 1 s, more for each run before it (a drift)."""
+    done = []
+
+    def seconds_and_model(directory, options):
+        done.append(options)
+        return (1.1 if options["beta"] is None else 1.0) * (1 + 0.05 * len(done)), options, options["beta"]
+
+    def evaluated(config, model, betas):
+        return {name: [100.0 + beta for beta in betas] for name in ("objective", "rate", "distortion")}
+
+    monkeypatch.setattr(curve_cost, "seconds_and_model", seconds_and_model)
+    monkeypatch.setattr(curve_cost, "evaluated", evaluated)
+    return done
+
+
+def test_every_beta_vae_runs_beside_a_multirate_run(runs):
+    result = measure("mlp", [3, 4], 5, 1, BETAS)
+    warm, timed = runs[:2], runs[2:]
+    assert [run["epochs"] for run in warm] == [1, 1] and {run["beta"] is None for run in warm} == {True, False}
+    assert all(run["epochs"] == 5 and run["threads"] == 1 and run["network"] == "mlp" for run in timed)
+    pairs = list(zip(timed[::2], timed[1::2], strict=True))
+    assert all(a["seed"] == b["seed"] and (a["beta"] is None) != (b["beta"] is None) for a, b in pairs)
+    assert [a["beta"] is None for a, _ in pairs] == [True, False] * 3, "either kind goes first by turns"
+    for seed in (3, 4):
+        trained = sorted(run["beta"] for run in timed if run["seed"] == seed and run["beta"] is not None)
+        assert trained == list(BETAS)
+    assert all(len(row) == 3 and min(row) > 0 for row in result["one_run_seconds"] + result["retrained_seconds"])
+    assert result["objective"]["multi-rate"]["3"]["objective"] == [100.1, 101.0, 110.0]
+    assert result["objective"]["10"]["4"]["objective"] == [110.0]
+
+
+def test_drift_does_not_move_the_ratio_of_neighbours(runs):
+    result = measure("mlp", [0, 1, 2], 5, 1, BETAS)
+    assert result["ratio"]["one over one"]["median"] == pytest.approx(1.1, rel=0.03)
+    assert result["ratio"]["ten over one"]["median"] == pytest.approx(3 / 1.1, rel=0.03)
+
+
+def test_ratios_by_hand():
+    found = ratios([[2.0, 2.0], [3.0, 3.0]], [[1.0, 2.0], [3.0, 6.0]])
+    assert found["one over one"].median == 1.0  # of 2, 1, 1 and 1/2
+    assert found["ten over one"] == (2.25, 1.5, 3.0)  # 3 / 2 and 9 / 3
+
+
+def test_the_summary_warns_of_few_epochs_only(runs):
+    short, long = (summary(measure("mlp", [0], epochs, 1, BETAS)) for epochs in (5, 150))
+    assert "neither is converged" in short and "converged" not in long
+    assert "3 beta-VAEs take 2.7" in short and "| 10 | 110.00 (0.00) | 110.00 (0.00) | 1.000 |" in short
+
+
+def test_a_real_curve_of_one_epoch(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(curve_cost, "BETAS", BETAS[1:])
+    monkeypatch.setattr(measure, "__defaults__", (BETAS[1:],))
+    out, plot = tmp_path / "curve.json", tmp_path / "curve.png"
+    assert curve_cost.main(["--epochs", "1", "--out", str(out)]) == 0
+    (result,) = records.read(out, "curve-cost").results
+    assert result["betas"] == [1.0, 10.0] and min(result["one_run_seconds"][0] + result["retrained_seconds"][0]) > 0
+    multi, plain = result["objective"]["multi-rate"]["0"], result["objective"]["1"]["0"]
+    for curve, beta in ((multi, 1.0), (plain, 1.0)):
+        assert curve["objective"][0] == pytest.approx(curve["distortion"][0] + beta * curve["rate"][0])
+        assert 50 < curve["objective"][0] < 1000
+    said = capsys.readouterr().out
+    assert curve_cost.main(["--table", str(out)]) == 0
+    assert capsys.readouterr().out.strip() in said
+    plots.curve_cost([result], plot, "a title")
+    assert plots.drawn_from(plot) == plots.digest([result])
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--epochs", "0"], "--epochs is 0"), (["--threads", "0"], "--threads is 0"), (["--seeds", "1", "1"], "each once"),
+    (["--network", "abacus", "--epochs", "1"], "abacus"),
+])
+def test_bad_arguments_are_named(capsys, arguments, message):
+    with pytest.raises(SystemExit) as ended:
+        curve_cost.main(arguments)
+    assert ended.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_an_interrupted_curve_writes_nothing(tmp_path, monkeypatch, capsys):
+    def interrupted(directory, options):
+        raise curve_cost.TrainingInterrupted("terminated; continue with: mrvae train --resume")
+
+    monkeypatch.setattr(curve_cost, "seconds_and_model", interrupted)
+    assert curve_cost.main(["--out", str(tmp_path / "curve.json")]) == 130
+    assert not list(tmp_path.iterdir()) and "interrupted" in capsys.readouterr().err
+
+
+def test_retraining_repeats_no_run_that_is_there(tmp_path, monkeypatch):
+    calls = []
+
+    class Result:
+        model = None
+
+    def trained(config):
+        calls.append(config.beta)
+        tmp_path.joinpath("run").mkdir(exist_ok=True)
+        return Result
+
+    monkeypatch.setattr(retraining, "trained", trained)
+    monkeypatch.setattr(retraining, "evaluated", lambda config, model, betas: {"objective": list(betas)})
+    for beta in (1.0, 1.0, 2.0):
+        assert retraining.run(tmp_path / "run", {"beta": beta}, [beta]) == {"objective": [beta]}
+    assert calls == [1.0, 2.0]
+    written = json.loads((tmp_path / "run" / "test.json").read_text())["config"]
+    config = TrainConfig(out=str(tmp_path / "run"), threads=1, log_to=(), validate_every=1000, beta=2.0)
+    assert written == config.to_dict()
