@@ -60,6 +60,7 @@ T* mutable_data(const Tensor& tensor) {
 struct Parameters {
   Tensor gate, bias, shift;
   Activation activation;
+  bool of_result = false;
   Parameters(const OptionalTensor& b, const Tensor& g, const OptionalTensor& t, std::string_view name,
              at::ScalarType dtype)
       : gate(operand(g, dtype)), activation(parse_activation(name)) {
@@ -68,7 +69,7 @@ struct Parameters {
   }
   template <class T>
   EpilogueParameters<T> pointers() const {
-    return {data<T>(gate), data<T>(bias), data<T>(shift), activation};
+    return {data<T>(gate), data<T>(bias), data<T>(shift), activation, of_result};
   }
 };
 
@@ -164,14 +165,6 @@ Tensor call_epilogue(const Tensor& u, const OptionalTensor& bias, const Tensor& 
   return op.call(u, bias, gate, shift, dim, activation);
 }
 
-// A gate of 0 gets no gradient: see divisible() in product_node.h.
-template <class T>
-static void divide(const Tensor& gradient, const Tensor& gate) {
-  T* d = gradient.mutable_data_ptr<T>();
-  const T* g = gate.const_data_ptr<T>();
-  for (std::int64_t i = 0; i < gradient.numel(); ++i) d[i] = g[i] == T(0) ? T(0) : d[i] / g[i];
-}
-
 static EpilogueGrads backward(const Tensor& grad, const Tensor& u, const OptionalTensor& bias, const Tensor& gate,
                               const OptionalTensor& shift, std::int64_t dim, std::string_view activation,
                               std::array<bool, 4> mask, EpilogueBackward how) {
@@ -181,23 +174,21 @@ static EpilogueGrads backward(const Tensor& grad, const Tensor& u, const Optiona
   mask[1] = mask[1] && given(bias);
   mask[3] = mask[3] && given(shift);
   const auto dtype = gate_dtype(u.scalar_type());
-  // from y = g (u + b) the kernel sums dz g (u + b)
-  const Parameters with(how.of_result ? std::nullopt : bias, gate, shift, activation, dtype);
+  Parameters with(how.of_result ? std::nullopt : bias, gate, shift, activation, dtype);
+  with.of_result = how.of_result;
   EpilogueShape shape;
   const Tensor values = dense(u, dim < 0 ? dim + u.dim() : dim, gate.dim() == 2, shape);
   Tensor incoming = grad;
   if (!same_layout(grad, values)) incoming = at::empty_like(values).copy_(grad);
   Tensor grad_u, grad_bias, grad_gate, grad_shift;
   if (mask[0]) grad_u = how.overwrite && !on_gpu(u) ? incoming : at::empty_like(values);
-  if (mask[1] || mask[2] || mask[3]) {
-    grad_gate = at::empty_like(with.gate);
-    grad_shift = at::empty_like(with.gate);
-  }
+  const bool alone = one_element_a_gate(shape) && !on_gpu(u), sums = (mask[1] || mask[2] || mask[3]) && !alone;
+  if (mask[2] || sums) grad_gate = at::empty_like(with.gate);
+  if (mask[3] || sums) grad_shift = at::empty_like(with.gate);
   if (mask[1]) grad_bias = at::empty({bias->numel()}, with.gate.options());
   const EpilogueGrads grads{grad_u, grad_bias, grad_gate, grad_shift};
   dtype == at::kDouble ? launch_backward<double>(incoming, values, shape, with, grads)
                        : launch_backward<float>(incoming, values, shape, with, grads);
-  if (how.of_result && mask[2]) dtype == at::kDouble ? divide<double>(grad_gate, with.gate) : divide<float>(grad_gate, with.gate);
   const auto result = [&](bool wanted, const Tensor& value, const Tensor& like) {
     if (!wanted) return Tensor();
     return value.scalar_type() == like.scalar_type() ? value : value.to(like.scalar_type());

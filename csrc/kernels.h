@@ -31,16 +31,23 @@ struct EpilogueShape {
   std::int64_t samples, rows, channels, inner;
 };
 
+// A Linear with one beta a sample: nothing is summed for a gate.
+inline bool one_element_a_gate(const EpilogueShape& s) { return s.samples > 1 && s.rows * s.inner == 1; }
+
 template <class T>
 struct EpilogueParameters {
   const T* gate;
   const T* bias;   // (channels,) or nullptr
   const T* shift;  // like gate, or nullptr
   Activation activation;
+  // CPU, backward pass without a shift: what is given for u is y, of no activation or ReLU; u + b = y / g, and a gate of
+  // exactly 0 gets no gradient. The bias is not read.
+  bool of_result = false;
 };
 
 // dz = dy * activation'(z); du = g * dz; dshift = sum dz; dgate = sum dz * (u + b); dbias = sum_p g * dshift. Any of the
-// targets may be nullptr; dgate and dshift are (samples, channels) and come together or not at all.
+// targets may be nullptr; dgate and dshift are (samples, channels) and come together or not at all, but on the CPU for
+// one_element_a_gate(): there each for itself.
 template <class T>
 struct EpilogueGradients {
   void* u;

@@ -127,7 +127,8 @@ def standardize(
     beta: a positive number or 0-d tensor (eta is 0-d), or one a sample, shape (N,) (eta is (N,)). Differentiable in a
     tensor beta. `dtype` is float64 for float64 networks, else float32. ValueError for beta <= 0, NaN or infinite and
     for more than one dimension; a warning outside the range, where the response was never trained.
-    Inside torch.compile and torch.export the values of a tensor cannot be looked at and are not checked.
+    Inside torch.compile and torch.export the values of a tensor cannot be looked at and are not checked; nor are those of
+    a tensor on a GPU, which would make every step wait for the device, and could not be recorded in a CUDA graph.
     """
     bounds = BetaRange.of(beta_range)
     if isinstance(beta, Tensor):
@@ -157,9 +158,9 @@ def _standardize_tensor(
 ) -> Tensor:
     if beta.dim() > 1:
         raise ValueError(f"beta has shape {tuple(beta.shape)}; expected a number, or one a sample: shape (N,)")
-    if not torch.compiler.is_compiling() and beta.numel() > 0:
-        if beta.is_complex() or beta.dtype == torch.bool:
-            raise ValueError(f"beta has dtype {beta.dtype}; expected a real number")
+    if beta.is_complex() or beta.dtype == torch.bool:
+        raise ValueError(f"beta has dtype {beta.dtype}; expected a real number")
+    if not torch.compiler.is_compiling() and beta.numel() > 0 and beta.device.type == "cpu":
         low, high = torch.aminmax(beta.detach())
         _check_values(low.item(), high.item(), bounds)
     if beta.dtype != dtype and beta.dtype != torch.float64:  # a float64 beta may be too small or large for float32

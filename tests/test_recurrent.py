@@ -162,3 +162,14 @@ def test_from_plain_follows_the_plain_layer_to_another_dtype():
     layer.double()
     x = torch.randn(2, 3, 3, dtype=torch.float64)
     assert layer(x, 0.5)[0].dtype == layer(x, BETA)[0].dtype == torch.float64
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+def test_exchanged_parameters_are_gated_at_once(backend, kind):
+    layer, x = build(kind), torch.randn(5, 3, 3, dtype=torch.float64)
+    layer(x, 0.5)
+    state = {name: torch.randn_like(value) for name, value in layer.state_dict().items() if value.is_floating_point()}
+    layer.load_state_dict({**layer.state_dict(), **state}, assign=True)
+    first = layer(x, 0.5)[0]
+    torch.testing.assert_close(first, layer(x, 0.5)[0])
+    torch.testing.assert_close(first, layer.to_plain(0.5)(x)[0])

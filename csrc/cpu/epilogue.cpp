@@ -2,7 +2,7 @@
 
 #include <memory>
 
-#include "epilogue_runs.h"
+#include "epilogue_samples.h"
 
 namespace mrvae::cpu {
 namespace {
@@ -247,6 +247,7 @@ template <class S, class T>
 void backward(const EpilogueShape& s, const S* grad, const S* u, const EpilogueParameters<T>& with,
               const EpilogueGradients<T>& out) {
   const std::int64_t parameters = s.samples * s.channels;
+  if (one_element_a_gate(s) && parameters > 0) return backward_samples(s, grad, u, with, out, serial_elements);
   if (out.gate != nullptr) {
     std::fill_n(out.gate, parameters, T(0));
     std::fill_n(out.shift, parameters, T(0));
@@ -255,6 +256,11 @@ void backward(const EpilogueShape& s, const S* grad, const S* u, const EpilogueP
     use_planes(s) ? backward_planes(s, grad, u, with, out) : backward_runs(s, grad, u, with, out);
   }
   if (out.bias != nullptr) bias_gradient(s, with.gate, out.shift, out.bias);
+  if (with.of_result && out.gate != nullptr) {
+    for (std::int64_t i = 0; i < parameters; ++i) {
+      out.gate[i] = with.gate[i] == T(0) ? T(0) : out.gate[i] / with.gate[i];
+    }
+  }
 }
 
 }  // namespace
