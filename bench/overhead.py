@@ -15,15 +15,11 @@ from __future__ import annotations
 import argparse
 import gc
 import itertools
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
-
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # before torch is loaded: its allocator warns in every profile
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # likewise the profiler, at begin and end
 
 import torch
 
@@ -51,7 +47,9 @@ TABLE_1 = {"cnn": (17_526_977, 17_885_377)}
 BATCHES = (16, 128)
 MODES = ("eager", "inference", "graph", "compiled")
 DEFAULT_MODES = {"cpu": ("eager", "inference", "compiled"), "cuda": MODES}
-"""In the order in which they are measured: what takes longest last."""
+"""Networks, batches and modes are measured in the order of these tables, whatever the arguments': what takes longest
+last."""
+DEFAULT_SECONDS = {"cpu": 480.0, "cuda": 300.0}
 DEFAULT_NUMBERS = {"cpu": ("float32",), "cuda": NUMBERS}
 COMPILED = ("ungated", "gated", "per-sample", "listing1")
 """Compiling is what takes the time of a run; plain folding, which Inductor fuses as it does ours, is for --variants."""
@@ -103,17 +101,23 @@ def run(
     effort: Effort, seconds: float, variants: Sequence[str] | None = None,
     done: Callable[[list[Entry]], object] = lambda results: None, clock: Callable[[], float] = time.monotonic,
 ) -> list[Entry]:
-    """Every entry, in the order numbers, mode, case, batch. After `seconds` nothing new is begun: what is left has an
-    entry that says so. `done` gets the entries after each."""
+    """Every entry, in the order numbers, mode, case, batch, of which the last three go from short to long. All end
+    within `seconds`: one is begun only if what the longest of its network took is left, and given up where the rest of
+    it would end later. What is left out has an entry that says so. `done` gets the entries after each."""
     deadline = clock() + seconds
+    effort = effort._replace(until=time.monotonic() + seconds)
+    cases, modes, batches = sorted(cases, key=list(CASES).index), sorted(modes, key=MODES.index), sorted(batches)
+    took = dict.fromkeys(cases, 0.0)
     results: list[Entry] = []
     if device.type == "cuda" and "eager" in modes:
         results.append(depth_entry(device))
     for kind, mode, case, batch in itertools.product(numbers, modes, cases, batches):
-        if clock() > deadline:
+        began = clock()
+        if began + took[case] > deadline:
             results.append(empty(case, batch, mode, kind, f"the {seconds:g} seconds were up"))
         else:
             results.append(measure(case, batch, mode, kind, device, effort, variants))
+            took[case] = max(took[case], clock() - began)
         print(line(results[-1]), flush=True)
         done(results)
     return results
@@ -202,8 +206,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=Effort().rounds,
                         help=f"interleaved rounds, fewer where they take longer than {Effort().limit:g} s "
                         f"(default {Effort().rounds})")
-    parser.add_argument("--seconds", type=float, default=300,
-                        help="begin nothing new after so many seconds (default 300)")
+    parser.add_argument("--seconds", type=float,
+                        help="leave out what would end later (default: on a CPU {cpu:g}, on a GPU {cuda:g})"
+                        .format(**DEFAULT_SECONDS))
     parser.add_argument("--out", type=Path, help="write a JSON result file there")
     parser.add_argument("--table", type=Path, metavar="FILE", help="print the tables of a result file and stop")
     options = parser.parse_args(arguments)
@@ -211,7 +216,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"--batch holds {wrong[0]}; expected at least 1")
     if options.rounds < 1:
         parser.error(f"--rounds is {options.rounds}; expected at least 1")
-    if not 0 < options.seconds < float("inf"):
+    if options.seconds is not None and not 0 < options.seconds < float("inf"):
         parser.error(f"--seconds is {options.seconds}; expected a positive number of seconds")
     try:
         options.device = torch.device(options.device)
@@ -225,6 +230,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         options.variants = ["ungated", *(name for name in dict.fromkeys(options.variants) if name != "ungated")]
     options.modes = options.modes or DEFAULT_MODES[options.device.type]
     options.numbers = options.numbers or DEFAULT_NUMBERS[options.device.type]
+    options.seconds = options.seconds or DEFAULT_SECONDS[options.device.type]
     if options.table:
         try:
             options.table = records.read(options.table, WHAT)

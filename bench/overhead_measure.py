@@ -19,6 +19,8 @@ One of inference (mode "inference") has seconds and ratio of "plain" and "baked"
 from __future__ import annotations
 
 import copy
+import math
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -29,7 +31,7 @@ import mrvae_kernels as mk
 
 from .gpu_timing import failure, host_times
 from .overhead_check import References, refusal
-from .timing import Step, interleave, launched, ratio
+from .timing import LEAST_ROUNDS, Step, interleave, launched, ratio
 from .variants import TrainingStep, parameter_count, step_bytes, training_step
 
 BASELINE = "ungated"
@@ -42,11 +44,28 @@ Entry = dict[str, Any]
 
 class Effort(NamedTuple):
     """rounds: at most; seconds: that a variant runs in a round; limit: of an entry's rounds together, in seconds, of
-    inference half as many."""
+    inference half as many; until: the time.monotonic() by which an entry has ended, measured or given up."""
 
     rounds: int = 40
     seconds: float = 0.02
     limit: float = 12.0
+    until: float = math.inf
+
+    def rounds_limit(self, part: float = 1.0) -> float:
+        """Seconds that the rounds may take now."""
+        return max(0.0, min(self.limit * part, self.until - time.monotonic()))
+
+
+def too_long(variants: int, steps: int, seconds: float, step_seconds: float, effort: Effort) -> str | None:
+    """Why an entry is given up after some of its variants, if it is: what is left would end too late.
+
+    variants: how many must still be checked, each taking `seconds`; steps: how many will take part in the rounds, at
+    `step_seconds` each: LEAST_ROUNDS, and two to warm up.
+    """
+    needed = variants * seconds + steps * (LEAST_ROUNDS + 2) * step_seconds
+    if (left := effort.until - time.monotonic()) >= needed:
+        return None
+    return f"the time is up: it would take about {needed:.0f} s more, {max(left, 0):.0f} s are left"
 
 
 def empty(case: str, batch: int, mode: str, numbers: str, left_out: str | None = None) -> Entry:
@@ -65,19 +84,25 @@ def train(
     """The measurements of the variants' steps, which `make` makes; those that are wrong or fail are refused a time.
 
     A step may be anything with TrainingStep's attributes. Ratios are to "ungated": where that is refused nothing is
-    timed.
+    timed. Nor is where the variants so far took so long that the rest would end after `effort.until`.
     """
     references = References()
     entry = empty("", 0, "", "")
     steps: dict[str, TrainingStep] = {}
-    for name in variants:
-        step = None
+    names = list(variants)
+    checked = stepped = 0.0  # seconds that the slowest variant took, and its step
+    for done, name in enumerate(names):
+        if why := too_long(len(names) - done, len(names), checked, stepped, effort):
+            return {**empty("", 0, "", "", why), "refused": entry["refused"]}
+        step, began = None, time.monotonic()
         try:
             step = make(name)
             entry["parameters"][name] = parameter_count(step.model)
             reason = check(step, references)
             if reason is None:
+                twice = time.monotonic()
                 entry["peak_bytes"][name] = step_bytes(step)
+                stepped = max(stepped, (time.monotonic() - twice) / 2)
         except Exception as error:
             reason = failure(error, torch.device("cpu") if step is None else step.device).partition("\n")[0]
         if reason is None:
@@ -86,6 +111,7 @@ def train(
         else:
             entry["refused"][name] = reason
             entry["peak_bytes"].pop(name, None)
+        checked = max(checked, time.monotonic() - began)
     if BASELINE not in steps:
         why = entry["refused"].get(BASELINE, "it was not asked for")
         entry["left_out"] = f"there is no {BASELINE} step to hold the others against: {why}"
@@ -93,7 +119,7 @@ def train(
     references.known.clear()
     device = next(iter(steps.values())).device
     entry["gate_bytes"] = gate_bytes(steps)
-    entry["seconds"] = interleave(steps, effort.rounds, effort.seconds, 1, effort.limit, device)
+    entry["seconds"] = interleave(steps, effort.rounds, effort.seconds, 1, effort.rounds_limit(), device)
     entry["ratio"] = {name: ratio(entry["seconds"], name, BASELINE)._asdict() for name in steps}
     if device.type == "cuda":
         entry["launches"] = {name: len(launched(step, device)) for name, step in steps.items()}
@@ -148,7 +174,7 @@ def infer(
         run()
     entry["kernels"] = {name: launched(run, device) for name, run in steps.items()}
     entry["same_kernels"] = entry["kernels"]["plain"] == entry["kernels"]["baked"]
-    entry["seconds"] = interleave(steps, effort.rounds, effort.seconds, 3, effort.limit / 2, device)
+    entry["seconds"] = interleave(steps, effort.rounds, effort.seconds, 3, effort.rounds_limit(1 / 2), device)
     entry["ratio"] = {"baked": ratio(entry["seconds"], "baked", "plain")._asdict()}
     return entry
 

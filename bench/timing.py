@@ -115,8 +115,9 @@ def launched(step: Step, device: torch.device = CPU) -> list[str]:
 def peak_memory(step: Step, device: torch.device = CPU) -> int:
     """Bytes of gradients, activations and temporaries at a step's peak, as torch's allocator reports.
 
-    The second of two steps is measured, which begins with the first one's gradients: on a CPU the profiler does not see
-    the end of what was there before it. On a GPU nothing counts that is there already; drop gradients before.
+    The second of two steps is measured, which begins with the first one's gradients. What was there before them does
+    not count: on a CPU the profiler tells its end only where an earlier profile saw its beginning. On a GPU drop
+    gradients before.
     """
     if device.type == "cuda":
         synchronize(device)
@@ -136,8 +137,17 @@ def peak_memory(step: Step, device: torch.device = CPU) -> int:
     events = _trace(twice, device, memory=True)
     begin = next(event["ts"] for event in events if event.get("name") == SECOND_STEP)
     held = peak = 0
+    blocks: set[int] = set()
     for event in events:
-        if event.get("name") == "[memory]":
-            held += event["args"]["Bytes"]
-            peak = max(peak, held) if event["ts"] >= begin else 0
+        if event.get("name") != "[memory]":
+            continue
+        address, size = event["args"]["Addr"], event["args"]["Bytes"]
+        if size > 0:
+            blocks.add(address)
+        elif address in blocks:
+            blocks.remove(address)
+        else:
+            continue
+        held += size
+        peak = max(peak, held) if event["ts"] >= begin else 0
     return peak

@@ -12,6 +12,7 @@
 #include <ATen/ops/tanh_backward.h>
 #include <ATen/ops/threshold_backward.h>
 #include <c10/core/GradMode.h>
+#include <c10/core/InferenceMode.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/functions/basic_ops.h>
 
@@ -46,8 +47,10 @@ bool ours(const Tensor& grad) {
   return grad.defined() && grad.use_count() == 1 && grad.has_storage() && grad.storage().use_count() == 1;
 }
 
+bool records() { return c10::GradMode::is_enabled() && !c10::InferenceMode::is_enabled(); }
+
 bool recording(std::initializer_list<const Tensor*> tensors) {
-  if (!c10::GradMode::is_enabled()) return false;
+  if (!records()) return false;
   for (const Tensor* tensor : tensors) {
     if (tensor == nullptr || !tensor->defined()) continue;
     // a forward-mode tangent goes through the node too, which refuses it instead of dropping it

@@ -48,7 +48,7 @@ bool batched(const ConvolutionProduct& product, const Tensor& x) {
 OptionalTensor HostedLayer::run(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                                 Activation activation) const {
   const c10::intrusive_ptr<StepGates> step = stage->gates;
-  if (!step || !std::visit([&](const auto& p) { return batched(p, x); }, product)) return std::nullopt;
+  if (!step || version != stage->version || !std::visit([&](const auto& p) { return batched(p, x); }, product)) return std::nullopt;
   const Tensor& values = step->values[std::size_t(gate)];
   const Tensor shifts = shift < 0 ? Tensor() : step->values[std::size_t(shift)];
   if (!undisturbed(x.device().type()) || !direct({&x, &weight, pointer(bias), &values, &shifts})) {
@@ -59,7 +59,7 @@ OptionalTensor HostedLayer::run(const Tensor& x, const Tensor& weight, const Opt
   return std::visit(
       [&](const auto& p) {
         const bool gated = step->node || values.requires_grad() || (shifts.defined() && shifts.requires_grad());
-        if (c10::GradMode::is_enabled() && (gated || recording({&x, &weight, pointer(bias)}))) {
+        if (records() && (gated || recording({&x, &weight, pointer(bias)}))) {
           // every kind of gate has the slope 0 where its value is 0
           const GateInput g{values, step->edge(std::size_t(gate)), true};
           const GateInput t{shifts, shift < 0 ? Edge() : step->edge(std::size_t(shift))};
@@ -78,7 +78,7 @@ double standardized(double beta, double low, double high) {
 
 OptionalTensor standardized(const Tensor& beta, double low, double high, at::ScalarType dtype) {
   const auto ordinary = [&] { return beta.device().is_cpu() && beta.dim() <= 1 && beta.is_contiguous() && eager({&beta}); };
-  if (!ordinary() || beta.requires_grad() || beta.numel() == 0) return std::nullopt;
+  if (!ordinary() || beta.requires_grad() || beta._fw_grad(0).defined() || beta.numel() == 0) return std::nullopt;
   if (beta.scalar_type() != at::kFloat && beta.scalar_type() != at::kDouble) return std::nullopt;
   at::AutoDispatchBelowADInplaceOrView below;
   const Tensor eta = at::empty(beta.sizes(), beta.options().dtype(dtype));

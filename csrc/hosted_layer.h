@@ -20,11 +20,14 @@ struct HostedLayer : torch::CustomClassHolder {
   const std::int64_t gate, shift;  // slices of the gates; -1 for no shift
   const Strategy strategy;         // fold or epilogue
   const Product product;
+  const std::int64_t version;  // of the stage when it was made
 
   HostedLayer(c10::intrusive_ptr<Stage> stage_, std::int64_t gate_, std::int64_t shift_, Strategy strategy_, Product product_)
-      : stage(std::move(stage_)), gate(gate_), shift(shift_), strategy(strategy_), product(std::move(product_)) {}
+      : stage(std::move(stage_)), gate(gate_), shift(shift_), strategy(strategy_), product(std::move(product_)),
+        version(stage->version) {}
 
-  // y = activation(g (product(x, weight) + bias) + t). None outside a call, and for an x without a batch.
+  // y = activation(g (product(x, weight) + bias) + t). None outside a call, for an x without a batch, and where a stride or
+  // the like has changed.
   OptionalTensor run(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, Activation activation) const;
 };
 

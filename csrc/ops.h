@@ -46,7 +46,8 @@ inline bool given(const OptionalTensor& tensor) { return tensor.has_value() && t
 // A gradient buffer that only this node holds: the engine accumulates in place under the same conditions.
 bool ours(const Tensor& grad);
 
-// True when autograd has to record: grad mode is on and one of the tensors requires a gradient.
+// Whether autograd records at all here, and whether it has to for one of these tensors.
+bool records();
 bool recording(std::initializer_list<const Tensor*> tensors);
 
 // NotImplementedError for a tensor with a forward-mode tangent, which a node written out here would drop.

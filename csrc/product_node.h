@@ -19,16 +19,22 @@
 
 namespace mrvae {
 
+// Whether somebody packs saved tensors, as torch.utils.checkpoint does.
+inline bool hooks_pack() { return at::SavedTensorDefaultHooks::get_hooks().has_value(); }
+
 // What a forward pass leaves: the activation's argument or u, or the result y and its version.
 class Kept {
  public:
   bool is_result = false;
 
-  void argument(const Tensor& u) { keep(u); }
+  void argument(const Tensor& u) {
+    hooked_ = hooks_pack();
+    hooked_ ? void(packed_ = SavedVariable(u, false)) : void(tensor_ = u);
+  }
   void result(const Tensor& y) {
     auto* impl = y.unsafeGetTensorImpl();
     // y without its history, which would hold itself; its version counter stays shared
-    keep(Tensor(impl->shallow_copy_and_detach(impl->version_counter(), /*allow_tensor_metadata_change=*/false)));
+    tensor_ = Tensor(impl->shallow_copy_and_detach(impl->version_counter(), /*allow_tensor_metadata_change=*/false));
     is_result = true;
     version_ = y._version();
   }
@@ -43,21 +49,17 @@ class Kept {
   }
 
  private:
-  void keep(const Tensor& tensor) {
-    // under torch.utils.checkpoint and the like, whoever packs saved tensors gets this one too
-    hooked_ = at::SavedTensorDefaultHooks::get_hooks().has_value();
-    hooked_ ? void(packed_ = SavedVariable(tensor, false)) : void(tensor_ = tensor);
-  }
-
   Tensor tensor_;
   SavedVariable packed_;
   bool hooked_ = false;
   std::uint32_t version_ = 0;
 };
 
-// Whether y of an epilogue tells u + b: on the CPU, where the gates can be looked at.
+// Whether y of an epilogue tells u + b: on the CPU, where the gates can be looked at, and not in float16, where g u soon
+// is too small a number. Under hooks y would be packed, of which no version is known.
 inline bool result_tells(const Tensor& y, const OptionalTensor& shift, Activation activation) {
-  return !given(shift) && !on_gpu(y) && (activation == Activation::None || activation == Activation::Relu);
+  return !given(shift) && !on_gpu(y) && y.scalar_type() != at::kHalf && !hooks_pack() &&
+         (activation == Activation::None || activation == Activation::Relu);
 }
 
 // Whether u + b = y / g for every one of the gates. A gate of exactly 0: after a ReLU nothing gets a gradient there; else
@@ -112,7 +114,9 @@ Tensor compute(const Product& product, const Tensor& x, const Tensor& weight, co
   const auto [folded, folded_bias] =
       fold_layer({weight, bias.value_or(Tensor()), gate, shift.value_or(Tensor()), product.fold_groups});
   const Tensor z = product.forward(x, folded, folded_bias), y = activate_(z, activation);
-  if (kept != nullptr) saves_argument(activation) ? kept->argument(z) : kept->result(y);
+  // under hooks nothing: z is computed again
+  if (kept != nullptr && saves_argument(activation)) kept->argument(z);
+  if (kept != nullptr && !saves_argument(activation) && !hooks_pack()) kept->result(y);
   return y;
 }
 
@@ -154,6 +158,10 @@ struct ProductNode final : Node {
 
   std::string name() const override { return std::string(Product::name) + "_backward"; }
 
+  // Called before apply(), where nothing will come back to this node: the engine releases after it, which would keep y
+  // through the product's backward pass.
+  void will_release_variables() override { last_ = true; }
+
   void release_variables() override {
     const std::lock_guard<std::mutex> lock(mutex_);
     for (SavedVariable& input : inputs_) input.reset_data();
@@ -186,19 +194,22 @@ struct ProductNode final : Node {
   enum Input : std::size_t { X, Weight, Bias, Gate, Shift, count };
   using Wanted = std::array<bool, count>;
 
-  variable_list through_epilogue(Tensor& grad, const variable_list& in, const Wanted& wanted) const {
+  variable_list through_epilogue(Tensor& grad, const variable_list& in, const Wanted& wanted) {
     EpilogueBackward how;
-    how.of_result = kept_.is_result;
     // without a gate's gradient and an activation u has no influence, and may not have been kept
-    Tensor u = wanted[Gate] || activation_ != Activation::None ? kept_.get() : grad;
-    if (how.of_result && !(u.defined() && direct({&grad, &in[Gate], &in[Bias]}) && divides(in[Gate]))) {
-      how.of_result = false;
-      u = product_.forward(in[X], in[Weight], Tensor());
+    Tensor u = grad;
+    if (wanted[Gate] || activation_ != Activation::None) {
+      u = kept_.get();
+      how.of_result = kept_.is_result && u.defined() && direct({&grad, &in[Gate], &in[Bias]}) && divides(in[Gate]);
+      if (!u.defined() || (kept_.is_result && !how.of_result)) u = product_.forward(in[X], in[Weight], Tensor());
     }
     how.overwrite = direct({&grad}) && ours(grad);
     auto [grad_u, grad_bias, grad_gate, grad_shift] = call_epilogue_backward(
         grad, u, optional(in[Bias]), in[Gate], optional(in[Shift]), channel_axis<Product>(u), activation_name(activation_),
         {wanted[X] || wanted[Weight], wanted[Bias], wanted[Gate], wanted[Shift]}, how);
+    u.reset();
+    grad.reset();
+    if (last_) kept_.release();
     ProductGrads through;
     if (wanted[X] || wanted[Weight]) {
       through = product_.backward(grad_u, in[X], in[Weight], {wanted[X], wanted[Weight], false});
@@ -212,7 +223,7 @@ struct ProductNode final : Node {
     return values.scalar_type() == at::kFloat && divisible<float>(values, activation_, inert_);
   }
 
-  variable_list through_fold(Tensor& grad, const variable_list& in, const Wanted& wanted) const {
+  variable_list through_fold(Tensor& grad, const variable_list& in, const Wanted& wanted) {
     const Layer layer{in[Weight], in[Bias], in[Gate], in[Shift], product_.fold_groups};
     const bool weight = wanted[Weight] || wanted[Gate];
     const bool bias = wanted[Bias] || wanted[Shift] || (wanted[Gate] && in[Bias].defined());
@@ -221,10 +232,16 @@ struct ProductNode final : Node {
     // the weight's values matter to dx alone
     LayerFolded folded{in[Weight], Tensor()};
     if (wanted[X] || again) folded = fold_layer(layer);
-    if (again) saved = activate(product_.forward(in[X], folded.weight, folded.bias), activation_);
+    if (again) {
+      const Tensor z = product_.forward(in[X], folded.weight, folded.bias);
+      saved = saves_argument(activation_) ? z : activate(z, activation_);
+    }
     const Tensor grad_z = activation_ == Activation::Relu && direct({&grad}) && ours(grad) && same_layout(grad, saved)
                               ? at::threshold_backward_out(grad, grad, saved, 0)
                               : activation_gradient(grad, saved, activation_);
+    saved.reset();
+    grad.reset();
+    if (last_) kept_.release();
     const ProductGrads through = product_.backward(grad_z, in[X], folded.weight, {wanted[X], weight, bias});
     if (!weight && !bias) return {through.x, Tensor(), Tensor(), Tensor(), Tensor()};
     const auto [grad_weight, grad_bias, grad_gate, grad_shift] = fold_layer_backward(
@@ -237,7 +254,7 @@ struct ProductNode final : Node {
   Product product_{};
   Activation activation_ = Activation::None;
   Strategy strategy_ = Strategy::Epilogue;
-  bool inert_ = false, released_ = false;
+  bool inert_ = false, last_ = false, released_ = false;
   Kept kept_;
 };
 

@@ -21,7 +21,8 @@ struct FoldedParameter {
 
 class Entry {
  public:
-  // shapes: of the call's arguments. folds: (layer, weight's name, bias's name) as in the plan. low, high: the beta range.
+  // shapes: of the call's arguments; with one beta a sample the first tensor's says how many.
+  // folds: (layer, weight's name, bias's name) as in the plan. low, high: the beta range.
   Entry(c10::intrusive_ptr<Stage> stage, c10::intrusive_ptr<GatedFold> plan, bool per_sample, std::vector<Shape> shapes,
         const std::vector<std::tuple<std::size_t, py::str, py::str>>& folds, double low, double high)
       : stage_(std::move(stage)), plan_(std::move(plan)), per_sample_(per_sample), shapes_(std::move(shapes)), low_(low),
@@ -77,6 +78,13 @@ class Entry {
     return true;
   }
 
+  std::int64_t samples() const {
+    for (const Shape& shape : shapes_) {
+      if (shape && !shape->empty()) return shape->front();
+    }
+    return -1;
+  }
+
   // eta of a beta within the range, and of as many betas as the plan is for
   OptionalTensor standardized_like(const py::handle& beta, const Tensor& weight) const {
     const auto dtype = gate_dtype(weight.scalar_type());
@@ -88,7 +96,8 @@ class Entry {
     }
     if (!THPVariable_CheckExact(beta.ptr()) || !weight.device().is_cpu()) return std::nullopt;
     const Tensor& values = THPVariable_Unpack(beta.ptr());
-    return (values.dim() == 1) == per_sample_ ? standardized(values, low_, high_, dtype) : std::nullopt;
+    if ((values.dim() == 1) != per_sample_ || (per_sample_ && values.size(0) != samples())) return std::nullopt;
+    return standardized(values, low_, high_, dtype);
   }
 
   const c10::intrusive_ptr<Stage> stage_;

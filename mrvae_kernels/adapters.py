@@ -284,7 +284,7 @@ class RecurrentAdapter(Adapter):
     def run_folded(
         self, layer: Any, plain: type, folded: Mapping[str, Tensor | None], *args: Any, **kwargs: Any
     ) -> Any:
-        layer._update_flat_weights()  # or forward does, where a parameter was exchanged, and throws the folded ones away
+        layer._update_flat_weights()  # or forward does, after a parameter was exchanged, and loses the folded ones
         flat = layer._flat_weights
         layer._flat_weights = [folded.get(name, layer._parameters[name]) for name in layer._flat_weights_names]
         try:

@@ -127,8 +127,8 @@ def standardize(
     beta: a positive number or 0-d tensor (eta is 0-d), or one a sample, shape (N,) (eta is (N,)). Differentiable in a
     tensor beta. `dtype` is float64 for float64 networks, else float32. ValueError for beta <= 0, NaN or infinite and
     for more than one dimension; a warning outside the range, where the response was never trained.
-    Inside torch.compile and torch.export the values of a tensor cannot be looked at and are not checked; nor are those of
-    a tensor on a GPU, which would make every step wait for the device, and could not be recorded in a CUDA graph.
+    Inside torch.compile and torch.export the values of a tensor cannot be looked at and are not checked; nor are those
+    of a tensor on a GPU, which would make every step wait for the device, and could not be recorded in a CUDA graph.
     """
     bounds = BetaRange.of(beta_range)
     if isinstance(beta, Tensor):

@@ -39,6 +39,7 @@ class Hosted(nn.Module):
     plain: type[nn.Module]
     adapter: Adapter
     _share: Any = None  # a Share, the core's HostedLayer, or None
+    _stage: Any = None  # the network's, where there is a compiled core
     _last_strategy: str | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -73,8 +74,8 @@ class Hosted(nn.Module):
         return adapter.run(self, share.gate, share.shift, None, strategy, *args, **kwargs)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in GEOMETRY and self._share is not None and self._share.__class__ is not Share:
-            self._share.stage.version += 1  # the core keeps these numbers
+        if name in GEOMETRY and self._stage is not None and value != getattr(self, name, None):
+            self._stage.version += 1  # the core keeps these numbers
         super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -82,11 +83,12 @@ class Hosted(nn.Module):
         # torch's recurrent layers have one; object since Python 3.11
         inherited = getattr(super(), "__getstate__", None)
         state = self.__dict__ if inherited is None else inherited()
-        return {name: value for name, value in state.items() if name != "_last_strategy"} | {"_share": None}
+        kept = {name: value for name, value in state.items() if name not in ("_last_strategy", "_stage")}
+        return kept | {"_share": None}
 
     def release(self) -> None:
         """Turn back into the plain layer."""
-        for name in ("_share", "_last_strategy"):
+        for name in ("_share", "_stage", "_last_strategy"):
             self.__dict__.pop(name, None)
         self.__class__ = self.plain  # type: ignore[assignment]
 
@@ -102,7 +104,7 @@ class HostedSequential(nn.Sequential):
     """
 
     def forward(self, input: Any) -> Any:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or not EXTENSION:  # unpickled where there is no core
             return super().forward(input)
         return core().run_sequential(self._modules, input)
 
@@ -119,7 +121,7 @@ def release_sequentials(network: nn.Module) -> None:
     """Turn them back."""
     for module in network.modules():
         if type(module) is HostedSequential:
-            module.__class__ = nn.Sequential
+            module.__class__ = nn.Sequential  # type: ignore[assignment]
 
 
 HOSTED: dict[type[nn.Module], type[Hosted]] = {

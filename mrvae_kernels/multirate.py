@@ -142,8 +142,8 @@ class MultiRate(Recorded):
         self._prepared: dict[Any, Prepared] = {}
         self._installed: Prepared | None = None  # the plan that the layers hold parts of
         self._made_under: Any = None
-        self._stage: Any = core().Stage() if ops.EXTENSION else None
         self._version = self._lent = 0
+        self._raise_stage()
         host_sequentials(network, [modules[entry.name] for entry in self._entries])
 
     def _add_gates(self, like: Tensor) -> None:
@@ -178,7 +178,8 @@ class MultiRate(Recorded):
             installed, made_under = self._installed, (strategy.current(), measurements.generation)
             if installed is None or made_under != self._made_under or not self._begin(installed, args, beta):
                 key = self._key(beta, args)
-                found = None if self._lent else self._prepared.get(key)
+                in_use = self._lent or (self._stage is not None and self._stage.gates is not None)  # the layers
+                found = None if in_use else self._prepared.get(key)
                 if found is None or not self._begin(self._install(found), args, beta):
                     return self._call(beta, key, args, kwargs)
                 installed = found
@@ -406,11 +407,18 @@ class MultiRate(Recorded):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy or a pickle makes its own plans."""
-        return {**self.__dict__, "_plans": {}, "_prepared": {}, "_installed": None, "_stage": None, "_version": 0, "_lent": 0}
+        own = {"_plans": {}, "_prepared": {}, "_installed": None, "_stage": None, "_version": 0, "_lent": 0}
+        return {**self.__dict__, **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._stage = core().Stage() if ops.EXTENSION else None
+        self._raise_stage()
+
+    def _raise_stage(self) -> None:
+        """A stage, which the gated layers know: they tell it of another stride and the like."""
+        self._stage: Any = core().Stage() if ops.EXTENSION else None
+        for modules, name in self._places:
+            modules[name].__dict__["_stage"] = self._stage
 
 
 def multirate(

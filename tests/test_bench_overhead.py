@@ -190,28 +190,6 @@ def test_the_result_file_has_its_schema_and_the_tables_are_made_from_it(tmp_path
     assert "- tiny batch 4 graph float32: CUDA graphs need an NVIDIA GPU; the device is cpu" in said
 
 
-def test_when_the_time_is_up_the_rest_is_listed_in_the_file_and_on_stdout(tmp_path, capsys):
-    path, now = tmp_path / "some.json", iter(range(100))
-    written = []
-
-    def done(results):
-        written.append(len(results))
-        records.write(path, "overhead", results)
-
-    results = overhead.run(
-        list(CASES), [4], ["eager"], ["float32", "bfloat16"], CPU, EFFORT, 2.5, ["ungated", "gated"], done,
-        clock=lambda: float(next(now)),
-    )
-    assert written == [1, 2, 3, 4], "written after every entry"
-    assert [bool(entry["seconds"]) for entry in results] == [True, True, False, False]
-    left = [f"{case} batch 4 eager bfloat16: " for case in CASES]
-    said = capsys.readouterr().out
-    for label, entry in zip(left, records.read(path).results[2:], strict=True):
-        assert entry["left_out"] == "the 2.5 seconds were up"
-        assert f"{label}left out: the 2.5 seconds were up" in said
-        assert f"- {label}the 2.5 seconds were up" in overhead.table(results)
-
-
 def test_a_refused_variant_is_named_and_ends_with_code_1(monkeypatch, capsys, tmp_path):
     right = overhead.training_step
 
@@ -231,7 +209,7 @@ def test_a_refused_variant_is_named_and_ends_with_code_1(monkeypatch, capsys, tm
 
 
 def test_a_network_that_cannot_be_built_is_left_out_and_the_rest_goes_on(monkeypatch):
-    monkeypatch.setattr(overhead, "CASES", {**CASES, "broken": ("cnn", (1, 2, 2), {"channels": (4, 4, 4)})})
+    monkeypatch.setattr(overhead, "CASES", {"broken": ("cnn", (1, 2, 2), {"channels": (4, 4, 4)}), **CASES})
     results = overhead.run(["broken", "tiny"], [4], ["eager"], ["float32"], CPU, EFFORT, 60, ["ungated", "gated"])
     assert "cannot be halved 3 times" in results[0]["left_out"] and results[1]["ratio"]["gated"]["median"] > 0
 

@@ -103,6 +103,17 @@ def test_peak_memory_counts_what_the_step_before_left_and_what_comes_and_goes():
     assert peak_memory(step) == 4 << 20
 
 
+def test_the_end_of_what_an_earlier_profile_saw_begin_does_not_count():
+    kept = []
+    assert peak_memory(lambda: kept.append(torch.empty(5 << 20, dtype=torch.uint8))) == 10 << 20
+
+    def step():
+        kept.clear()
+        torch.empty(2 << 20, dtype=torch.uint8)
+
+    assert peak_memory(step) == 2 << 20
+
+
 def test_operators_are_named_in_their_order():
     a = torch.rand(3, 3)
     names = [name for name in launched(lambda: (a @ a).exp()) if name.startswith("aten::")]

@@ -244,8 +244,9 @@ void backward_runs(const EpilogueShape& s, const S* grad, const S* u, const Epil
 }
 
 template <class S, class T>
-void backward(const EpilogueShape& s, const S* grad, const S* u, const EpilogueParameters<T>& with,
+void backward(const EpilogueShape& s, const S* grad, const S* u, EpilogueParameters<T> with,
               const EpilogueGradients<T>& out) {
+  if (with.of_result && with.activation == Activation::Relu) with.activation = relu_of_result;
   const std::int64_t parameters = s.samples * s.channels;
   if (one_element_a_gate(s) && parameters > 0) return backward_samples(s, grad, u, with, out, serial_elements);
   if (out.gate != nullptr) {

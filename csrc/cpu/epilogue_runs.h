@@ -88,6 +88,9 @@ MRVAE_CLONES void forward_run(const S* u, S* y, std::int64_t n, Parameters with,
   }
 }
 
+// ReLU in a backward pass that is given y for u: z = g y would underflow, and has another sign for g < 0.
+constexpr Activation relu_of_result = Activation(7);
+
 template <Activation kind, class S, class T, class Parameters>
 MRVAE_HOST_DEVICE void preactivation_loop(const S* grad, const S* u, std::int64_t n, const Parameters& p, T* d) {
 #pragma omp simd
@@ -101,6 +104,11 @@ template <class S, class T, class Parameters>
 MRVAE_HOST_DEVICE void preactivation_gradient(const S* grad, const S* u, std::int64_t n, const Parameters& p,
                                               Activation activation, T* d) {
   if (activation == Activation::Relu) return preactivation_loop<Activation::Relu>(grad, u, n, p, d);
+  if (activation == relu_of_result) {
+#pragma omp simd
+    for (std::int64_t i = 0; i < n; ++i) d[i] = load(u[i]) > T(0) ? T(load(grad[i])) : T(0);
+    return;
+  }
   if (activation == Activation::LeakyRelu) return preactivation_loop<Activation::LeakyRelu>(grad, u, n, p, d);
 #pragma omp simd
   for (std::int64_t i = 0; i < n; ++i) d[i] = load(grad[i]);

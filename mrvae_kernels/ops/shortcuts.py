@@ -40,8 +40,8 @@ def gated_fold(
 def core() -> Any:
     """The compiled core's module, for the classes and functions of hosted layers; RuntimeError without one.
 
-    It knows the activations that a layer before them in an nn.Sequential can take into its epilogue: those that have the
-    same bits there.
+    It knows the activations that a layer before them in an nn.Sequential can take into its epilogue: those that have
+    the same bits there.
     """
     require()
     module = importlib.import_module("mrvae_kernels._C")

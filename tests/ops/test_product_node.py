@@ -1,0 +1,283 @@
+"""The node of a gated product, and what it keeps: gradients in float64 against the plain reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+import torch.nn.functional as F
+from op_checks import leaf, requires_extension
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from mrvae_kernels import ops, reference
+
+pytestmark = requires_extension
+
+WAYS = [("fold", False), ("epilogue", False), ("epilogue", True)]
+GEOMETRY = ([2, 1], [1, 0], [1, 1], False, [0, 0], 1)
+PRODUCTS = {
+    "linear": (ops.gated_linear, reference.gated_linear, (5, 4), (3, 4), ()),
+    "convolution": (ops.gated_convolution, reference.gated_convolution, (5, 4, 6, 5), (3, 4, 3, 2), GEOMETRY),
+}
+
+
+def tensors_for(product: str, per_sample: bool, shift: bool = False, dtype: torch.dtype = torch.float64) -> list:
+    *_, x, weight, _ = PRODUCTS[product]
+    c, rows = weight[0], (x[0], weight[0]) if per_sample else (weight[0],)
+    values = [torch.randn(x), torch.randn(weight), torch.randn(c), torch.rand(rows) + 0.2]
+    return [v.to(dtype) for v in values] + [torch.randn(rows).to(dtype) if shift else None]
+
+
+def layer(product: str, activation: str, strategy: str) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    """The operator, and the formula."""
+    run, formula, *_, options = PRODUCTS[product]
+    return (
+        lambda *tensors: run(*tensors, *options, activation, strategy),
+        lambda *tensors: formula(*tensors, *options, activation, "epilogue"),
+    )
+
+
+def grads_of(run: Callable[..., Tensor], tensors: Sequence[Tensor | None]) -> list[Tensor]:
+    """The result, and the gradient of each tensor."""
+    leaves = [None if t is None else leaf(t) for t in tensors]
+    y = run(*leaves)
+    pattern = torch.linspace(-1, 2, y.numel(), dtype=y.dtype).view(y.shape).cos()
+    return [y.detach().clone(), *torch.autograd.grad(y, [t for t in leaves if t is not None], pattern)]
+
+
+def same(found: Sequence[Tensor], expected: Sequence[Tensor], **tolerance: float) -> None:
+    for value, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(value, other.to(value.dtype), **tolerance or {"rtol": 1e-10, "atol": 1e-12})
+
+
+CHANGES: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "mul_": (lambda y: y.mul_(2), lambda y: y * 2),
+    "of a view": (lambda y: y.view(-1).mul_(3).view(y.shape), lambda y: y * 3),
+    "relu": (lambda y: F.relu(y, inplace=True), F.relu),
+    "module": (lambda y: nn.ReLU(inplace=True)(y), F.relu),
+    "a row": (lambda y: _zero_row(y), lambda y: _zero_row(y.clone())),
+    "detached": (lambda y: _detached(y), lambda y: y + 0),
+}
+
+
+def _zero_row(y: Tensor) -> Tensor:
+    y[1] = 0
+    return y
+
+
+def _detached(y: Tensor) -> Tensor:
+    """As a metric may do that takes the result for its own."""
+    result = y + 0
+    y.detach().mul_(5)
+    return result
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+@pytest.mark.parametrize(("strategy", "per_sample"), WAYS)
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_result_changed_in_place_is_not_relied_on(change, strategy, per_sample, product):
+    here, there = CHANGES[change]
+    for activation in ("none", "relu"):
+        for shift in (False, True):
+            tensors = tensors_for(product, per_sample, shift)
+            run, formula = layer(product, activation, strategy)
+            same(
+                grads_of(lambda *t, run=run: here(run(*t)), tensors),
+                grads_of(lambda *t, formula=formula: there(formula(*t)), tensors),
+            )
+
+
+HOOKS = {
+    "as they are": lambda: torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t),
+    "on the CPU": torch.autograd.graph.save_on_cpu,
+}
+
+
+@pytest.mark.parametrize("activation", ["none", "relu"])
+@pytest.mark.parametrize(("strategy", "per_sample"), WAYS)
+@pytest.mark.parametrize("hooks", HOOKS)
+def test_what_hooks_pack_is_not_changed_with_the_result(hooks, strategy, per_sample, activation):
+    tensors = tensors_for("linear", per_sample)
+    run, formula = layer("linear", activation, strategy)
+
+    def hooked(*given: Tensor) -> Tensor:
+        with HOOKS[hooks]():
+            y = run(*given)
+        return y.mul_(2)
+
+    same(grads_of(hooked, tensors), grads_of(lambda *t: 2 * formula(*t), tensors))
+
+
+@pytest.mark.parametrize(("strategy", "per_sample"), WAYS)
+def test_a_checkpoint_that_goes_on_after_a_change_in_place(strategy, per_sample):
+    tensors = tensors_for("linear", per_sample)
+    run, formula = layer("linear", "none", strategy)
+
+    def recomputed(*given: Tensor) -> Tensor:
+        return checkpoint(lambda *t: run(*t).mul_(2).tanh().square(), *given, use_reentrant=False)
+
+    same(grads_of(recomputed, tensors), grads_of(lambda *t: (2 * formula(*t)).tanh().square(), tensors))
+
+
+GATE_VALUES = {
+    "one dead": [0.0, 0.7, 0.3], "all dead": [0.0, 0.0, 0.0], "minus zero": [-0.0, 0.7, 0.3],
+    "negative": [-0.5, 0.7, -1e-3], "tiny": [1e-35, 0.5, 1e-300], "tiny negative": [-1e-35, -1e-300, 1.0],
+    "subnormal": [5e-324, 0.4, 1e-310], "large": [1e30, 1.0, 1e-30],
+}
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+@pytest.mark.parametrize(("strategy", "per_sample"), WAYS)
+@pytest.mark.parametrize("values", GATE_VALUES)
+def test_gates_that_do_not_divide(values, strategy, per_sample, product):
+    rounds_to_zero = values == "subnormal" and strategy == "fold"  # g W, whose sign ReLU asks for
+    for activation in ("none",) if rounds_to_zero else ("none", "relu"):
+        for bias in (True, False):
+            tensors = tensors_for(product, per_sample)
+            tensors[3] = torch.tensor(GATE_VALUES[values], dtype=torch.float64).expand(tensors[3].shape)
+            if not bias:
+                tensors[2] = None
+            run, formula = layer(product, activation, strategy)
+            same(grads_of(run, tensors), grads_of(formula, tensors))
+
+
+@pytest.mark.parametrize("value", [1e-19, 1e-25, 1e-30, 1e-35])
+@pytest.mark.parametrize("activation", ["none", "relu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tiny_gates_of_single_precision(dtype, activation, value):
+    tensors = tensors_for("linear", False, dtype=dtype)
+    tensors[3] = torch.tensor([value, 0.5, value])
+    run, formula = layer("linear", activation, "epilogue")
+    found = grads_of(run, tensors)[-1]
+    expected = grads_of(formula, [None if t is None else t.double() for t in tensors])[-1]
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=3e-2 if dtype == torch.bfloat16 else 1e-5)
+
+
+@pytest.mark.parametrize("value", [1e-3, 1e-6, 1e-8])
+@pytest.mark.parametrize("activation", ["none", "relu"])
+def test_small_gates_of_half_precision(activation, value):
+    """float16 ends at 6e-8: the result says nothing of the product long before the gate is too small to divide by."""
+    tensors = tensors_for("linear", False, dtype=torch.float16)
+    tensors[3] = torch.tensor([value, 0.5, value])
+    run, formula = layer("linear", activation, "epilogue")
+    found = grads_of(run, tensors)[-1]
+    expected = grads_of(formula, [None if t is None else t.double() for t in tensors])[-1]
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=2e-2)
+
+
+@pytest.mark.parametrize("activation", ["none", "relu", "silu"])
+@pytest.mark.parametrize(("strategy", "per_sample"), WAYS)
+def test_retained_graphs_and_freed_ones(strategy, per_sample, activation):
+    tensors = [None if t is None else leaf(t) for t in tensors_for("linear", per_sample, shift=True)]
+    y = layer("linear", activation, strategy)[0](*tensors)
+    grad = torch.randn_like(y)
+    before = grad.clone()
+    first, second = (torch.autograd.grad(y, tensors, grad, retain_graph=True) for _ in range(2))
+    same(first, second, rtol=0, atol=0)
+    torch.autograd.grad(y, tensors, grad)
+    assert torch.equal(grad, before)
+    with pytest.raises(RuntimeError, match="backward through the graph a second time.*pass retain_graph=True"):
+        torch.autograd.grad(y, tensors, grad)
+
+
+@pytest.mark.parametrize("activation", ["none", "relu"])
+@pytest.mark.parametrize(("strategy", "per_sample"), WAYS)
+def test_a_gradient_that_somebody_holds_is_left_alone(strategy, per_sample, activation):
+    tensors = tensors_for("linear", per_sample)
+    run, formula = layer("linear", activation, strategy)
+    held: dict[str, list[Tensor]] = {}
+
+    def watched(name: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        held[name] = []
+
+        def call(*given: Tensor) -> Tensor:
+            y = function(*given)
+            y.retain_grad()
+            y.register_hook(lambda grad: held[name].append(grad.view(-1)))  # a view alone keeps the memory
+            held[name + " result"] = [y]
+            return (y * y).sin()
+
+        return call
+
+    same(grads_of(watched("operator", run), tensors), grads_of(watched("formula", formula), tensors))
+    same(held["operator"], held["formula"])
+    same([y.grad for y in held["operator result"]], [y.grad for y in held["formula result"]])
+
+
+@pytest.mark.parametrize("activation", ["none", "relu"])
+@pytest.mark.parametrize(("strategy", "per_sample"), WAYS)
+def test_gradients_asked_of_the_result_and_of_what_lies_before_it(strategy, per_sample, activation):
+    tensors = tensors_for("linear", per_sample)
+    found = []
+    for function in layer("linear", activation, strategy):
+        leaves = [None if t is None else leaf(t) for t in tensors]
+        y = function(*leaves)
+        found.append(torch.autograd.grad((y * y).sin().sum(), [y, *leaves[:4]]))
+    same(*found)
+
+
+FOREIGN = {
+    "expanded": lambda y: torch.tensor(0.7, dtype=y.dtype).expand(y.shape),
+    "strided": lambda y: torch.randn(*y.shape, 2, dtype=y.dtype)[..., 0],
+    "transposed": lambda y: torch.randn(y.shape[::-1], dtype=y.dtype).permute(*reversed(range(y.dim()))),
+}
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+@pytest.mark.parametrize(("strategy", "per_sample"), WAYS)
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_gradients_of_any_layout(kind, strategy, per_sample, product):
+    for activation in ("none", "relu"):
+        tensors = tensors_for(product, per_sample)
+        found = []
+        run, formula = layer(product, activation, strategy)
+        y = run(*tensors)
+        grad = FOREIGN[kind](y)
+        before = grad.clone()
+        for function in (run, formula):
+            leaves = [None if t is None else leaf(t) for t in tensors]
+            found.append(torch.autograd.grad(function(*leaves), leaves[:4], grad))
+        same(*found)
+        assert torch.equal(grad, before)
+
+
+def test_two_layers_share_one_gradient():
+    """Of y = a + b both get the same tensor."""
+    tensors = tensors_for("linear", False)
+    found = []
+    for function in layer("linear", "relu", "epilogue"):
+        leaves = [None if t is None else leaf(t) for t in tensors]
+        x = leaves[0]
+        y = function(*leaves) + function(x * 2, *leaves[1:])
+        found.append(torch.autograd.grad(y.square().sum(), leaves[:4]))
+    same(*found)
+
+
+@pytest.mark.parametrize(("strategy", "per_sample"), WAYS)
+def test_what_it_does_not_differentiate_is_refused(strategy, per_sample):
+    leaves = [None if t is None else leaf(t) for t in tensors_for("linear", per_sample)]
+    run, _ = layer("linear", "relu", strategy)
+    y = run(*leaves)
+    (first,) = torch.autograd.grad(y.square().sum(), leaves[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match="gated_linear is differentiable once"):
+        first.sum().backward()
+    with pytest.raises(RuntimeError, match="no ordinary tensor, as with is_grads_batched"):
+        torch.autograd.grad(run(*leaves), leaves[:4], torch.randn(3, *y.shape, dtype=y.dtype), is_grads_batched=True)
+    with torch.autograd.forward_ad.dual_level():
+        for i in range(4):
+            given = [None if t is None else t.detach() for t in leaves]
+            given[i] = torch.autograd.forward_ad.make_dual(given[i], torch.ones_like(given[i]))
+            with pytest.raises(NotImplementedError, match="forward AD with gated_linear"):
+                run(*given)
+
+
+def test_an_input_changed_before_backward_is_an_error():
+    leaves = [None if t is None else leaf(t) for t in tensors_for("linear", False)]
+    run, _ = layer("linear", "none", "epilogue")
+    x = leaves[0] * 1
+    y = run(x, *leaves[1:])
+    x.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
