@@ -113,9 +113,7 @@ def choose_backend(device: torch.device, dtype: torch.dtype, operator: str = "ep
         if operator == "fused":
             return _fused_backend(device, dtype)
         if torch.compiler.is_compiling():
-            # Inductor would compute a gate again for every element that it multiplies
-            opaque = operator == "gates" and device.type == "cpu" and not torch.compiler.is_exporting()
-            return "cpp" if opaque and ops.EXTENSION and dtype in CPU_DTYPES else "reference"
+            return "reference"
         if device.type == "cpu":  # the hot path: without the list of reasons
             return "cpp" if ops.EXTENSION and dtype in CPU_DTYPES and not inside_transform() else "reference"
         best = measurements.best_backend(device, operator)
