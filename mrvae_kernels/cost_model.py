@@ -1,6 +1,7 @@
 """What folding and the epilogue add to a plain layer's training step, predicted from the layer's size.
 
-    extra = layer + weight W + output Y        W elements of the weight, Y of the output; forward and backward
+    fold      extra = layer + weight W         W elements of the weight; forward and backward
+    epilogue  extra = layer + output Y         Y elements of the output
 
 Each kind of product ("linear", "convolution") has coefficients of its own for fold and for epilogue, in whole
 picoseconds, so that torch.compile's symbolic sizes stay integers. They were fitted to measurements of the compiled core
