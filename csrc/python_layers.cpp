@@ -18,7 +18,7 @@ PyObject* name(const char* text) { return PyUnicode_InternFromString(text); }
 struct Known {
   PyObject* hooks[4] = {name("_forward_hooks"), name("_forward_pre_hooks"), name("_backward_hooks"),
                         name("_backward_pre_hooks")};
-  PyObject *forward = name("forward"), *compiled = name("_compiled_call_impl"), *share = name("_share"),
+  PyObject *forward = name("forward"), *compiled = name("_compiled_call_impl"), *share = name("_share"), *direct = name("_direct"),
            *parameters = name("_parameters"), *weight = name("weight"), *bias = name("bias");
   std::vector<PyObject*> global_hooks;
   std::vector<std::pair<PyTypeObject*, Activation>> activations;
@@ -62,21 +62,21 @@ bool hooked_everywhere() {
 bool is_tensor(PyObject* object) { return object != nullptr && THPVariable_CheckExact(object); }
 
 // The layer's result, or None where it cannot be called straight away.
-OptionalTensor run(PyObject* share, PyObject* parameters, const Tensor& x, Activation activation) {
+OptionalTensor run(PyObject* direct, PyObject* parameters, const Tensor& x, Activation activation) {
   if (parameters == nullptr || !PyDict_Check(parameters)) return std::nullopt;
   PyObject *weight = item(parameters, known().weight), *bias = item(parameters, known().bias);
   if (weight == nullptr || !THPVariable_Check(weight) || bias == nullptr) return std::nullopt;
   if (bias != Py_None && !THPVariable_Check(bias)) return std::nullopt;
-  const auto& layer = py::cast<const HostedLayer&>(py::handle(share));
+  const auto& layer = py::cast<const HostedLayer&>(py::handle(direct));
   const Tensor w = THPVariable_Unpack(weight);
   const OptionalTensor b = bias == Py_None ? std::nullopt : OptionalTensor(THPVariable_Unpack(bias));
   const py::gil_scoped_release unlocked;
   return layer.run(x, w, b, activation);
 }
 
-py::object run_layer(const py::handle& share, const py::handle& parameters, const py::handle& x) {
+py::object run_layer(const py::handle& direct, const py::handle& parameters, const py::handle& x) {
   if (!is_tensor(x.ptr())) return py::none();
-  const OptionalTensor y = run(share.ptr(), parameters.ptr(), THPVariable_Unpack(x.ptr()), Activation::None);
+  const OptionalTensor y = run(direct.ptr(), parameters.ptr(), THPVariable_Unpack(x.ptr()), Activation::None);
   return y.has_value() ? py::cast(*y) : py::none();
 }
 
@@ -95,10 +95,10 @@ py::object run_sequential(const py::dict& modules, py::object x) {
   for (std::size_t i = 0; i < children.size(); ++i) {
     PyObject* module = children[i].ptr();
     PyObject* dictionary = attributes(module);
-    PyObject* share = item(dictionary, known().share);
-    if (!by_python && share != nullptr && Py_TYPE(share) == known().layer && is_tensor(x.ptr()) && plain(dictionary)) {
+    PyObject *share = item(dictionary, known().share), *direct = item(dictionary, known().direct);
+    if (!by_python && share == Py_None && direct != nullptr && Py_TYPE(direct) == known().layer && is_tensor(x.ptr()) && plain(dictionary)) {
       const Activation activation = i + 1 < children.size() ? activation_of(children[i + 1].ptr()) : Activation::None;
-      if (OptionalTensor y = run(share, item(dictionary, known().parameters), THPVariable_Unpack(x.ptr()), activation)) {
+      if (OptionalTensor y = run(direct, item(dictionary, known().parameters), THPVariable_Unpack(x.ptr()), activation)) {
         x = py::cast(*std::move(y));
         i += activation != Activation::None;
         continue;

@@ -38,20 +38,21 @@ class Hosted(nn.Module):
 
     plain: type[nn.Module]
     adapter: Adapter
-    _share: Any = None  # a Share, the core's HostedLayer, or None
+    _share: Share | None = None
+    _direct: Any = None  # the core's HostedLayer, which counts where there is no share; torch.compile never looks at it
     _stage: Any = None  # the network's, where there is a compiled core
     _last_strategy: str | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         share = self._share
-        if share is not None and share.__class__ is not Share:
+        if share is None and self._direct is not None:
             if len(args) == 1 and not kwargs:
-                y = core().run_layer(share, self._parameters, args[0])
+                y = core().run_layer(self._direct, self._parameters, args[0])
                 if y is not None:
                     return y
             if self._parameters.get("weight") is None:
                 raise lost(self, "weight")
-            share = share_of(share)
+            share = share_of(self._direct)
         if share is None:
             raise RuntimeError(
                 f"this {self.plain.__name__} belongs to a multi-rate network and was called without a beta: call the "
@@ -83,12 +84,13 @@ class Hosted(nn.Module):
         # torch's recurrent layers have one; object since Python 3.11
         inherited = getattr(super(), "__getstate__", None)
         state = self.__dict__ if inherited is None else inherited()
-        kept = {name: value for name, value in state.items() if name not in ("_last_strategy", "_stage")}
+        own = ("_last_strategy", "_stage", "_direct")
+        kept = {name: value for name, value in state.items() if name not in own}
         return kept | {"_share": None}
 
     def release(self) -> None:
         """Turn back into the plain layer."""
-        for name in ("_share", "_stage", "_last_strategy"):
+        for name in ("_share", "_direct", "_stage", "_last_strategy"):
             self.__dict__.pop(name, None)
         self.__class__ = self.plain  # type: ignore[assignment]
 
@@ -179,6 +181,12 @@ def lend(layers: Sequence[Hosted], shares: Sequence[Any]) -> Iterator[None]:
         hand_out(layers, before)
 
 
+def _set(stage: Any, layers: Sequence[Hosted], gates: Any, directs: Sequence[Any]) -> None:
+    stage.gates = gates
+    for layer, direct in zip(layers, directs, strict=True):
+        layer.__dict__["_direct"] = direct
+
+
 def checkpoint_context(model: Any) -> Contexts:
     """context_fn for torch.utils.checkpoint inside a multi-rate network: the recomputation gets the forward's gates.
 
@@ -190,24 +198,25 @@ def checkpoint_context(model: Any) -> Contexts:
 
     def contexts() -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
         layers = model._hosts()
-        shares = [layer._share for layer in layers]
+        shares, directs = [layer._share for layer in layers], [layer._direct for layer in layers]
         gates = None if model._stage is None else model._stage.gates
-        if shares[0] is None or (gates is None and shares[0].__class__ is not Share):
+        if shares[0] is None and gates is None:
             raise RuntimeError(
                 "checkpoint_context(model) was used outside a forward of that model; there is no beta to keep"
             )
 
         @contextlib.contextmanager
         def again() -> Iterator[None]:
-            before = None if model._stage is None else model._stage.gates
             with lend(layers, shares):
-                if model._stage is not None:
-                    model._stage.gates = gates
+                if model._stage is None:
+                    yield
+                    return
+                before = model._stage.gates, [layer._direct for layer in layers]
                 try:
+                    _set(model._stage, layers, gates, directs)
                     yield
                 finally:
-                    if model._stage is not None:
-                        model._stage.gates = before
+                    _set(model._stage, layers, *before)
 
         return contextlib.nullcontext(), again()
 

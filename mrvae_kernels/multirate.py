@@ -407,7 +407,7 @@ class MultiRate(Recorded):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy or a pickle makes its own plans."""
-        own = {"_plans": {}, "_prepared": {}, "_installed": None, "_stage": None, "_version": 0, "_lent": 0}
+        own: dict[str, Any] = {"_plans": {}, "_prepared": {}, "_installed": None, "_stage": None, "_version": 0, "_lent": 0}
         return {**self.__dict__, **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

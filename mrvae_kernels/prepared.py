@@ -62,7 +62,7 @@ class Prepared:
     def install(self, layers: Sequence[Hosted]) -> None:
         """Give the layers that the core calls what they keep between the calls of this plan."""
         for i, direct in self._direct:
-            layers[i].__dict__["_share"] = direct
+            layers[i].__dict__["_direct"] = direct
 
     def hand_out(self, layers: Sequence[Hosted]) -> None:
         """Give the other layers their shares of the gates that `begin` has put on the stage."""

@@ -201,6 +201,6 @@ def test_a_baked_network_and_the_names_are_torchs():
     baked = mk.bake(model, 0.3)
     assert type(baked) is nn.Sequential and type(baked[2]) is nn.Sequential and type(baked[0]) is nn.Conv2d
     assert list(baked.state_dict()) == names
-    assert not any({"_stage", "_share"} & set(module.__dict__) for module in baked.modules())
+    assert not any({"_stage", "_share", "_direct"} & set(module.__dict__) for module in baked.modules())
     torch.testing.assert_close(baked(pictures()), model(pictures(), beta=0.3), rtol=1e-10, atol=1e-12)
     assert type(copy.deepcopy(baked)[:2]) is nn.Sequential
