@@ -407,8 +407,8 @@ class MultiRate(Recorded):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy or a pickle makes its own plans."""
-        own: dict[str, Any] = {"_plans": {}, "_prepared": {}, "_installed": None, "_stage": None, "_version": 0, "_lent": 0}
-        return {**self.__dict__, **own}
+        own: dict[str, Any] = {"_plans": {}, "_prepared": {}, "_installed": None, "_stage": None}
+        return {**self.__dict__, **own, "_version": 0, "_lent": 0}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
