@@ -47,6 +47,7 @@ struct GatedFoldNode final : Node {
       step.biases.push_back(optional(layer.bias));
     }
     step.node = node;
+    for (std::size_t i = 0; i < 3; ++i) step.gated = step.gated || node->next_edge(i).is_valid();
   }
 
   void release_variables() override {

@@ -13,6 +13,7 @@ namespace mrvae {
 struct StepGates : torch::CustomClassHolder {
   std::vector<Tensor> values;          // of the slices
   NodePointer node;                    // takes gradient i for slice i; without it the values have histories of their own
+  bool gated = false;                  // the gates' weight, bias or eta gets a gradient by the node
   std::vector<Tensor> weights;         // folded
   std::vector<OptionalTensor> biases;  // folded; none where a layer has neither bias nor shift
 

@@ -58,11 +58,11 @@ OptionalTensor HostedLayer::run(const Tensor& x, const Tensor& weight, const Opt
   }
   return std::visit(
       [&](const auto& p) {
-        const bool gated = step->node || values.requires_grad() || (shifts.defined() && shifts.requires_grad());
+        const bool gated = step->gated || values.requires_grad() || (shifts.defined() && shifts.requires_grad());
         if (records() && (gated || recording({&x, &weight, pointer(bias)}))) {
           // every kind of gate has the slope 0 where its value is 0
-          const GateInput g{values, step->edge(std::size_t(gate)), true};
-          const GateInput t{shifts, shift < 0 ? Edge() : step->edge(std::size_t(shift))};
+          const GateInput g{values, gated ? step->edge(std::size_t(gate)) : Edge(), true};
+          const GateInput t{shifts, shift < 0 || !gated ? Edge() : step->edge(std::size_t(shift))};
           return ProductNode<std::decay_t<decltype(p)>>::record(p, x, weight, bias, g, t, activation, strategy);
         }
         at::AutoDispatchBelowADInplaceOrView below;

@@ -12,7 +12,10 @@
 #include <ATen/ops/threshold_backward.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
+#include <limits>
+#include <mutex>
 
 #include "node.h"
 #include "products.h"

@@ -30,10 +30,18 @@ class Entry {
     for (const auto& [layer, weight, bias] : folds) folds_.push_back({layer, weight, bias});
   }
 
-  // Whether the call is this one and the gates are on the stage now. places: (modules, name) of each gated layer;
-  // hosted: the classes that they may have; parameters: those of the MultiRate.
+  // Whether the call is this one and the gates are on the stage now. places: (modules, name, layer) of each gated layer;
+  // hosted: the classes that they may have; holders: (modules, name, module, its modules) of what they are in, which has
+  // to be there still; parameters: those of the MultiRate.
   bool begin(const py::tuple& args, const py::handle& beta, const py::list& places, const py::handle& hosted,
-             const py::dict& parameters) const {
+             const py::list& holders, const py::dict& parameters) const {
+    for (const auto& holder : holders) {
+      PyObject* parts = holder.ptr();
+      PyObject* module = PyDict_GetItem(PyTuple_GET_ITEM(parts, 0), PyTuple_GET_ITEM(parts, 1));
+      if (module != PyTuple_GET_ITEM(parts, 2)) return false;
+      const auto children = py::reinterpret_steal<py::object>(PyObject_GetAttrString(module, "_modules"));
+      if (children.ptr() != PyTuple_GET_ITEM(parts, 3)) return false;
+    }
     if (stage_->gates || stage_->version != version_ || !same(args)) return false;
     const c10::DispatchKeySet included = c10::impl::tls_local_dispatch_key_set().included_;
     if (!(included - c10::default_included_set).empty() || at::SavedTensorDefaultHooks::get_hooks()) return false;
@@ -43,14 +51,16 @@ class Entry {
     for (const auto& place : places) {
       const auto pair = py::reinterpret_borrow<py::tuple>(place);
       PyObject* layer = PyDict_GetItem(PyTuple_GET_ITEM(pair.ptr(), 0), PyTuple_GET_ITEM(pair.ptr(), 1));
-      if (layer == nullptr || PySet_Contains(hosted.ptr(), reinterpret_cast<PyObject*>(Py_TYPE(layer))) != 1) return false;
+      if (layer == nullptr || layer != PyTuple_GET_ITEM(pair.ptr(), 2)) return false;
+      if (PySet_Contains(hosted.ptr(), reinterpret_cast<PyObject*>(Py_TYPE(layer))) != 1) return false;
       layers.push_back(layer);
     }
     std::vector<Tensor> weights;
     std::vector<OptionalTensor> biases;
     for (const FoldedParameter& fold : folds_) {
       const auto own = py::reinterpret_steal<py::object>(PyObject_GetAttrString(layers[fold.layer], "_parameters"));
-      if (!own || !PyDict_Check(own.ptr())) throw py::error_already_set();
+      if (!own) throw py::error_already_set();
+      if (!PyDict_Check(own.ptr())) return false;
       PyObject *w = PyDict_GetItem(own.ptr(), fold.weight.ptr()), *b = PyDict_GetItem(own.ptr(), fold.bias.ptr());
       if (w == nullptr || !THPVariable_Check(w)) return false;
       weights.push_back(THPVariable_Unpack(w));
@@ -88,8 +98,12 @@ class Entry {
   // eta of a beta within the range, and of as many betas as the plan is for
   OptionalTensor standardized_like(const py::handle& beta, const Tensor& weight) const {
     const auto dtype = gate_dtype(weight.scalar_type());
-    if (PyFloat_CheckExact(beta.ptr())) {
-      const double value = PyFloat_AS_DOUBLE(beta.ptr());
+    if (PyFloat_CheckExact(beta.ptr()) || PyLong_CheckExact(beta.ptr())) {
+      const double value = PyFloat_AsDouble(beta.ptr());
+      if (PyErr_Occurred() != nullptr) {  // an integer beyond all floats
+        PyErr_Clear();
+        return std::nullopt;
+      }
       if (per_sample_ || !(value >= low_ && value <= high_)) return std::nullopt;
       const auto options = weight.options().dtype(dtype).requires_grad(false);
       return at::scalar_tensor(standardized(value, low_, high_), options);

@@ -67,11 +67,11 @@ OptionalTensor run(PyObject* direct, PyObject* parameters, const Tensor& x, Acti
   PyObject *weight = item(parameters, known().weight), *bias = item(parameters, known().bias);
   if (weight == nullptr || !THPVariable_Check(weight) || bias == nullptr) return std::nullopt;
   if (bias != Py_None && !THPVariable_Check(bias)) return std::nullopt;
-  const auto& layer = py::cast<const HostedLayer&>(py::handle(direct));
+  const auto layer = py::cast<c10::intrusive_ptr<HostedLayer>>(py::handle(direct));  // outlives what holds it now
   const Tensor w = THPVariable_Unpack(weight);
   const OptionalTensor b = bias == Py_None ? std::nullopt : OptionalTensor(THPVariable_Unpack(bias));
   const py::gil_scoped_release unlocked;
-  return layer.run(x, w, b, activation);
+  return layer->run(x, w, b, activation);
 }
 
 py::object run_layer(const py::handle& direct, const py::handle& parameters, const py::handle& x) {

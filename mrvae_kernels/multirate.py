@@ -133,18 +133,15 @@ class MultiRate(Recorded):
         self._unplanned = tuple(None if entry.adapter.product else "fold" for entry in self._entries)
         self._turn = Turn()
         self._origin = (network,)  # in a tuple: no second child
-        self._places: list[tuple[dict[str, nn.Module | None], str]] = []
-        for entry in self._entries:
-            parent, _, name = entry.name.rpartition(".")
-            # a network that is itself the one gated layer has no parent in it: it is the MultiRate's own child
-            self._places.append((network.get_submodule(parent)._modules, name) if name else (self._modules, "network"))
+        self._layers = [modules[entry.name] for entry in self._entries]
+        self._locate()
         self._plans: dict[Any, tuple[str | None, ...]] = {}
         self._prepared: dict[Any, Prepared] = {}
         self._installed: Prepared | None = None  # the plan that the layers hold parts of
         self._made_under: Any = None
         self._version = self._lent = 0
         self._raise_stage()
-        host_sequentials(network, [modules[entry.name] for entry in self._entries])
+        host_sequentials(network, self._layers)
 
     def _add_gates(self, like: Tensor) -> None:
         specs = [e.spec for e in self._entries]
@@ -198,7 +195,11 @@ class MultiRate(Recorded):
     def _begin(self, prepared: Prepared, args: Any, beta: Beta) -> bool:
         """Whether this is a call that the plan is for; then its gates are on the stage."""
         free = not self._lent and self._modules["network"] is self._origin[0]
-        return free and prepared.begin(args, beta, self._places, HOSTED_TYPES, self._parameters)
+        if self._layers[0].__dict__.get("_stage") is not self._stage:  # a shallow copy has made these layers its own
+            self._raise_stage()
+            self._forget()
+            return False
+        return free and prepared.begin(args, beta, self._places, HOSTED_TYPES, self._holders, self._parameters)
 
     def _install(self, prepared: Prepared) -> Prepared:
         if self._installed is not prepared:
@@ -323,18 +324,50 @@ class MultiRate(Recorded):
                     "model.network was replaced after multirate(); its gates belong to the network that multirate() "
                     "got: call multirate() on the new one"
                 )
-            layers = [modules[name] for modules, name in self._places]  # type: ignore[misc]
+            layers = self._layers
+            layers_stay = all(modules.get(name) is layer for modules, name, layer in self._places)
+            if not layers_stay or not all(
+                modules.get(name) is holder and holder._modules is children
+                for modules, name, holder, children in self._holders
+            ):
+                self._locate()
         for layer in layers:
             if layer.__class__ not in HOSTED_TYPES:
                 self._refuse_changed_layer()
         return layers  # type: ignore[return-value]
 
+    def _locate(self) -> None:
+        """Note where the gated layers are, and what they are in, so that a call sees whether that has changed."""
+        names = {id(module): name for name, module in self.network.named_modules()}
+        self._places: list[tuple[dict[str, nn.Module | None], str, nn.Module]] = []
+        self._holders: list[tuple[dict[str, nn.Module | None], str, nn.Module, dict[str, nn.Module | None]]] = []
+        self._holders.append((self._modules, "network", self.network, self.network._modules))
+        seen = {""}
+        for layer in self._layers:
+            if id(layer) not in names:
+                self._refuse_changed_layer()
+            path, _, name = names[id(layer)].rpartition(".")
+            # a network that is itself the one gated layer has no parent in it: it is the MultiRate's own child
+            self._places.append(
+                (self.network.get_submodule(path)._modules, name, layer) if name else (self._modules, "network", layer)
+            )
+            while path not in seen:
+                seen.add(path)
+                holder = self.network.get_submodule(path)
+                path, _, name = path.rpartition(".")
+                self._holders.append((self.network.get_submodule(path)._modules, name, holder, holder._modules))
+
     def _refuse_changed_layer(self) -> None:
-        for entry in self._entries:
-            layer = self.network.get_submodule(entry.name)
-            if type(layer) not in HOSTED_TYPES:
+        inside = {id(module) for module in self.network.modules()}
+        for entry, own in zip(self._entries, self._layers, strict=True):
+            try:
+                layer = self.network.get_submodule(entry.name)
+            except AttributeError:
+                layer = None
+            if id(own) not in inside or type(own) not in HOSTED_TYPES:
+                now = "gone" if layer is None else f"a {type(layer).__name__}"
                 raise RuntimeError(
-                    f"{entry.name!r} is a {type(layer).__name__}: it was replaced or parametrized after multirate() "
+                    f"{entry.name!r} is {now}: it was replaced or parametrized after multirate() "
                     "and would run without its gate; change the network (SyncBatchNorm, weight norm, quantisation) "
                     "first, then call multirate()"
                 )
@@ -417,8 +450,8 @@ class MultiRate(Recorded):
     def _raise_stage(self) -> None:
         """A stage, which the gated layers know: they tell it of another stride and the like."""
         self._stage: Any = core().Stage() if ops.EXTENSION else None
-        for modules, name in self._places:
-            modules[name].__dict__["_stage"] = self._stage
+        for layer in self._layers:
+            layer.__dict__["_stage"] = self._stage
 
 
 def multirate(

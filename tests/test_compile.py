@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch._dynamo.testing
 from helpers import ConvolutionalVAE, randomize
 from torch import Tensor, nn
 from torch.export import Dim
