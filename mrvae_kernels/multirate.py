@@ -44,7 +44,7 @@ from .hosting import (
 )
 from .layers import Recorded, _one, write_folded
 from .ops.shortcuts import core
-from .prepared import Prepared, can_prepare
+from .prepared import Prepared, can_prepare, folded_together
 from .recalibration import recalibrate, running_norms
 from .selection import Gates, select
 
@@ -383,9 +383,9 @@ class MultiRate(Recorded):
         shares = [
             Share(g.gate, g.shift, None, how, g.inputs) for g, how in zip(gates, plan, strict=True)
         ]
-        folding = [i for i, how in enumerate(plan) if how == "fold"]
+        layers = self._hosts()
+        folding = [i for i, how in enumerate(plan) if how == "fold" and folded_together(layers[i])]
         if folding:
-            layers = self._hosts()
             jobs = [FoldJob(layers[i], self._entries[i].adapter, gates[i].gate, gates[i].shift) for i in folding]
             for i, folded in zip(folding, fold_layers(jobs), strict=True):
                 shares[i] = Share(gates[i].gate, gates[i].shift, folded, None, gates[i].inputs)

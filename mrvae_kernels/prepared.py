@@ -51,7 +51,8 @@ class Prepared:
                 self.indirect.append(Indirect(i, shift, inputs, how))
         folds = [
             (i, entry, layout[i][0] if entry.shifted else None)
-            for i, _, _, how in self.indirect if how == "fold" for entry in layers[i].adapter.entries(layers[i])
+            for i, _, _, how in self.indirect if how == "fold" and folded_together(layers[i])
+            for entry in layers[i].adapter.entries(layers[i])
         ]
         self._folds = [(i, entry.weight, entry.bias) for i, entry, _ in folds]
         gates = tuple(i for i, *_ in folds)
@@ -84,6 +85,15 @@ class Prepared:
         """Take them back."""
         for i, *_ in self.indirect:
             layers[i].__dict__["_share"] = None
+
+
+def folded_together(layer: Hosted) -> bool:
+    """Whether the layer folds with the others, in one operator, and not in its own: norms, and products on a GPU.
+
+    Either way has roundings of its own, and a call without a plan, such as the first one after a resumed training, has
+    to have those of the others.
+    """
+    return not layer.adapter.product or next(layer.parameters()).device.type != "cpu"
 
 
 def can_prepare(layers: Sequence[Hosted], plan: Sequence[str | None]) -> bool:
