@@ -44,7 +44,7 @@ lint: $(VENV)/.developed ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: $(VENV)/.developed ## what gating costs on this CPU, under 10 minutes: result files, docs/benchmarks.md, README
+bench: $(VENV)/.developed ## what gating costs on this CPU, for some minutes: result files, docs/benchmarks.md, README
 	$(BIN)/python -m pytest bench
 	$(BIN)/python -m bench.overhead --seconds 220 --out $(RESULTS)/cpu-overhead.json
 	$(BIN)/python -m bench.growth --seconds 60 --out $(RESULTS)/cpu-growth.json

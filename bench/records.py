@@ -75,7 +75,8 @@ def read(path: Path, what: str | None = None) -> Record:
     """The file's record. ValueError for a file that is none, or that measured something else than `what`."""
     try:
         record = Record(**json.loads(path.read_text()))
-        record.kind  # noqa: B018
+        if not isinstance(record.machine["kind"], str):
+            raise TypeError("the machine's kind is no text")
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path} is no result file of these benchmarks: {type(error).__name__}: {error}") from None
     if what is not None and record.what != what:

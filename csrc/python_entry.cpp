@@ -1,5 +1,5 @@
 // The beginning of a multi-rate network's call: is this the call that was made last time, with another beta? Then its
-// gates, in one go: written in Python the same questions took 40 us of a step of 600 us, most of it cold caches.
+// gates, in one go. It is asked once a step, when the caches hold other things: the less code, the better.
 #include <ATen/SavedTensorHooks.h>
 #include <ATen/ops/scalar_tensor.h>
 #include <torch/csrc/autograd/python_variable.h>

@@ -181,12 +181,13 @@ class MultiRate(Recorded):
                     return self._call(beta, key, args, kwargs)
                 installed = found
             try:
+                network: Any = self._modules["network"]
                 if not installed.indirect:
-                    return self._modules["network"](*args, **kwargs)  # type: ignore[misc]
+                    return network(*args, **kwargs)
                 layers = self._hosts()
                 try:
                     installed.hand_out(layers)
-                    return self._modules["network"](*args, **kwargs)  # type: ignore[misc]
+                    return network(*args, **kwargs)
                 finally:
                     installed.take_back(layers)
             finally:
@@ -220,9 +221,9 @@ class MultiRate(Recorded):
 
     def _call(self, beta: Beta, key: Any, args: Any, kwargs: Any) -> Any:
         """Without a plan that is ready."""
-        shares = self._shares(beta, key)
+        shares, network = self._shares(beta, key), self.network
         with self._lend(shares):
-            result = self._modules["network"](*args, **kwargs)  # type: ignore[misc]
+            result = network(*args, **kwargs)
         if key is not None and key not in self._plans and (shares[0].gate.dim() == 2) == key[0]:
             self._remember(key)
         return result
@@ -300,9 +301,10 @@ class MultiRate(Recorded):
 
     def _eta(self, beta: Beta, device: torch.device, dtype: torch.dtype) -> Tensor:
         """eta of the betas, with the bits that a plan made ready has."""
-        if isinstance(beta, Tensor) and self._stage is not None and not torch.compiler.is_compiling():
+        plans = self._stage is not None and device.type == "cpu" and not torch.compiler.is_compiling()
+        if plans and isinstance(beta, Tensor):
             eta: Tensor | None = core().standardized(beta, *self.beta_range, dtype == torch.float64)
-            if eta is not None and device.type == "cpu":
+            if eta is not None:
                 return eta
         return standardize(beta, self.beta_range, device=device, dtype=dtype)
 
