@@ -62,6 +62,19 @@ def check_same_bits(prepared: mk.MultiRate, separate: mk.MultiRate, x: torch.Ten
         assert all(torch.equal(*pair) for pair in zip(step(prepared, x, beta), step(separate, x, beta), strict=True))
 
 
+def test_same_bits_with_and_without_a_plan():
+    """As a resumed training needs it, whose first step has none: products fold in their own node either way."""
+    x = torch.randn(32, 96)
+    with mk.override(strategy="fold"):
+        model = mk.multirate(nn.Sequential(nn.Linear(96, 160)), gates=mk.GateSpec("softplus", inputs="sigmoid"))
+        first = step(model, x, 0.3)
+        assert model._prepared
+        shares = []
+        model.network[0].register_forward_pre_hook(lambda layer, _: shares.append(layer._share))
+        assert all(torch.equal(*pair) for pair in zip(first, step(model, x, 0.3), strict=True))
+    assert [(share.folded, share.strategy) for share in shares] == [(None, "fold")]
+
+
 def test_without_a_gradient():
     model = mk.multirate(convolutional().eval(), gates="sigmoid")
     x = torch.randn(3, 2, 6, 6)
