@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import functional, measurements, ops, reference, strategy
+from . import functional, measurements, ops, reference, strategy, traced
 from .adapters import ADAPTERS, Adapter, FoldJob, fold_layers
 from .backends import inside_transform
 from .gates import (
@@ -33,10 +33,12 @@ from .gates import (
     standardize,
 )
 from .hosting import (
+    CALLS,
     HOSTED,
     HOSTED_TYPES,
     Hosted,
     Share,
+    TracedGates,
     Turn,
     host_sequentials,
     lend,
@@ -135,6 +137,7 @@ class MultiRate(Recorded):
         self._origin = (network,)  # in a tuple: no second child
         self._layers = [modules[entry.name] for entry in self._entries]
         self._locate()
+        self._tell_layers()
         self._plans: dict[Any, tuple[str | None, ...]] = {}
         self._prepared: dict[Any, Prepared] = {}
         self._installed: Prepared | None = None  # the plan that the layers hold parts of
@@ -170,7 +173,7 @@ class MultiRate(Recorded):
     def forward(self, *args: Any, beta: Beta, **kwargs: Any) -> Any:
         """The network's forward at this beta: a positive number, a 0-d tensor, or one a sample, shape (N,)."""
         if torch.compiler.is_compiling():
-            return self._call(beta, None, args, kwargs)
+            return self._trace(beta, args, kwargs)
         with self._turn.lock:  # while another thread's call runs, the layers hold that call's gates
             installed, made_under = self._installed, (strategy.current(), measurements.generation)
             if installed is None or made_under != self._made_under or not self._begin(installed, args, beta):
@@ -192,6 +195,34 @@ class MultiRate(Recorded):
                     installed.take_back(layers)
             finally:
                 self._stage.gates = None
+
+    def _trace(self, beta: Beta, args: Any, kwargs: Any) -> Any:
+        """A call as torch.compile and torch.export see it: see `traced`."""
+        override = strategy.current()
+        if override.backend not in (None, "reference") or override.strategy == "fused":
+            return self._call(beta, None, args, kwargs)
+        owner = self._check_layers()
+        CALLS.append(TracedGates(owner, self._traced_bank(beta), override.strategy, torch.compiler.is_exporting()))
+        try:
+            return self.network(*args, **kwargs)
+        finally:
+            CALLS.pop()
+
+    def _traced_bank(self, beta: Beta) -> Sequence[Tensor]:
+        weight, bias = self.gate_weight, self.gate_bias
+        if weight is None or bias is None or not isinstance(beta, (Tensor, int, float)):
+            return self._bank(beta)
+        if not isinstance(beta, Tensor):
+            beta = torch.scalar_tensor(beta, dtype=reference.gate_dtype(weight.dtype), device=weight.device)
+        low, high = self.beta_range
+        return traced.gate_bank(weight, bias, beta, low, high, self._sizes, self._kinds)
+
+    @torch._dynamo.assume_constant_result
+    def _check_layers(self) -> int:
+        """What the layers know their network by; RuntimeError where one is gone. Asked when the call is traced, and not
+        guarded."""
+        self._hosts()
+        return id(self._layers)
 
     def _begin(self, prepared: Prepared, args: Any, beta: Beta) -> bool:
         """Whether this is a call that the plan is for; then its gates are on the stage."""
@@ -448,6 +479,13 @@ class MultiRate(Recorded):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._raise_stage()
+        self._tell_layers()
+
+    def _tell_layers(self) -> None:
+        """Each layer's slices of the gates, for calls that torch.compile traces."""
+        for i, (layer, (shift, inputs)) in enumerate(zip(self._layers, self._layout, strict=True)):
+            slices = (i, -1 if shift is None else shift, -1 if inputs is None else inputs)
+            layer.__dict__.update(_network=self._layers, _slices=slices)
 
     def _raise_stage(self) -> None:
         """A stage, which the gated layers know: they tell it of another stride and the like."""
