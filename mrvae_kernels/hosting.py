@@ -37,8 +37,8 @@ class Share(NamedTuple):
 
 WITHOUT_A_BETA = (
     "this {} belongs to a multi-rate network and was called without a beta: call the MultiRate itself, "
-    "model(x, beta=...), or work within `with model.at(beta):`. Under activation checkpointing inside the network, pass "
-    "context_fn=mrvae_kernels.checkpoint_context(model) to torch.utils.checkpoint.checkpoint"
+    "model(x, beta=...), or work within `with model.at(beta):`. Under activation checkpointing inside the network, "
+    "pass context_fn=mrvae_kernels.checkpoint_context(model) to torch.utils.checkpoint.checkpoint"
 )
 
 

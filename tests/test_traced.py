@@ -133,7 +133,7 @@ def test_two_networks_of_one_shape_and_different_gates_are_told_apart():
 
 def test_gates_on_inputs_and_layers_without_a_formula_of_their_own():
     layers = (
-        nn.Conv1d(2, 3, 3, padding="same"), nn.ConvTranspose1d(3, 4, 3, stride=2, groups=1), nn.BatchNorm1d(4), nn.Tanh(),
+        nn.Conv1d(2, 3, 3, padding="same"), nn.ConvTranspose1d(3, 4, 3, stride=2), nn.BatchNorm1d(4), nn.Tanh(),
         nn.Flatten(), nn.Linear(36, 3),
     )
     spec = mk.GateSpec("softplus", shift=True, inputs="sigmoid")
