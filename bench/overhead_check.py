@@ -9,10 +9,10 @@ that its optimiser moves what has a gradient. A value a is off from the exact b 
 
     TOLERANCES[numbers] |b| + 3 |p - b| + 1e-5 max |b'|
 
-with p what the plain network with hooks gives in the step's own numbers (float32, TF32, bfloat16), the furthest of a run
-on the batch and two on batches that differ from it by a rounding: what a few ReLUs do whose inputs lie at 0 shows in some
-runs only (1.3 % of a gradient of the paper's CNN at batch 128). b' are the values of b's kind (outputs, gradients, ...): a
-bias before a batch norm has no gradient but rounding.
+with p what the plain network with hooks gives in the step's own numbers (float32, TF32, bfloat16), the furthest of a
+run on the batch and two on batches that differ from it by a rounding: what a few ReLUs do whose inputs lie at 0 shows
+in some runs only (1.3 % of a gradient of the paper's CNN at batch 128). b' are the values of b's kind (outputs,
+gradients, ...): a bias before a batch norm has no gradient but rounding.
 """
 
 from __future__ import annotations
