@@ -1,6 +1,8 @@
+#include <ATen/EmptyTensor.h>
 #include <ATen/ops/elu.h>
 #include <ATen/ops/elu_backward.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/gelu.h>
 #include <ATen/ops/gelu_backward.h>
 #include <ATen/ops/leaky_relu.h>
@@ -98,6 +100,14 @@ void check_device(const char* op, const char* name, const Tensor& tensor, const 
 Tensor operand(const Tensor& tensor, at::ScalarType dtype) {
   Tensor result = tensor.scalar_type() == dtype ? tensor : tensor.to(dtype);
   return result.is_contiguous() ? result : result.contiguous();
+}
+
+Tensor fresh(IntArrayRef sizes, at::ScalarType dtype, const Tensor& like) {
+  return like.device().is_cpu() ? Tensor(at::detail::empty_cpu(sizes, dtype)) : at::empty(sizes, like.options().dtype(dtype));
+}
+
+Tensor fresh_like(const Tensor& like) {
+  return like.is_contiguous() ? fresh(like.sizes(), like.scalar_type(), like) : at::empty_like(like);
 }
 
 Tensor scratch(std::int64_t bytes, const Tensor& like) { return at::empty({bytes}, like.options().dtype(at::kByte)); }

@@ -1,5 +1,4 @@
 #include <ATen/core/dispatch/Dispatcher.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 
 #include "cpu/kernels.h"
@@ -145,7 +144,7 @@ static Tensor forward(const Tensor& u, const OptionalTensor& bias, const Tensor&
   const Parameters with(bias, gate, shift, activation, dtype);
   EpilogueShape shape;
   const Tensor values = dense(u, dim < 0 ? dim + u.dim() : dim, gate.dim() == 2, shape);
-  const Tensor y = u_is_free ? values : at::empty_like(values);
+  const Tensor y = u_is_free ? values : fresh_like(values);
   dtype == at::kDouble ? launch_forward<double>(values, shape, with, y) : launch_forward<float>(values, shape, with, y);
   return restored(y, u);
 }
@@ -181,11 +180,11 @@ static EpilogueGrads backward(const Tensor& grad, const Tensor& u, const Optiona
   Tensor incoming = grad;
   if (!same_layout(grad, values)) incoming = at::empty_like(values).copy_(grad);
   Tensor grad_u, grad_bias, grad_gate, grad_shift;
-  if (mask[0]) grad_u = how.overwrite && !on_gpu(u) ? incoming : at::empty_like(values);
-  const bool alone = one_element_a_gate(shape) && !on_gpu(u), sums = (mask[1] || mask[2] || mask[3]) && !alone;
-  if (mask[2] || sums) grad_gate = at::empty_like(with.gate);
-  if (mask[3] || sums) grad_shift = at::empty_like(with.gate);
-  if (mask[1]) grad_bias = at::empty({bias->numel()}, with.gate.options());
+  if (mask[0]) grad_u = how.overwrite && !on_gpu(u) ? incoming : fresh_like(values);
+  const bool sums = (mask[1] || mask[2] || mask[3]) && on_gpu(u);  // that come together
+  if (mask[2] || sums) grad_gate = fresh_like(with.gate);
+  if (mask[3] || sums) grad_shift = fresh_like(with.gate);
+  if (mask[1]) grad_bias = fresh(bias->sizes(), dtype, with.gate);
   const EpilogueGrads grads{grad_u, grad_bias, grad_gate, grad_shift};
   dtype == at::kDouble ? launch_backward<double>(incoming, values, shape, with, grads)
                        : launch_backward<float>(incoming, values, shape, with, grads);

@@ -4,7 +4,6 @@
 //   backward: dW, db, dg, dt of the folded layers, then dw, dc of all gates
 #include "gated_fold.h"
 
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/add.h>
 
 namespace mrvae {
@@ -21,6 +20,7 @@ struct GatedFoldNode final : Node {
   // inputs: the gates' weight and bias, eta, the layers' weights, then their biases that exist, at bias_at
   static void record(const Plan& plan, TensorList inputs, GatedFold::Numbers bias_at, StepGates& step) {
     edge_list edges;
+    edges.reserve(inputs.size());
     for (const Tensor& input : inputs) {
       refuse_tangents("gated_fold", {&input});
       edges.push_back(gradient_edge(input));
@@ -30,11 +30,12 @@ struct GatedFoldNode final : Node {
     std::vector<LayerFolded> folded;
     {
       at::AutoDispatchBelowADInplaceOrView below;
-      step.values = gates(inputs[0], inputs[1], inputs[2], plan->sizes, plan->kinds);
+      step.values = gates_together(inputs[0], inputs[1], inputs[2], plan->sizes, plan->kinds);
       folded = fold_layers(layers(*plan, inputs, bias_at, step.values));
     }
+    node->inputs_.reserve(inputs.size());
     for (const Tensor& input : inputs) node->inputs_.emplace_back(input, false);
-    node->values_ = step.values;
+    if (!folded.empty()) node->values_ = step.values;
     node->bias_at_ = std::move(bias_at);
     node->plan_ = plan;
     for (const Tensor& value : step.values) node->add_input_metadata(value);
@@ -64,6 +65,7 @@ struct GatedFoldNode final : Node {
     const GatedFold& plan = *plan_;
     const std::size_t slices = plan.sizes.size(), count = plan.groups.size();
     variable_list inputs;
+    inputs.reserve(inputs_.size());
     for (const SavedVariable& input : inputs_) inputs.push_back(input.unpack());
     const auto wanted = [&](std::int64_t at) { return at >= 0 && task_should_compute_output(std::size_t(at)); };
     const bool gated = wanted(0) || wanted(1) || wanted(2);
@@ -89,16 +91,10 @@ struct GatedFoldNode final : Node {
         if (plan.shift_at[i] >= 0) add(grads[std::size_t(plan.shift_at[i])], results[i].shift);
       }
       if (gated) {
-        OptionalTensorList of_gates;
-        of_gates.reserve(slices);
-        for (std::size_t i = 0; i < slices; ++i) of_gates.push_back(optional(grads[i]));
-        static const auto op = c10::Dispatcher::singleton()
-                                   .findSchemaOrThrow("mrvae::gates_backward", "")
-                                   .typed<decltype(gates_backward)>();
+        grads.resize(slices);
         std::tie(gradients[0], gradients[1], gradients[2]) =
-            plain ? gates_backward(of_gates, inputs[0], inputs[1], inputs[2], plan.sizes, plan.kinds, wanted(2))
-                  : op.call(of_gates, inputs[0], inputs[1], inputs[2], plan.sizes, plan.kinds, wanted(2));
-        if (!wanted(2)) gradients[2] = Tensor();
+            (plain ? gates_gradients : call_gates_backward)(grads, inputs[0], inputs[1], inputs[2], plan.sizes, plan.kinds,
+                                                            wanted(2));
       }
     }
     return once_differentiable("gated_fold", std::move(gradients));

@@ -1,5 +1,4 @@
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 
 #include "cpu/kernels.h"
@@ -50,7 +49,7 @@ std::vector<GateSlice<T>> slices(const std::vector<Tensor>& values, IntArrayRef 
 
 template <class T>
 T* data(const Tensor& tensor) {
-  return tensor.numel() > 0 ? static_cast<T*>(tensor.data_ptr()) : nullptr;
+  return tensor.defined() && tensor.numel() > 0 ? static_cast<T*>(tensor.data_ptr()) : nullptr;
 }
 
 // w, c and eta, contiguous and of the dtype of gates, and the slices' values or their gradients
@@ -73,7 +72,7 @@ void forward(const Operands& operands) {
   cpu::gates_forward<T>(parts, w, c, eta, operands.eta.numel());
 }
 
-// grad_eta may have no elements: then it is not computed
+// grad_eta may be undefined: then it is not computed
 template <class T>
 void backward(const Operands& operands, const Tensor& grad_weight, const Tensor& grad_bias, const Tensor& grad_eta) {
   const auto parts = slices<T>(operands.values, operands.sizes, operands.kinds);
@@ -88,6 +87,48 @@ void backward(const Operands& operands, const Tensor& grad_weight, const Tensor&
   }
 #endif
   cpu::gates_backward<T>(parts, w, c, eta, samples, dw, dc, deta);
+}
+
+// `sizes` of the contiguous memory of `all`, from element `offset` on, without the dispatcher's 0.5 us for a view.
+Tensor piece(const Tensor& all, std::int64_t offset, IntArrayRef sizes) {
+  auto impl = c10::make_intrusive<c10::TensorImpl>(c10::TensorImpl::VIEW, c10::Storage(all.storage()), all.key_set(),
+                                                   all.dtype());
+  impl->set_storage_offset(offset);
+  impl->set_sizes_contiguous(sizes);
+  return Tensor(std::move(impl));
+}
+
+// Memory for the slices' values: their own, or parts of one block, which on the CPU is one allocation for all gates.
+std::vector<Tensor> allocate(const Operands& operands, bool together) {
+  const std::int64_t samples = operands.eta.numel(), dims = operands.eta.dim() == 0 ? 1 : 0;
+  constexpr std::int64_t line = 16;  // numbers; a slice begins where a cache line does
+  const auto lines = [&](std::int64_t size) { return (samples * size + line - 1) / line * line; };
+  std::vector<Tensor> values;
+  values.reserve(operands.sizes.size());
+  Tensor all;
+  std::int64_t offset = 0;
+  if (together) {
+    for (const std::int64_t size : operands.sizes) offset += lines(size);
+    all = fresh(offset, operands.weight.scalar_type(), operands.weight);
+    offset = 0;
+  }
+  for (const std::int64_t size : operands.sizes) {
+    const std::int64_t both[] = {samples, size};
+    const auto shape = IntArrayRef(both).slice(dims);
+    values.push_back(together ? piece(all, offset, shape) : fresh(shape, operands.weight.scalar_type(), operands.weight));
+    offset += lines(size);
+  }
+  return values;
+}
+
+std::vector<Tensor> compute(const Tensor& weight, const Tensor& bias, const Tensor& eta, IntArrayRef sizes,
+                            IntArrayRef kinds, bool together) {
+  check(weight, bias, eta, sizes, kinds);
+  const auto dtype = gate_dtype(weight.scalar_type());
+  Operands operands{operand(weight, dtype), operand(bias, dtype), operand(eta, dtype), {}, sizes, kinds};
+  operands.values = allocate(operands, together);
+  dtype == at::kDouble ? forward<double>(operands) : forward<float>(operands);
+  return std::move(operands.values);
 }
 
 struct GatesNode : torch::autograd::Function<GatesNode> {
@@ -107,24 +148,16 @@ struct GatesNode : torch::autograd::Function<GatesNode> {
     const auto saved = ctx->get_saved_variables();
     const auto sizes = ctx->saved_data["sizes"].toIntVector(), kinds = ctx->saved_data["kinds"].toIntVector();
     const bool eta_needs_grad = ctx->needs_input_grad(2);
-    OptionalTensorList optional_grads;
-    optional_grads.reserve(grads.size());
     bool plain = direct({&saved[0], &saved[1], &saved[2]});
-    for (const Tensor& grad : grads) {
-      plain = plain && (!grad.defined() || eager({&grad}));
-      optional_grads.push_back(grad.defined() ? OptionalTensor(grad) : std::nullopt);
-    }
-    Tensor weight, bias, eta;
+    for (const Tensor& grad : grads) plain = plain && (!grad.defined() || eager({&grad}));
+    GateGrads out;
     {
       at::AutoDispatchBelowADInplaceOrView below;
-      static const auto op = c10::Dispatcher::singleton()
-                                 .findSchemaOrThrow("mrvae::gates_backward", "")
-                                 .typed<decltype(gates_backward)>();
-      std::tie(weight, bias, eta) =
-          plain ? gates_backward(optional_grads, saved[0], saved[1], saved[2], sizes, kinds, eta_needs_grad)
-                : op.call(optional_grads, saved[0], saved[1], saved[2], sizes, kinds, eta_needs_grad);
+      out = (plain ? gates_gradients : call_gates_backward)(grads, saved[0], saved[1], saved[2], sizes, kinds,
+                                                            eta_needs_grad);
     }
-    return once_differentiable("gates", {weight, bias, eta_needs_grad ? eta : Tensor(), Tensor(), Tensor()});
+    auto& [weight, bias, eta] = out;
+    return once_differentiable("gates", {weight, bias, eta, Tensor(), Tensor()});
   }
 };
 
@@ -132,21 +165,16 @@ struct GatesNode : torch::autograd::Function<GatesNode> {
 
 std::vector<Tensor> gates(const Tensor& weight, const Tensor& bias, const Tensor& eta, IntArrayRef sizes,
                           IntArrayRef kinds) {
-  check(weight, bias, eta, sizes, kinds);
-  const auto dtype = gate_dtype(weight.scalar_type());
-  Operands operands{operand(weight, dtype), operand(bias, dtype), operand(eta, dtype), {}, sizes, kinds};
-  operands.values.reserve(sizes.size());
-  for (const std::int64_t size : sizes) {
-    const std::int64_t shape[] = {eta.numel(), size};
-    operands.values.push_back(at::empty(IntArrayRef(shape).slice(eta.dim() == 0 ? 1 : 0), operands.weight.options()));
-  }
-  dtype == at::kDouble ? forward<double>(operands) : forward<float>(operands);
-  return std::move(operands.values);
+  return compute(weight, bias, eta, sizes, kinds, /*together=*/false);
 }
 
-std::tuple<Tensor, Tensor, Tensor> gates_backward(const OptionalTensorList& grads, const Tensor& weight,
-                                                  const Tensor& bias, const Tensor& eta, IntArrayRef sizes,
-                                                  IntArrayRef kinds, bool eta_needs_grad) {
+std::vector<Tensor> gates_together(const Tensor& weight, const Tensor& bias, const Tensor& eta, IntArrayRef sizes,
+                                   IntArrayRef kinds) {
+  return compute(weight, bias, eta, sizes, kinds, /*together=*/weight.device().is_cpu());
+}
+
+GateGrads gates_gradients(TensorList grads, const Tensor& weight, const Tensor& bias, const Tensor& eta,
+                          IntArrayRef sizes, IntArrayRef kinds, bool eta_needs_grad) {
   check(weight, bias, eta, sizes, kinds);
   TORCH_CHECK_VALUE(grads.size() == sizes.size(), "gates_backward: got ", grads.size(), " gradients for ",
                     sizes.size(), " gates");
@@ -154,16 +182,42 @@ std::tuple<Tensor, Tensor, Tensor> gates_backward(const OptionalTensorList& grad
   Operands operands{operand(weight, dtype), operand(bias, dtype), operand(eta, dtype), {}, sizes, kinds};
   operands.values.reserve(grads.size());
   for (std::size_t i = 0; i < grads.size(); ++i) {
-    const OptionalTensor grad = grads.get(i);
-    operands.values.push_back(given(grad) ? operand(*grad, dtype) : Tensor());
-    TORCH_CHECK_VALUE(!given(grad) || grad->numel() == eta.numel() * sizes[i], "gates_backward: gradient ", i,
-                      " has shape ", grad->sizes(), "; expected that of the gate");
+    const Tensor& grad = grads[i];
+    operands.values.push_back(grad.defined() ? operand(grad, dtype) : Tensor());
+    TORCH_CHECK_VALUE(!grad.defined() || grad.numel() == eta.numel() * sizes[i], "gates_backward: gradient ", i,
+                      " has shape ", grad.sizes(), "; expected that of the gate");
   }
-  const Tensor grad_weight = at::empty_like(operands.weight), grad_bias = at::empty_like(operands.bias);
-  const Tensor grad_eta = at::empty(eta_needs_grad ? eta.sizes() : IntArrayRef({0}), operands.eta.options());
+  const Tensor grad_weight = fresh_like(operands.weight), grad_bias = fresh_like(operands.bias);
+  const Tensor grad_eta = eta_needs_grad ? fresh_like(operands.eta) : Tensor();
   dtype == at::kDouble ? backward<double>(operands, grad_weight, grad_bias, grad_eta)
                        : backward<float>(operands, grad_weight, grad_bias, grad_eta);
-  return {grad_weight.to(weight.scalar_type()), grad_bias.to(bias.scalar_type()), grad_eta.to(eta.scalar_type())};
+  const auto as = [](const Tensor& grad, const Tensor& like) {
+    return !grad.defined() || grad.scalar_type() == like.scalar_type() ? grad : grad.to(like.scalar_type());
+  };
+  return {as(grad_weight, weight), as(grad_bias, bias), as(grad_eta, eta)};
+}
+
+GateGrads gates_backward(const OptionalTensorList& grads, const Tensor& weight, const Tensor& bias, const Tensor& eta,
+                         IntArrayRef sizes, IntArrayRef kinds, bool eta_needs_grad) {
+  variable_list given_grads;
+  given_grads.reserve(grads.size());
+  for (std::size_t i = 0; i < grads.size(); ++i) given_grads.push_back(grads.get(i).value_or(Tensor()));
+  GateGrads out = gates_gradients(given_grads, weight, bias, eta, sizes, kinds, eta_needs_grad);
+  if (!eta_needs_grad) std::get<2>(out) = at::empty({0}, eta.options());
+  return out;
+}
+
+GateGrads call_gates_backward(TensorList grads, const Tensor& weight, const Tensor& bias, const Tensor& eta,
+                              IntArrayRef sizes, IntArrayRef kinds, bool eta_needs_grad) {
+  OptionalTensorList optional_grads;
+  optional_grads.reserve(grads.size());
+  for (const Tensor& grad : grads) optional_grads.push_back(optional(grad));
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("mrvae::gates_backward", "")
+                             .typed<decltype(gates_backward)>();
+  GateGrads out = op.call(optional_grads, weight, bias, eta, sizes, kinds, eta_needs_grad);
+  if (!eta_needs_grad) std::get<2>(out) = Tensor();
+  return out;
 }
 
 std::vector<Tensor> gates_autograd(const Tensor& weight, const Tensor& bias, const Tensor& eta, IntArrayRef sizes,

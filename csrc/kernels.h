@@ -46,8 +46,8 @@ struct EpilogueParameters {
 };
 
 // dz = dy * activation'(z); du = g * dz; dshift = sum dz; dgate = sum dz * (u + b); dbias = sum_p g * dshift. Any of the
-// targets may be nullptr; dgate and dshift are (samples, channels) and come together or not at all, but on the CPU for
-// one_element_a_gate(): there each for itself.
+// targets may be nullptr; dgate and dshift are (samples, channels), on the CPU each for itself, on a GPU both or none, and
+// there with dbias.
 template <class T>
 struct EpilogueGradients {
   void* u;

@@ -11,7 +11,6 @@
 #include <ATen/SavedTensorHooks.h>
 #include <ATen/ops/threshold_backward.h>
 
-#include <algorithm>
 #include <array>
 #include <cmath>
 #include <limits>
@@ -71,11 +70,15 @@ template <class T>
 bool divisible(const Tensor& gate, Activation activation, bool inert) {
   constexpr T least = std::numeric_limits<T>::min() / std::numeric_limits<T>::epsilon();
   const T* g = gate.const_data_ptr<T>();
-  const bool relu = activation == Activation::Relu;
-  return std::all_of(g, g + gate.numel(), [&](T value) {
-    if (value == T(0)) return relu || inert;
-    return relu ? value >= least : std::abs(value) >= least;
-  });
+  const bool relu = activation == Activation::Relu, zeros = relu || inert;
+  const std::int64_t n = gate.numel();
+  int bad = 0;  // without an early end, for a loop of vectors: nearly every time all of them are good
+#pragma omp simd reduction(| : bad)
+  for (std::int64_t i = 0; i < n; ++i) {
+    const T size = relu ? g[i] : std::abs(g[i]);
+    bad |= !(size >= least) && !(zeros && g[i] == T(0));
+  }
+  return bad == 0;
 }
 
 template <class Product>

@@ -33,55 +33,61 @@ class Entry {
   // Whether the call is this one and the gates are on the stage now. places: (modules, name, layer) of each gated layer;
   // hosted: the classes that they may have; holders: (modules, name, module, its modules) of what they are in, which has
   // to be there still; parameters: those of the MultiRate.
-  bool begin(const py::tuple& args, const py::handle& beta, const py::list& places, const py::handle& hosted,
-             const py::list& holders, const py::dict& parameters) const {
-    for (const auto& holder : holders) {
-      PyObject* parts = holder.ptr();
-      PyObject* module = PyDict_GetItem(PyTuple_GET_ITEM(parts, 0), PyTuple_GET_ITEM(parts, 1));
-      if (module != PyTuple_GET_ITEM(parts, 2)) return false;
-      const auto children = py::reinterpret_steal<py::object>(PyObject_GetAttrString(module, "_modules"));
-      if (children.ptr() != PyTuple_GET_ITEM(parts, 3)) return false;
+  bool begin(PyObject* args, PyObject* beta, PyObject* places, PyObject* hosted, PyObject* holders,
+             PyObject* parameters) const {
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(holders); ++i) {
+      PyObject* parts = PyList_GET_ITEM(holders, i);
+      PyObject* module = item(PyTuple_GET_ITEM(parts, 0), PyTuple_GET_ITEM(parts, 1));
+      if (module == nullptr || module != PyTuple_GET_ITEM(parts, 2)) return false;
+      if (item(attributes(module), names().modules) != PyTuple_GET_ITEM(parts, 3)) return false;
     }
     if (stage_->gates || stage_->version != version_ || !same(args)) return false;
     const c10::DispatchKeySet included = c10::impl::tls_local_dispatch_key_set().included_;
     if (!(included - c10::default_included_set).empty() || at::SavedTensorDefaultHooks::get_hooks()) return false;
-    const auto weight = tensor(parameters, "gate_weight"), bias = tensor(parameters, "gate_bias");
-    if (!weight || !bias || !eager({&*weight, &*bias})) return false;
-    std::vector<PyObject*> layers;
-    for (const auto& place : places) {
-      const auto pair = py::reinterpret_borrow<py::tuple>(place);
-      PyObject* layer = PyDict_GetItem(PyTuple_GET_ITEM(pair.ptr(), 0), PyTuple_GET_ITEM(pair.ptr(), 1));
-      if (layer == nullptr || layer != PyTuple_GET_ITEM(pair.ptr(), 2)) return false;
-      if (PySet_Contains(hosted.ptr(), reinterpret_cast<PyObject*>(Py_TYPE(layer))) != 1) return false;
+    PyObject *w = item(parameters, names().gate_weight), *b = item(parameters, names().gate_bias);
+    if (!is_tensor(w) || !is_tensor(b)) return false;
+    const Tensor weight = THPVariable_Unpack(w), bias = THPVariable_Unpack(b);
+    if (!eager({&weight, &bias})) return false;
+    c10::SmallVector<PyObject*, 16> layers;
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(places); ++i) {
+      PyObject* parts = PyList_GET_ITEM(places, i);
+      PyObject* layer = item(PyTuple_GET_ITEM(parts, 0), PyTuple_GET_ITEM(parts, 1));
+      if (layer == nullptr || layer != PyTuple_GET_ITEM(parts, 2)) return false;
+      if (PySet_Contains(hosted, reinterpret_cast<PyObject*>(Py_TYPE(layer))) != 1) return false;
       layers.push_back(layer);
     }
     std::vector<Tensor> weights;
     std::vector<OptionalTensor> biases;
     for (const FoldedParameter& fold : folds_) {
-      const auto own = py::reinterpret_steal<py::object>(PyObject_GetAttrString(layers[fold.layer], "_parameters"));
-      if (!own) throw py::error_already_set();
-      if (!PyDict_Check(own.ptr())) return false;
-      PyObject *w = PyDict_GetItem(own.ptr(), fold.weight.ptr()), *b = PyDict_GetItem(own.ptr(), fold.bias.ptr());
-      if (w == nullptr || !THPVariable_Check(w)) return false;
-      weights.push_back(THPVariable_Unpack(w));
-      biases.push_back(b == nullptr || !THPVariable_Check(b) ? std::nullopt : OptionalTensor(THPVariable_Unpack(b)));
+      PyObject* own = item(attributes(layers[fold.layer]), names().parameters);
+      if (own == nullptr || !PyDict_Check(own)) return false;
+      PyObject *folded = item(own, fold.weight.ptr()), *folded_bias = item(own, fold.bias.ptr());
+      if (!is_tensor(folded)) return false;
+      weights.push_back(THPVariable_Unpack(folded));
+      biases.push_back(is_tensor(folded_bias) ? OptionalTensor(THPVariable_Unpack(folded_bias)) : std::nullopt);
     }
-    const OptionalTensor eta = standardized_like(beta, *weight);
+    const OptionalTensor eta = standardized_like(beta, weight);
     if (!eta) return false;
-    stage_->gates = plan_->run(*weight, *bias, *eta, weights, biases);
+    stage_->gates = plan_->run(weight, bias, *eta, weights, biases);
     return true;
   }
 
  private:
-  static OptionalTensor tensor(const py::dict& parameters, const char* name) {
-    PyObject* found = PyDict_GetItemString(parameters.ptr(), name);
-    return found != nullptr && THPVariable_Check(found) ? OptionalTensor(THPVariable_Unpack(found)) : std::nullopt;
+  struct Names {
+    PyObject *modules = interned("_modules"), *parameters = interned("_parameters"), *gate_weight = interned("gate_weight"),
+             *gate_bias = interned("gate_bias");
+  };
+  static const Names& names() {
+    static const Names instance;
+    return instance;
   }
 
-  bool same(const py::tuple& args) const {
-    if (args.size() != shapes_.size()) return false;
+  static bool is_tensor(PyObject* object) { return object != nullptr && THPVariable_Check(object); }
+
+  bool same(PyObject* args) const {
+    if (PyTuple_GET_SIZE(args) != Py_ssize_t(shapes_.size())) return false;
     for (std::size_t i = 0; i < shapes_.size(); ++i) {
-      PyObject* argument = PyTuple_GET_ITEM(args.ptr(), i);
+      PyObject* argument = PyTuple_GET_ITEM(args, Py_ssize_t(i));
       if (THPVariable_Check(argument) != shapes_[i].has_value()) return false;
       if (shapes_[i] && !THPVariable_Unpack(argument).sizes().equals(*shapes_[i])) return false;
     }
@@ -96,20 +102,24 @@ class Entry {
   }
 
   // eta of a beta within the range, and of as many betas as the plan is for
-  OptionalTensor standardized_like(const py::handle& beta, const Tensor& weight) const {
+  OptionalTensor standardized_like(PyObject* beta, const Tensor& weight) const {
     const auto dtype = gate_dtype(weight.scalar_type());
-    if (PyFloat_CheckExact(beta.ptr()) || PyLong_CheckExact(beta.ptr())) {
-      const double value = PyFloat_AsDouble(beta.ptr());
+    if (PyFloat_CheckExact(beta) || PyLong_CheckExact(beta)) {
+      const double value = PyFloat_AsDouble(beta);
       if (PyErr_Occurred() != nullptr) {  // an integer beyond all floats
         PyErr_Clear();
         return std::nullopt;
       }
       if (per_sample_ || !(value >= low_ && value <= high_)) return std::nullopt;
-      const auto options = weight.options().dtype(dtype).requires_grad(false);
-      return at::scalar_tensor(standardized(value, low_, high_), options);
+      const double eta = standardized(value, low_, high_);
+      if (!weight.device().is_cpu()) return at::scalar_tensor(eta, weight.options().dtype(dtype).requires_grad(false));
+      const Tensor result = fresh({}, dtype, weight);
+      dtype == at::kDouble ? void(*result.mutable_data_ptr<double>() = eta)
+                           : void(*result.mutable_data_ptr<float>() = float(eta));
+      return result;
     }
-    if (!THPVariable_CheckExact(beta.ptr()) || !weight.device().is_cpu()) return std::nullopt;
-    const Tensor& values = THPVariable_Unpack(beta.ptr());
+    if (!THPVariable_CheckExact(beta) || !weight.device().is_cpu()) return std::nullopt;
+    const Tensor& values = THPVariable_Unpack(beta);
     if ((values.dim() == 1) != per_sample_ || (per_sample_ && values.size(0) != samples())) return std::nullopt;
     return standardized(values, low_, high_, dtype);
   }
@@ -123,6 +133,17 @@ class Entry {
   std::vector<FoldedParameter> folds_;
 };
 
+// of the MultiRate's call: see Entry::begin
+PyObject* begin(PyObject* self, PyObject* const* arguments) {
+  const auto [args, beta, places, hosted, holders, parameters] =
+      std::array{arguments[0], arguments[1], arguments[2], arguments[3], arguments[4], arguments[5]};
+  TORCH_CHECK_TYPE(PyTuple_Check(args) && PyList_Check(places) && PyAnySet_Check(hosted) && PyList_Check(holders) &&
+                       PyDict_Check(parameters),
+                   "expected a tuple of arguments, beta, lists of places, a set of classes, a list of holders and a "
+                   "dictionary of parameters");
+  return PyBool_FromLong(held<Entry>(self)->begin(args, beta, places, hosted, holders, parameters));
+}
+
 OptionalTensor standardized_as(const Tensor& beta, double low, double high, bool wide) {
   return standardized(beta, low, high, wide ? at::kDouble : at::kFloat);
 }
@@ -134,7 +155,7 @@ void define_entry(py::module_& m) {
   py::class_<Entry>(m, "Entry")
       .def(py::init<c10::intrusive_ptr<Stage>, c10::intrusive_ptr<GatedFold>, bool, std::vector<Shape>,
                     std::vector<std::tuple<std::size_t, py::str, py::str>>, double, double>())
-      .def("begin", &Entry::begin);
+      .def_property_readonly("begin", [](const py::object& entry) { return fast_function<begin, 6>("begin", entry.ptr()); });
 }
 
 }  // namespace mrvae

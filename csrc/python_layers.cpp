@@ -12,14 +12,12 @@ namespace py = pybind11;
 namespace mrvae {
 namespace {
 
-PyObject* name(const char* text) { return PyUnicode_InternFromString(text); }
-
 // Module types and names that are looked up at every call. They live as long as the process.
 struct Known {
-  PyObject* hooks[4] = {name("_forward_hooks"), name("_forward_pre_hooks"), name("_backward_hooks"),
-                        name("_backward_pre_hooks")};
-  PyObject *forward = name("forward"), *compiled = name("_compiled_call_impl"), *share = name("_share"), *direct = name("_direct"),
-           *parameters = name("_parameters"), *weight = name("weight"), *bias = name("bias");
+  PyObject* hooks[4] = {interned("_forward_hooks"), interned("_forward_pre_hooks"), interned("_backward_hooks"),
+                        interned("_backward_pre_hooks")};
+  PyObject *forward = interned("forward"), *compiled = interned("_compiled_call_impl"), *share = interned("_share"), *direct = interned("_direct"),
+           *parameters = interned("_parameters"), *weight = interned("weight"), *bias = interned("bias");
   std::vector<PyObject*> global_hooks;
   std::vector<std::pair<PyTypeObject*, Activation>> activations;
   PyTypeObject* layer = nullptr;  // the Python type of HostedLayer
@@ -28,17 +26,6 @@ struct Known {
 Known& known() {
   static Known instance;
   return instance;
-}
-
-// The object's __dict__, which it keeps alive; none for one without.
-PyObject* attributes(PyObject* object) {
-  PyObject* dictionary = PyObject_GenericGetDict(object, nullptr);
-  dictionary == nullptr ? PyErr_Clear() : Py_DECREF(dictionary);
-  return dictionary;
-}
-
-PyObject* item(PyObject* dictionary, PyObject* key) {
-  return dictionary == nullptr ? nullptr : PyDict_GetItemWithError(dictionary, key);
 }
 
 // No hook, no forward or compiled call of its own: calling the module is calling its class's forward.
@@ -67,17 +54,21 @@ OptionalTensor run(PyObject* direct, PyObject* parameters, const Tensor& x, Acti
   PyObject *weight = item(parameters, known().weight), *bias = item(parameters, known().bias);
   if (weight == nullptr || !THPVariable_Check(weight) || bias == nullptr) return std::nullopt;
   if (bias != Py_None && !THPVariable_Check(bias)) return std::nullopt;
-  const auto layer = py::cast<c10::intrusive_ptr<HostedLayer>>(py::handle(direct));  // outlives what holds it now
+  const auto layer = c10::intrusive_ptr<HostedLayer>::reclaim_copy(held<HostedLayer>(direct));  // outlives what holds it
   const Tensor w = THPVariable_Unpack(weight);
   const OptionalTensor b = bias == Py_None ? std::nullopt : OptionalTensor(THPVariable_Unpack(bias));
   const py::gil_scoped_release unlocked;
   return layer->run(x, w, b, activation);
 }
 
-py::object run_layer(const py::handle& direct, const py::handle& parameters, const py::handle& x) {
-  if (!is_tensor(x.ptr())) return py::none();
-  const OptionalTensor y = run(direct.ptr(), parameters.ptr(), THPVariable_Unpack(x.ptr()), Activation::None);
-  return y.has_value() ? py::cast(*y) : py::none();
+// of a HostedLayer, a layer's parameters and x
+PyObject* run_layer(PyObject*, PyObject* const* arguments) {
+  PyObject *direct = arguments[0], *x = arguments[2];
+  TORCH_CHECK_TYPE(Py_TYPE(direct) == known().layer, "expected a HostedLayer; got ", Py_TYPE(direct)->tp_name);
+  if (!is_tensor(x)) Py_RETURN_NONE;
+  const OptionalTensor y = run(direct, arguments[1], THPVariable_Unpack(x), Activation::None);
+  if (!y.has_value()) Py_RETURN_NONE;
+  return THPVariable_Wrap(*y);
 }
 
 // The activation that a module is, Activation::None for others.
@@ -88,18 +79,25 @@ Activation activation_of(PyObject* module) {
   return Activation::None;
 }
 
-py::object run_sequential(const py::dict& modules, py::object x) {
-  std::vector<py::object> children;
-  for (const auto& [key, module] : modules) children.push_back(py::reinterpret_borrow<py::object>(module));
+// of an nn.Sequential's modules and x
+PyObject* run_sequential(PyObject*, PyObject* const* arguments) {
+  TORCH_CHECK_TYPE(PyDict_Check(arguments[0]), "expected a dictionary of modules; got ", Py_TYPE(arguments[0])->tp_name);
+  c10::SmallVector<py::object, 16> children;
+  PyObject *key, *child;
+  for (Py_ssize_t at = 0; PyDict_Next(arguments[0], &at, &key, &child);) {
+    children.push_back(py::reinterpret_borrow<py::object>(child));
+  }
+  auto x = py::reinterpret_borrow<py::object>(arguments[1]);
   const bool by_python = hooked_everywhere();
   for (std::size_t i = 0; i < children.size(); ++i) {
     PyObject* module = children[i].ptr();
     PyObject* dictionary = attributes(module);
     PyObject *share = item(dictionary, known().share), *direct = item(dictionary, known().direct);
-    if (!by_python && share == Py_None && direct != nullptr && Py_TYPE(direct) == known().layer && is_tensor(x.ptr()) && plain(dictionary)) {
+    if (!by_python && share == Py_None && direct != nullptr && Py_TYPE(direct) == known().layer && is_tensor(x.ptr()) &&
+        plain(dictionary)) {
       const Activation activation = i + 1 < children.size() ? activation_of(children[i + 1].ptr()) : Activation::None;
       if (OptionalTensor y = run(direct, item(dictionary, known().parameters), THPVariable_Unpack(x.ptr()), activation)) {
-        x = py::cast(*std::move(y));
+        x = py::reinterpret_steal<py::object>(THPVariable_Wrap(*std::move(y)));
         i += activation != Activation::None;
         continue;
       }
@@ -108,7 +106,7 @@ py::object run_sequential(const py::dict& modules, py::object x) {
     if (result == nullptr) throw py::error_already_set();
     x = py::reinterpret_steal<py::object>(result);
   }
-  return x;
+  return x.release().ptr();
 }
 
 // activations: from a class of torch.nn without parameters to its name
@@ -158,8 +156,8 @@ void define_layers(py::module_& m) {
       });
   known().layer = reinterpret_cast<PyTypeObject*>(m.attr("HostedLayer").ptr());
   m.def("set_known_modules", &set_known_modules);
-  m.def("run_layer", &run_layer);
-  m.def("run_sequential", &run_sequential);
+  m.add_object("run_layer", fast_function<run_layer, 3>("run_layer"));
+  m.add_object("run_sequential", fast_function<run_sequential, 2>("run_sequential"));
 }
 
 }  // namespace mrvae

@@ -39,7 +39,11 @@ def refusals(backend: str, device: torch.device, dtype: torch.dtype, operator: s
 
 def inside_transform() -> bool:
     """Whether a transform of torch.func runs; not for Dynamo, which traces them itself and would take this for yes."""
-    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+    if torch.compiler.is_compiling():
+        return False
+    # not peek_interpreter_stack(), which makes a stack where there is none: one that autograd then copies at every node
+    # of every backward pass of the thread, 136 times in a step of five layers
+    return torch._C._dispatch_tls_is_dispatch_key_included(torch._C.DispatchKey.FuncTorchDynamicLayerFrontMode)
 
 
 def has_code_for(capability: tuple[int, int], architectures: str) -> bool:

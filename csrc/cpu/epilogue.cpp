@@ -2,6 +2,7 @@
 
 #include <memory>
 
+#include "epilogue_rows.h"
 #include "epilogue_samples.h"
 
 namespace mrvae::cpu {
@@ -99,6 +100,13 @@ void forward(const EpilogueShape& s, const S* u, const EpilogueParameters<T>& wi
         const Constants<T> constants{with.gate[p], at_or_zero(with.bias, c), at_or_zero(with.shift, p)};
         forward_run<S, T>(u + k * s.inner, y + k * s.inner, s.inner, constants, with.activation);
       }
+    });
+    return;
+  }
+  if (by_rows(s) && inside_loops(with.activation)) {
+    const Vectors<T> vectors{with.gate, with.bias, with.shift};
+    at::parallel_for(0, s.rows, grain(s.channels), [&](std::int64_t begin, std::int64_t end) {
+      forward_rows(u + begin * s.channels, y + begin * s.channels, end - begin, s.channels, vectors, with.activation);
     });
     return;
   }
@@ -245,11 +253,17 @@ void backward_runs(const EpilogueShape& s, const S* grad, const S* u, const Epil
 
 template <class S, class T>
 void backward(const EpilogueShape& s, const S* grad, const S* u, EpilogueParameters<T> with,
-              const EpilogueGradients<T>& out) {
+              EpilogueGradients<T> out) {
   if (with.of_result && with.activation == Activation::Relu) with.activation = relu_of_result;
   const std::int64_t parameters = s.samples * s.channels;
   if (one_element_a_gate(s) && parameters > 0) return backward_samples(s, grad, u, with, out, serial_elements);
-  if (out.gate != nullptr) {
+  if (result_by_rows(s, with, out)) return backward_of_result(s, grad, u, with, out, serial_elements);
+  // below the sums of gate and shift come together
+  const bool sums = out.gate != nullptr || out.shift != nullptr || out.bias != nullptr;
+  std::unique_ptr<T[]> unwanted(sums && (out.gate == nullptr || out.shift == nullptr) ? new T[2 * parameters] : nullptr);
+  if (sums && out.gate == nullptr) out.gate = unwanted.get();
+  if (sums && out.shift == nullptr) out.shift = unwanted.get() + parameters;
+  if (sums) {
     std::fill_n(out.gate, parameters, T(0));
     std::fill_n(out.shift, parameters, T(0));
   }
