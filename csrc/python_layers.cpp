@@ -79,6 +79,26 @@ Activation activation_of(PyObject* module) {
   return Activation::None;
 }
 
+// The result of calling this gated layer with x and then, if it is an activation that the epilogue can take, `next`,
+// which may be null; `both` says whether it was. None where Python has to call the layer.
+OptionalTensor call(PyObject* layer, PyObject* x, PyObject* next, bool& both) {
+  PyObject *dictionary = attributes(layer), *direct = item(dictionary, known().direct);
+  const bool ready = direct != nullptr && Py_TYPE(direct) == known().layer;
+  if (!ready || item(dictionary, known().share) != Py_None) return std::nullopt;
+  if (!is_tensor(x) || !plain(dictionary)) return std::nullopt;
+  const Activation activation = next == nullptr ? Activation::None : activation_of(next);
+  both = activation != Activation::None;
+  return run(direct, item(dictionary, known().parameters), THPVariable_Unpack(x), activation);
+}
+
+// of a gated layer and x
+PyObject* call_layer(PyObject*, PyObject* const* arguments) {
+  bool both = false;
+  const OptionalTensor y = hooked_everywhere() ? std::nullopt : call(arguments[0], arguments[1], nullptr, both);
+  if (!y.has_value()) Py_RETURN_NONE;
+  return THPVariable_Wrap(*y);
+}
+
 // of an nn.Sequential's modules and x
 PyObject* run_sequential(PyObject*, PyObject* const* arguments) {
   TORCH_CHECK_TYPE(PyDict_Check(arguments[0]), "expected a dictionary of modules; got ", Py_TYPE(arguments[0])->tp_name);
@@ -91,16 +111,12 @@ PyObject* run_sequential(PyObject*, PyObject* const* arguments) {
   const bool by_python = hooked_everywhere();
   for (std::size_t i = 0; i < children.size(); ++i) {
     PyObject* module = children[i].ptr();
-    PyObject* dictionary = attributes(module);
-    PyObject *share = item(dictionary, known().share), *direct = item(dictionary, known().direct);
-    if (!by_python && share == Py_None && direct != nullptr && Py_TYPE(direct) == known().layer && is_tensor(x.ptr()) &&
-        plain(dictionary)) {
-      const Activation activation = i + 1 < children.size() ? activation_of(children[i + 1].ptr()) : Activation::None;
-      if (OptionalTensor y = run(direct, item(dictionary, known().parameters), THPVariable_Unpack(x.ptr()), activation)) {
-        x = py::reinterpret_steal<py::object>(THPVariable_Wrap(*std::move(y)));
-        i += activation != Activation::None;
-        continue;
-      }
+    PyObject* next = i + 1 < children.size() ? children[i + 1].ptr() : nullptr;
+    bool both = false;
+    if (OptionalTensor y = by_python ? std::nullopt : call(module, x.ptr(), next, both)) {
+      x = py::reinterpret_steal<py::object>(THPVariable_Wrap(*std::move(y)));
+      i += both;
+      continue;
     }
     PyObject* result = PyObject_CallFunctionObjArgs(module, x.ptr(), nullptr);
     if (result == nullptr) throw py::error_already_set();
@@ -156,6 +172,7 @@ void define_layers(py::module_& m) {
       });
   known().layer = reinterpret_cast<PyTypeObject*>(m.attr("HostedLayer").ptr());
   m.def("set_known_modules", &set_known_modules);
+  m.add_object("call_layer", fast_function<call_layer, 2>("call_layer"));
   m.add_object("run_layer", fast_function<run_layer, 3>("run_layer"));
   m.add_object("run_sequential", fast_function<run_sequential, 2>("run_sequential"));
 }

@@ -68,6 +68,23 @@ class Hosted(nn.Module):
     _stage: Any = None  # the network's, where there is a compiled core
     _last_strategy: str | None = None
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Without nn.Module's way to `forward` where there is nothing on it: 0.8 of a small layer's 5.4 us."""
+        if torch.compiler.is_compiling():
+            return super().__call__(*args, **kwargs) if self._has_hooks() else self.forward(*args, **kwargs)
+        if len(args) == 1 and not kwargs and EXTENSION:
+            y = core().call_layer(self, args[0])
+            if y is not None:
+                return y
+        return super().__call__(*args, **kwargs)
+
+    @torch._dynamo.assume_constant_result
+    def _has_hooks(self) -> bool:
+        """Whether nn.Module's call does more than `forward`; as torch.compile itself, not guarded."""
+        kinds = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
+        everywhere = any(getattr(nn.modules.module, f"_global_{kind}") for kind in kinds)
+        return everywhere or any(getattr(self, f"_{kind}") for kind in kinds) or torch.compiler.is_exporting()
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling() and CALLS:
             return self._trace(CALLS[-1], *args, **kwargs)
