@@ -9,8 +9,10 @@ that its optimiser moves what has a gradient. A value a is off from the exact b 
 
     TOLERANCES[numbers] |b| + 3 |p - b| + 1e-5 max |b'|
 
-with p what the plain network with hooks gives in the step's own numbers (float32, TF32, bfloat16), and b' the values of
-b's kind (outputs, gradients, ...): a bias before a batch norm has no gradient but rounding.
+with p what the plain network with hooks gives in the step's own numbers (float32, TF32, bfloat16), the furthest of a
+run on the batch and two on batches that differ from it by a rounding: what a few ReLUs do whose inputs lie at 0 shows
+in some runs only (1.3 % of a gradient of the paper's CNN at batch 128). b' are the values of b's kind (outputs,
+gradients, ...): a bias before a batch norm has no gradient but rounding.
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ class Tolerance(NamedTuple):
 
 TOLERANCES = {"float32": Tolerance(5e-4, 2e-3), "tf32": Tolerance(5e-3, 2e-2), "bfloat16": Tolerance(2e-2, 1e-1)}
 
+RUNS = 3
 PLAIN_TIMES = 3
 OF_LARGEST = 1e-5
 SEED = 7
@@ -103,13 +106,14 @@ def expected(
 
 
 class Reference(NamedTuple):
-    """The exact values for one start, kind of beta and noise, and those of plain PyTorch in the step's numbers."""
+    """The exact values for one start, kind of beta and noise, and how far from them plain PyTorch is in the step's
+    numbers."""
 
     start: Before
     shared: bool
     noise: Tensor
     exact: Values
-    plain: Values
+    rounding: dict[str, float]
 
 
 class References:
@@ -128,8 +132,12 @@ class References:
                 return found
         exact = expected(step.plain, start, draw, step.shared, noise)
         autocast = step.numbers == "bfloat16"
-        plain = expected(step.plain, start, draw, step.shared, noise, torch.float32, autocast)
-        self.known.append(Reference(start, step.shared, noise, exact, plain))
+        rounding = dict.fromkeys(exact, 0.0)
+        for again in range(RUNS):
+            x = draw.x * (1 + again * torch.finfo(torch.float32).eps)
+            plain = expected(step.plain, start, draw._replace(x=x), step.shared, noise, torch.float32, autocast)
+            rounding = {name: max(off, _distance(plain[name], exact[name])) for name, off in rounding.items()}
+        self.known.append(Reference(start, step.shared, noise, exact, rounding))
         return self.known[-1]
 
 
@@ -220,7 +228,7 @@ def _wrong_values(values: Values, reference: Reference, tolerance: Tolerance) ->
     for name, exact in reference.exact.items():
         size, off = exact.norm().item(), _distance(values[name], exact)
         relative = tolerance.gradients if name.startswith("gradient") else tolerance.outputs
-        allowed = relative * size + PLAIN_TIMES * _distance(reference.plain[name], exact)
+        allowed = relative * size + PLAIN_TIMES * reference.rounding[name]
         allowed += OF_LARGEST * largest[name.partition(":")[0]]
         if not off <= worst * allowed:
             worst = off / allowed if off < math.inf else math.inf

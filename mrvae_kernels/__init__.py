@@ -7,6 +7,7 @@ See `multirate` for a whole network, `layers` for drop-in modules, `functional` 
 they run, and `python -m mrvae_kernels.doctor` for what is installed.
 """
 
+from .baking import bake
 from .conditional import ConditionalBatchNorm1d, ConditionalBatchNorm2d, ConditionalBatchNorm3d
 from .functional import (
     gate_values,
@@ -37,7 +38,7 @@ from .layers import (
     GatedLSTM,
 )
 from .measuring import tune, warm_up
-from .multirate import MultiRate, bake, multirate
+from .multirate import MultiRate, multirate
 from .strategy import override
 
 __version__ = "0.1.0"

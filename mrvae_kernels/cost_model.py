@@ -13,8 +13,8 @@ compute in float32 and pay for the conversions, and since bfloat16 was measured 
 autocast with float32 weights, where folding still moves four bytes an element. float64 was not measured: its elements
 count twice float32's.
 
-Where there is no measurement (GPUs that nothing was measured on, plain PyTorch, torch.compile, which fuses either into
-its neighbours) `BYTES_MOVED` decides, a rule of thumb.
+Where there is no measurement (GPUs that nothing was measured on, plain PyTorch) `BYTES_MOVED` decides, a rule of thumb,
+and `TRACED` under torch.compile, which fuses either into its neighbours.
 """
 
 from __future__ import annotations
@@ -73,6 +73,10 @@ class CostModel(NamedTuple):
 BYTES_MOVED = CostModel(Extra(0, 5, 0), Extra(0, 0, 4), "")
 """The prior: fold reads and writes the weight in forward, reads two of its size and writes one in backward; the
 epilogue moves the output about four times more than the plain layer, whose bias gradient reads it once anyway."""
+
+TRACED = CostModel(Extra(0, 5, 0), Extra(20_000, 0, 4), "")
+"""What torch.compile's layers follow: the same, and the call of a kernel of its own that the epilogue of a product is
+to Inductor, where folds join the kernel before them."""
 
 Models = dict[tuple[str, torch.dtype], CostModel]
 

@@ -131,14 +131,21 @@ def gated_linear(
     cost model), "fold", "epilogue" or "fused".
     ValueError for shapes that do not fit and for fold with one beta a sample.
     """
+    gate, shift = check_linear(x, weight, bias, gate, shift)
+    how = linear_strategy(x, weight, gate.dim() == 2, strategy)
+    operators = _operators(choose_backend(x.device, x.dtype, how))
+    return operators.gated_linear(x, weight, bias, gate, shift, activation or "none", how)
+
+
+def check_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor, shift: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """gate and shift in the gates' own dtype; ValueError for shapes that do not fit."""
     if weight.dim() != 2 or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"x has shape {tuple(x.shape)} and weight {tuple(weight.shape)}; expected x (..., K) and weight (C, K)"
         )
-    gate, shift = _check_gate(gate, shift, bias, weight.shape[0], x, x.shape[0] if x.dim() > 1 else None)
-    how = linear_strategy(x, weight, gate.dim() == 2, strategy)
-    operators = _operators(choose_backend(x.device, x.dtype, how))
-    return operators.gated_linear(x, weight, bias, gate, shift, activation or "none", how)
+    return _check_gate(gate, shift, bias, weight.shape[0], x, x.shape[0] if x.dim() > 1 else None)
 
 
 def linear_strategy(x: Tensor, weight: Tensor, per_sample: bool, asked: str | None = None) -> str:
@@ -271,12 +278,7 @@ def _gated_convolution(
             spatial, transposed, x.unsqueeze(0), weight, bias, gate, shift, stride, padding, output_padding, groups,
             dilation, activation, strategy,
         ).squeeze(0)
-    channels_in = weight.shape[0] if transposed else weight.shape[1] * groups
-    if x.dim() != spatial + 2 or weight.dim() != spatial + 2 or x.shape[1] != channels_in:
-        raise ValueError(
-            f"x has shape {tuple(x.shape)} and weight {tuple(weight.shape)} with groups={groups}; "
-            f"expected x (N, {channels_in}, ...) with {spatial} spatial axes"
-        )
+    gate, shift = check_convolution(x, weight, bias, gate, shift, transposed, groups, spatial)
     stride, dilation, output_padding = (_ints(value, spatial) for value in (stride, dilation, output_padding))
     if isinstance(padding, str):
         if transposed:
@@ -284,14 +286,27 @@ def _gated_convolution(
         x, padding = _pad(x, weight, stride, dilation, padding)
     else:
         padding = _ints(padding, spatial)
-    channels = weight.shape[1] * groups if transposed else weight.shape[0]
-    gate, shift = _check_gate(gate, shift, bias, channels, x, x.shape[0])
     geometry = (stride, padding, dilation, transposed, output_padding, groups)
     how = convolution_strategy(x, weight, geometry, gate.dim() == 2, strategy)
     operators = _operators(choose_backend(x.device, x.dtype, how))
     if how == "fused" and (reason := fused_refusal(x, weight, geometry)):
         raise ValueError(fused_refused(reason))
     return operators.gated_convolution(x, weight, bias, gate, shift, *geometry, activation or "none", how)
+
+
+def check_convolution(
+    x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor, shift: Tensor | None, transposed: bool, groups: int,
+    spatial: int,
+) -> tuple[Tensor, Tensor | None]:
+    """gate and shift in the gates' own dtype; ValueError for shapes that do not fit."""
+    channels_in = weight.shape[0] if transposed else weight.shape[1] * groups
+    if x.dim() != spatial + 2 or weight.dim() != spatial + 2 or x.shape[1] != channels_in:
+        raise ValueError(
+            f"x has shape {tuple(x.shape)} and weight {tuple(weight.shape)} with groups={groups}; "
+            f"expected x (N, {channels_in}, ...) with {spatial} spatial axes"
+        )
+    channels = weight.shape[1] * groups if transposed else weight.shape[0]
+    return _check_gate(gate, shift, bias, channels, x, x.shape[0])
 
 
 def convolution_strategy(

@@ -16,8 +16,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
-from .adapters import ADAPTERS, Adapter, lost
+from . import traced
+from .adapters import ADAPTERS, Adapter, FoldJob, fold_layers, lost
 from .ops import EXTENSION
 from .ops.shortcuts import core
 
@@ -33,17 +35,42 @@ class Share(NamedTuple):
     inputs: Tensor | None = None
 
 
+WITHOUT_A_BETA = (
+    "this {} belongs to a multi-rate network and was called without a beta: call the MultiRate itself, "
+    "model(x, beta=...), or work within `with model.at(beta):`. Under activation checkpointing inside the network, "
+    "pass context_fn=mrvae_kernels.checkpoint_context(model) to torch.utils.checkpoint.checkpoint"
+)
+
+
+class TracedGates(NamedTuple):
+    """What torch.compile hands the layers of a call: the values of all slices, and what else depends on the call."""
+
+    owner: int  # the id of the network's stack of calls
+    values: Sequence[Tensor]
+    asked: str | None  # the strategy of an override
+    exporting: bool
+
+
+CALLS: list[TracedGates] = []
+"""The calls that torch.compile traces at present, innermost last. One list for all networks: of one on each layer
+Dynamo would guard, in Python, that it is the network's."""
+
+
 class Hosted(nn.Module):
     """What hosted layers share; `plain` is the torch.nn class underneath."""
 
     plain: type[nn.Module]
     adapter: Adapter
+    _network: Sequence[nn.Module] = ()  # of the layer: the MultiRate's list, by which it knows its own
+    _slices: tuple[int, int, int] = (0, -1, -1)  # of the gate, the shift and the gate on inputs; -1 for none
     _share: Share | None = None
     _direct: Any = None  # the core's HostedLayer, which counts where there is no share; torch.compile never looks at it
     _stage: Any = None  # the network's, where there is a compiled core
     _last_strategy: str | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() and CALLS:
+            return self._trace(CALLS[-1], *args, **kwargs)
         share = self._share
         if share is None and self._direct is not None:
             if len(args) == 1 and not kwargs:
@@ -54,12 +81,7 @@ class Hosted(nn.Module):
                 raise lost(self, "weight")
             share = share_of(self._direct)
         if share is None:
-            raise RuntimeError(
-                f"this {self.plain.__name__} belongs to a multi-rate network and was called without a beta: call the "
-                "MultiRate itself, model(x, beta=...), or work within `with model.at(beta):`. Under activation "
-                "checkpointing inside the network, pass context_fn=mrvae_kernels.checkpoint_context(model) to "
-                "torch.utils.checkpoint.checkpoint"
-            )
+            raise RuntimeError(WITHOUT_A_BETA.format(self.plain.__name__))
         adapter = self.adapter
         if "input" in kwargs:  # torch.nn's name for it
             args = (kwargs.pop("input"), *args)
@@ -74,6 +96,27 @@ class Hosted(nn.Module):
                 self._last_strategy = strategy
         return adapter.run(self, share.gate, share.shift, None, strategy, *args, **kwargs)
 
+    def _trace(self, call: TracedGates, x: Any, *args: Any, **kwargs: Any) -> Any:
+        self._check_owner(call.owner)
+        gate, shift, inputs = self._slices
+        if inputs >= 0:
+            x = self.adapter.scale_inputs(x, call.values[inputs])
+        return self._traced(call, call.values[gate], None if shift < 0 else call.values[shift], x, *args, **kwargs)
+
+    @torch._dynamo.assume_constant_result
+    def _check_owner(self, owner: int) -> None:
+        """RuntimeError for a layer of another network; asked when the call is traced, and not guarded."""
+        if id(self._network) != owner:
+            raise RuntimeError(WITHOUT_A_BETA.format(self.plain.__name__))
+
+    def _traced(self, call: TracedGates, gate: Tensor, shift: Tensor | None, x: Any, *args: Any, **kwargs: Any) -> Any:
+        """The layer's output as torch.compile traces it."""
+        adapter = self.adapter
+        if gate.dim() == 1 and not adapter.product:
+            folded = fold_layers([FoldJob(self, adapter, gate, shift)])[0]
+            return adapter.run_folded(self, self.plain, folded, x, *args, **kwargs)
+        return adapter.run(self, gate, shift, None, None, x, *args, **kwargs)
+
     def __setattr__(self, name: str, value: Any) -> None:
         if name in GEOMETRY and self._stage is not None and value != getattr(self, name, None):
             self._stage.version += 1  # the core keeps these numbers
@@ -84,15 +127,36 @@ class Hosted(nn.Module):
         # torch's recurrent layers have one; object since Python 3.11
         inherited = getattr(super(), "__getstate__", None)
         state = self.__dict__ if inherited is None else inherited()
-        own = ("_last_strategy", "_stage", "_direct")
+        own = ("_last_strategy", "_stage", "_direct", "_network")
         kept = {name: value for name, value in state.items() if name not in own}
         return kept | {"_share": None}
 
     def release(self) -> None:
         """Turn back into the plain layer."""
-        for name in ("_share", "_direct", "_stage", "_last_strategy"):
+        for name in ("_share", "_direct", "_stage", "_last_strategy", "_network", "_slices"):
             self.__dict__.pop(name, None)
         self.__class__ = self.plain  # type: ignore[assignment]
+
+
+class TracedLinear(Hosted):
+    """A Linear, of which torch.compile looks at nothing but weight and bias."""
+
+    def _traced(self, call: TracedGates, gate: Tensor, shift: Tensor | None, x: Any, *args: Any, **kwargs: Any) -> Any:
+        return traced.gated_linear(x, self.weight, self.bias, gate, shift, call.asked, call.exporting)
+
+
+class TracedConvolution(Hosted):
+    """A convolution likewise, with its strides and the like as numbers; others run as every layer."""
+
+    def _traced(self, call: TracedGates, gate: Tensor, shift: Tensor | None, x: Any, *args: Any, **kwargs: Any) -> Any:
+        layer: Any = self
+        padding = layer.padding
+        if args or kwargs or isinstance(padding, str) or layer.padding_mode != "zeros" or x.dim() != layer.weight.dim():
+            return super()._traced(call, gate, shift, x, *args, **kwargs)
+        return traced.gated_convolution(
+            x, layer.weight, layer.bias, gate, shift, layer.stride, padding, layer.dilation, layer.transposed,
+            layer.output_padding, layer.groups, call.asked, call.exporting,
+        )
 
 
 GEOMETRY = frozenset(("stride", "padding", "dilation", "groups", "output_padding", "padding_mode"))
@@ -106,9 +170,11 @@ class HostedSequential(nn.Sequential):
     """
 
     def forward(self, input: Any) -> Any:
-        if torch.compiler.is_compiling() or not EXTENSION:  # unpickled where there is no core
-            return super().forward(input)
-        return core().run_sequential(self._modules, input)
+        if not torch.compiler.is_compiling() and EXTENSION:  # it may be unpickled where there is no core
+            return core().run_sequential(self._modules, input)
+        for module in self._modules.values():
+            input = module(input)
+        return input
 
 
 def host_sequentials(network: nn.Module, layers: Collection[nn.Module]) -> None:
@@ -126,9 +192,15 @@ def release_sequentials(network: nn.Module) -> None:
             module.__class__ = nn.Sequential  # type: ignore[assignment]
 
 
+def _base(plain: type[nn.Module]) -> type[Hosted]:
+    if plain is nn.Linear:
+        return TracedLinear
+    return TracedConvolution if issubclass(plain, _ConvNd) else Hosted
+
+
 HOSTED: dict[type[nn.Module], type[Hosted]] = {
     plain: type(
-        f"Hosted{plain.__name__}", (Hosted, plain), {"plain": plain, "adapter": adapter, "__module__": __name__}
+        f"Hosted{plain.__name__}", (_base(plain), plain), {"plain": plain, "adapter": adapter, "__module__": __name__}
     )
     for plain, adapter in ADAPTERS.items()
 }

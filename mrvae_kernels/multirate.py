@@ -10,8 +10,6 @@ layer for which that is cheaper in one more, and hands each layer its share for 
 
 from __future__ import annotations
 
-import copy
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -19,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import functional, measurements, ops, reference, strategy
+from . import functional, measurements, ops, reference, strategy, traced
 from .adapters import ADAPTERS, Adapter, FoldJob, fold_layers
 from .backends import inside_transform
 from .gates import (
@@ -33,19 +31,21 @@ from .gates import (
     standardize,
 )
 from .hosting import (
+    CALLS,
     HOSTED,
     HOSTED_TYPES,
     Hosted,
     Share,
+    TracedGates,
     Turn,
     host_sequentials,
     lend,
-    release_sequentials,
 )
-from .layers import Recorded, _one, write_folded
+from .layers import Recorded
 from .ops.shortcuts import core
+from .places import Places
 from .prepared import Prepared, can_prepare, folded_together
-from .recalibration import recalibrate, running_norms
+from .recalibration import recalibrate
 from .selection import Gates, select
 
 
@@ -132,16 +132,15 @@ class MultiRate(Recorded):
         self._layout = [(places.get((e.name, "shifts")), places.get((e.name, "inputs"))) for e in self._entries]
         self._unplanned = tuple(None if entry.adapter.product else "fold" for entry in self._entries)
         self._turn = Turn()
-        self._origin = (network,)  # in a tuple: no second child
-        self._layers = [modules[entry.name] for entry in self._entries]
-        self._locate()
+        self._places = Places(self, [entry.name for entry in self._entries])
+        self._tell_layers()
         self._plans: dict[Any, tuple[str | None, ...]] = {}
         self._prepared: dict[Any, Prepared] = {}
         self._installed: Prepared | None = None  # the plan that the layers hold parts of
         self._made_under: Any = None
         self._version = self._lent = 0
         self._raise_stage()
-        host_sequentials(network, self._layers)
+        host_sequentials(network, self._places.layers)
 
     def _add_gates(self, like: Tensor) -> None:
         specs = [e.spec for e in self._entries]
@@ -170,7 +169,7 @@ class MultiRate(Recorded):
     def forward(self, *args: Any, beta: Beta, **kwargs: Any) -> Any:
         """The network's forward at this beta: a positive number, a 0-d tensor, or one a sample, shape (N,)."""
         if torch.compiler.is_compiling():
-            return self._call(beta, None, args, kwargs)
+            return self._trace(beta, args, kwargs)
         with self._turn.lock:  # while another thread's call runs, the layers hold that call's gates
             installed, made_under = self._installed, (strategy.current(), measurements.generation)
             if installed is None or made_under != self._made_under or not self._begin(installed, args, beta):
@@ -193,14 +192,45 @@ class MultiRate(Recorded):
             finally:
                 self._stage.gates = None
 
+    def _trace(self, beta: Beta, args: Any, kwargs: Any) -> Any:
+        """A call as torch.compile and torch.export see it: see `traced`."""
+        override = strategy.current()
+        if override.backend not in (None, "reference") or override.strategy == "fused":
+            return self._call(beta, None, args, kwargs)
+        owner = self._check_layers()
+        CALLS.append(TracedGates(owner, self._traced_bank(beta), override.strategy, torch.compiler.is_exporting()))
+        try:
+            return self.network(*args, **kwargs)
+        finally:
+            CALLS.pop()
+
+    def _traced_bank(self, beta: Beta) -> Sequence[Tensor]:
+        weight, bias = self.gate_weight, self.gate_bias
+        if weight is None or bias is None or not isinstance(beta, (Tensor, int, float)):
+            return self._bank(beta)
+        if not isinstance(beta, Tensor):
+            beta = torch.scalar_tensor(beta, dtype=reference.gate_dtype(weight.dtype), device=weight.device)
+        low, high = self.beta_range
+        return traced.gate_bank(weight, bias, beta, low, high, self._sizes, self._kinds)
+
+    @torch._dynamo.assume_constant_result
+    def _check_layers(self) -> int:
+        """What the layers know their network by; RuntimeError where one is gone. Asked when the call is traced, and not
+        guarded."""
+        self._hosts()
+        return id(self._places.layers)
+
     def _begin(self, prepared: Prepared, args: Any, beta: Beta) -> bool:
         """Whether this is a call that the plan is for; then its gates are on the stage."""
-        free = not self._lent and self._modules["network"] is self._origin[0]
-        if self._layers[0].__dict__.get("_stage") is not self._stage:  # a shallow copy has made these layers its own
+        places = self._places
+        if places.layers[0].__dict__.get("_stage") is not self._stage:  # a shallow copy has made these layers its own
             self._raise_stage()
             self._forget()
             return False
-        return free and prepared.begin(args, beta, self._places, HOSTED_TYPES, self._holders, self._parameters)
+        return (
+            not self._lent and places.network_stays()
+            and prepared.begin(args, beta, places.locations, HOSTED_TYPES, places.holders, self._parameters)
+        )
 
     def _install(self, prepared: Prepared) -> Prepared:
         if self._installed is not prepared:
@@ -318,61 +348,7 @@ class MultiRate(Recorded):
 
     def _hosts(self) -> list[Hosted]:
         """The gated layers, as the network holds them now."""
-        if torch.compiler.is_compiling():
-            layers = [self.network.get_submodule(entry.name) for entry in self._entries]
-        else:
-            if self._modules["network"] is not self._origin[0]:
-                raise RuntimeError(
-                    "model.network was replaced after multirate(); its gates belong to the network that multirate() "
-                    "got: call multirate() on the new one"
-                )
-            layers = self._layers
-            layers_stay = all(modules.get(name) is layer for modules, name, layer in self._places)
-            if not layers_stay or not all(
-                modules.get(name) is holder and holder._modules is children
-                for modules, name, holder, children in self._holders
-            ):
-                self._locate()
-        for layer in layers:
-            if layer.__class__ not in HOSTED_TYPES:
-                self._refuse_changed_layer()
-        return layers  # type: ignore[return-value]
-
-    def _locate(self) -> None:
-        """Note where the gated layers are, and what they are in, so that a call sees whether that has changed."""
-        names = {id(module): name for name, module in self.network.named_modules()}
-        self._places: list[tuple[dict[str, nn.Module | None], str, nn.Module]] = []
-        self._holders: list[tuple[dict[str, nn.Module | None], str, nn.Module, dict[str, nn.Module | None]]] = []
-        self._holders.append((self._modules, "network", self.network, self.network._modules))
-        seen = {""}
-        for layer in self._layers:
-            if id(layer) not in names:
-                self._refuse_changed_layer()
-            path, _, name = names[id(layer)].rpartition(".")
-            # a network that is itself the one gated layer has no parent in it: it is the MultiRate's own child
-            self._places.append(
-                (self.network.get_submodule(path)._modules, name, layer) if name else (self._modules, "network", layer)
-            )
-            while path not in seen:
-                seen.add(path)
-                holder = self.network.get_submodule(path)
-                path, _, name = path.rpartition(".")
-                self._holders.append((self.network.get_submodule(path)._modules, name, holder, holder._modules))
-
-    def _refuse_changed_layer(self) -> None:
-        inside = {id(module) for module in self.network.modules()}
-        for entry, own in zip(self._entries, self._layers, strict=True):
-            try:
-                layer = self.network.get_submodule(entry.name)
-            except AttributeError:
-                layer = None
-            if id(own) not in inside or type(own) not in HOSTED_TYPES:
-                now = "gone" if layer is None else f"a {type(layer).__name__}"
-                raise RuntimeError(
-                    f"{entry.name!r} is {now}: it was replaced or parametrized after multirate() "
-                    "and would run without its gate; change the network (SyncBatchNorm, weight norm, quantisation) "
-                    "first, then call multirate()"
-                )
+        return self._places.hosted()
 
     def _shares(self, beta: Beta, key: Any) -> list[Share]:
         """Each layer's gate, and its folded parameters where the plan for these input shapes folds it."""
@@ -448,11 +424,18 @@ class MultiRate(Recorded):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._raise_stage()
+        self._tell_layers()
+
+    def _tell_layers(self) -> None:
+        """Each layer's slices of the gates, for calls that torch.compile traces."""
+        for i, (layer, (shift, inputs)) in enumerate(zip(self._places.layers, self._layout, strict=True)):
+            slices = (i, -1 if shift is None else shift, -1 if inputs is None else inputs)
+            layer.__dict__.update(_network=self._places.layers, _slices=slices)
 
     def _raise_stage(self) -> None:
         """A stage, which the gated layers know: they tell it of another stride and the like."""
         self._stage: Any = core().Stage() if ops.EXTENSION else None
-        for layer in self._layers:
+        for layer in self._places.layers:
             layer.__dict__["_stage"] = self._stage
 
 
@@ -481,43 +464,3 @@ def _saving_is_hooked() -> bool:
     """Whether hooks pack saved tensors, as in torch.utils.checkpoint: a recomputation must then save what the forward
     saved, in the same order, so that it must not follow a plan made in between."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-
-
-def _present(value: Tensor | None) -> Tensor:
-    assert value is not None
-    return value
-
-
-def bake(model: MultiRate, beta: Beta, batches: Iterable[Any] | None = None) -> nn.Module:
-    """The plain network at one beta: a copy, original classes, g W and g b + t as its weights, no gate left.
-
-    beta: one number. batches: inputs (as for `recalibrate`) that set the running statistics of batch norms for this
-    beta; without them a network that has some gets a warning, since theirs mix all betas. ValueError for a beta a
-    sample.
-    """
-    if not isinstance(model, MultiRate):
-        raise TypeError(f"bake takes the MultiRate that multirate() returned, not a {type(model).__name__}")
-    beta = _one(beta)
-    model = copy.deepcopy(model)
-    if batches is not None:
-        model.recalibrate(batches, beta)
-    elif norms := running_norms(model.network):
-        warnings.warn(
-            f"the running statistics of {len(norms)} batch norms mix the betas of training; give bake(model, beta, "
-            "batches) some training inputs to set them for this beta",
-            stacklevel=2,
-        )
-    with torch.no_grad():
-        gates = model._gates(beta)
-        layers = model._hosts()
-        jobs = [
-            FoldJob(layer, entry.adapter, g.gate, g.shift)
-            for layer, entry, g in zip(layers, model._entries, gates, strict=True)
-        ]
-        for layer, job, g, folded in zip(layers, jobs, gates, fold_layers(jobs), strict=True):
-            if g.inputs is not None:
-                folded["weight"] = job.adapter.fold_inputs(layer, _present(folded["weight"]), g.inputs)
-            layer.release()
-            write_folded(layer, folded)
-    release_sequentials(model.network)
-    return model.network

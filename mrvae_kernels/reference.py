@@ -64,8 +64,9 @@ def gates(weight: Tensor, bias: Tensor, eta: Tensor, kind: str) -> Tensor:
 
 def gate_bank(weight: Tensor, bias: Tensor, eta: Tensor, sizes: Sequence[int], kinds: Sequence[str]) -> list[Tensor]:
     """All gates of a model from one flat w and c: a list with (C_i,) or (N, C_i) each."""
-    pairs = zip(weight.split(list(sizes)), bias.split(list(sizes)), kinds, strict=True)
-    return [gates(w, c, eta, kind) for w, c, kind in pairs]
+    dtype = gate_dtype(weight.dtype)
+    p = eta.to(dtype).unsqueeze(-1) * weight.to(dtype) + bias.to(dtype)  # in one: torch.compile keeps it for backward
+    return [gate_activation(piece, kind) for piece, kind in zip(p.split(list(sizes), -1), kinds, strict=True)]
 
 
 def fold(

@@ -1,0 +1,58 @@
+"""One beta of a multi-rate network as a plain network again."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .adapters import FoldJob, fold_layers
+from .gates import Beta
+from .hosting import release_sequentials
+from .layers import _one, write_folded
+from .multirate import MultiRate
+from .recalibration import running_norms
+
+
+def bake(model: MultiRate, beta: Beta, batches: Iterable[Any] | None = None) -> nn.Module:
+    """The plain network at one beta: a copy, original classes, g W and g b + t as its weights, no gate left.
+
+    beta: one number. batches: inputs (as for `recalibrate`) that set the running statistics of batch norms for this
+    beta; without them a network that has some gets a warning, since theirs mix all betas. ValueError for a beta a
+    sample.
+    """
+    if not isinstance(model, MultiRate):
+        raise TypeError(f"bake takes the MultiRate that multirate() returned, not a {type(model).__name__}")
+    beta = _one(beta)
+    model = copy.deepcopy(model)
+    if batches is not None:
+        model.recalibrate(batches, beta)
+    elif norms := running_norms(model.network):
+        warnings.warn(
+            f"the running statistics of {len(norms)} batch norms mix the betas of training; give bake(model, beta, "
+            "batches) some training inputs to set them for this beta",
+            stacklevel=2,
+        )
+    with torch.no_grad():
+        gates = model._gates(beta)
+        layers = model._hosts()
+        jobs = [
+            FoldJob(layer, entry.adapter, g.gate, g.shift)
+            for layer, entry, g in zip(layers, model._entries, gates, strict=True)
+        ]
+        for layer, job, g, folded in zip(layers, jobs, gates, fold_layers(jobs), strict=True):
+            if g.inputs is not None:
+                folded["weight"] = job.adapter.fold_inputs(layer, _present(folded["weight"]), g.inputs)
+            layer.release()
+            write_folded(layer, folded)
+    release_sequentials(model.network)
+    return model.network
+
+
+def _present(value: Tensor | None) -> Tensor:
+    assert value is not None
+    return value

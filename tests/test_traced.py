@@ -1,0 +1,144 @@
+"""What torch.compile traces of a gated network: how much of it Dynamo looks at, and what it refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from helpers import randomize
+from torch import Tensor, nn
+from torch._dynamo.eval_frame import _debug_get_cache_entry_list
+
+import mrvae_kernels as mk
+
+X, BETA = torch.randn(3, 4, dtype=torch.float64), torch.tensor(0.5)
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    torch.compiler.reset()
+
+
+def network(layers: int) -> nn.Sequential:
+    return nn.Sequential(*(layer for _ in range(layers) for layer in (nn.Linear(4, 4), nn.ReLU()))).double()
+
+
+def gated(layers: int = 2) -> mk.MultiRate:
+    return randomize(mk.multirate(network(layers), "softplus"))
+
+
+def compiled(call: Callable[..., Tensor]) -> Any:
+    return torch.compile(call, backend="eager", fullgraph=True)
+
+
+def guards(call: Callable[..., Tensor], *arguments: Tensor) -> int:
+    """Conditions that are looked at before every call of the compiled function."""
+    compiled(call)(*arguments)
+    (entry,) = _debug_get_cache_entry_list(call.__code__)
+
+    def count(manager: Any) -> int:
+        below = list(manager.get_child_managers())
+        if hasattr(manager, "get_key_value_managers"):
+            below += [part for pair in manager.get_key_value_managers().values() for part in pair if part is not None]
+        return len(manager.get_leaf_guards()) + sum(map(count, below))
+
+    return count(entry.guard_manager.root)
+
+
+def test_a_gated_layer_is_guarded_little_more_than_a_plain_one():
+    plain, ours = ([], [])
+    for layers in (2, 6):
+        torch.compiler.reset()
+        net, model = network(layers), gated(layers)
+        plain.append(guards(lambda x, net=net: net(x), X))
+        ours.append(guards(lambda x, beta, model=model: model(x, beta=beta), X, BETA))
+    each, gated_each = (plain[1] - plain[0]) / 4, (ours[1] - ours[0]) / 4
+    assert gated_each <= each + 6, (plain, ours)  # its slices of the gates
+    assert ours[0] - plain[0] <= 2 * 6 + 55, (plain, ours)  # beta, the range, the override, the gates
+
+
+def test_a_layer_that_was_replaced_is_refused_when_the_call_is_traced_again():
+    model = gated()
+    call = compiled(model)
+    torch.testing.assert_close(call(X, beta=BETA), model(X, beta=BETA))
+    model.network[0] = nn.Linear(4, 4).double()
+    with pytest.raises(Exception, match="replaced or parametrized after multirate"):
+        call(X, beta=BETA)
+
+
+def test_a_layer_of_another_network_does_not_take_this_ones_gates():
+    other = gated()
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.own = nn.Linear(4, 4)
+            self.stranger = [other.network[0]]  # in a list: no child
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.stranger[0](self.own(x))
+
+    model = mk.multirate(Both().double(), "sigmoid")
+    with pytest.raises(RuntimeError, match="without a beta"):
+        model(X, beta=BETA)
+    with pytest.raises(Exception, match="without a beta"):
+        compiled(model)(X, beta=BETA)
+
+
+def test_networks_within_one_another_have_gates_of_their_own():
+    inner = gated()
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 4)
+            self.inner = [inner]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.inner[0](self.first(x), beta=0.1))
+
+    model = randomize(mk.multirate(Outer().double(), mk.GateSpec("softplus", shift=True)))
+    torch.testing.assert_close(compiled(model)(X, beta=BETA), model(X, beta=BETA))
+
+
+def test_an_override_is_seen_by_a_network_that_is_compiled_already():
+    model = gated()
+    call = compiled(model)
+    expected = call(X, beta=BETA)
+    for strategy in ("fold", "epilogue"):
+        with mk.override(strategy=strategy):
+            torch.testing.assert_close(call(X, beta=BETA), expected)
+    each = torch.tensor([0.02, 0.5, 9.0])
+    torch.testing.assert_close(call(X, beta=each), model(X, beta=each))
+    with mk.override(strategy="fold"), pytest.raises(Exception, match="cannot be folded|needs one weight"):
+        call(X, beta=each)
+
+
+def test_betas_of_another_length_are_refused():
+    with pytest.raises(Exception, match="beta has 2 values for 3 samples"):
+        compiled(gated())(X, beta=torch.tensor([0.1, 0.2]))
+
+
+def test_two_networks_of_one_shape_and_different_gates_are_told_apart():
+    kinds = [randomize(mk.multirate(network(2), kind)) for kind in ("sigmoid", "sqrt")]
+    for model in kinds:
+        torch.testing.assert_close(compiled(model)(X, beta=BETA), model(X, beta=BETA))
+    ranges = [mk.multirate(network(2), "sigmoid", beta_range) for beta_range in ((0.01, 10.0), (0.1, 1.0))]
+    ranges[1].load_state_dict({**ranges[0].state_dict(), "_extra_state": ranges[1].get_extra_state()})
+    for model in ranges:
+        torch.testing.assert_close(compiled(model)(X, beta=BETA), model(X, beta=BETA))
+
+
+def test_gates_on_inputs_and_layers_without_a_formula_of_their_own():
+    layers = (
+        nn.Conv1d(2, 3, 3, padding="same"), nn.ConvTranspose1d(3, 4, 3, stride=2), nn.BatchNorm1d(4), nn.Tanh(),
+        nn.Flatten(), nn.Linear(36, 3),
+    )
+    spec = mk.GateSpec("softplus", shift=True, inputs="sigmoid")
+    gates = {"0": spec, "1": mk.GateSpec("sigmoid", shift=True), "2": "sigmoid", "5": spec}
+    model = randomize(mk.multirate(nn.Sequential(*layers).double(), gates)).eval()
+    x = torch.randn(3, 2, 4, dtype=torch.float64)
+    for beta in (BETA, torch.tensor([0.02, 0.5, 9.0])):
+        torch.testing.assert_close(compiled(model)(x, beta=beta), model(x, beta=beta))
