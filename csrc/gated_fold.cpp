@@ -53,6 +53,7 @@ struct GatedFoldNode final : Node {
 
   void release_variables() override {
     const std::lock_guard<std::mutex> lock(mutex_);
+    if (released_) return;
     for (SavedVariable& input : inputs_) input.reset_data();
     values_.clear();
     released_ = true;

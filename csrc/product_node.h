@@ -12,10 +12,9 @@
 #include <ATen/ops/threshold_backward.h>
 
 #include <array>
-#include <cmath>
-#include <limits>
 #include <mutex>
 
+#include "cpu/kernels.h"
 #include "node.h"
 #include "products.h"
 
@@ -68,17 +67,8 @@ inline bool result_tells(const Tensor& y, const OptionalTensor& shift, Activatio
 // only if the gate is known to have none itself (`inert`).
 template <class T>
 bool divisible(const Tensor& gate, Activation activation, bool inert) {
-  constexpr T least = std::numeric_limits<T>::min() / std::numeric_limits<T>::epsilon();
-  const T* g = gate.const_data_ptr<T>();
-  const bool relu = activation == Activation::Relu, zeros = relu || inert;
-  const std::int64_t n = gate.numel();
-  int bad = 0;  // without an early end, for a loop of vectors: nearly every time all of them are good
-#pragma omp simd reduction(| : bad)
-  for (std::int64_t i = 0; i < n; ++i) {
-    const T size = relu ? g[i] : std::abs(g[i]);
-    bad |= !(size >= least) && !(zeros && g[i] == T(0));
-  }
-  return bad == 0;
+  const bool relu = activation == Activation::Relu;
+  return cpu::divisible(gate.const_data_ptr<T>(), gate.numel(), /*positive=*/relu, /*zeros=*/relu || inert);
 }
 
 template <class Product>
@@ -170,6 +160,7 @@ struct ProductNode final : Node {
 
   void release_variables() override {
     const std::lock_guard<std::mutex> lock(mutex_);
+    if (released_) return;
     for (SavedVariable& input : inputs_) input.reset_data();
     kept_.release();
     released_ = true;

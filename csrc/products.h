@@ -17,6 +17,16 @@ struct ProductGrads {
   Tensor x, weight, bias;
 };
 
+// matrix.t() of an ordinary tensor whose history is of no interest, without the three operators of which torch makes it:
+// 0.3 us each time.
+inline Tensor transpose(const Tensor& matrix) {
+  auto impl = c10::make_intrusive<c10::TensorImpl>(c10::TensorImpl::VIEW, c10::Storage(matrix.storage()), matrix.key_set(),
+                                                   matrix.dtype());
+  const std::int64_t sizes[] = {matrix.size(1), matrix.size(0)}, strides[] = {matrix.stride(1), matrix.stride(0)};
+  impl->set_sizes_and_strides(sizes, strides, matrix.storage_offset());
+  return Tensor(std::move(impl));
+}
+
 struct LinearProduct {
   static constexpr const char* name = "gated_linear";
   static constexpr std::int64_t channel_axis = -1, fold_groups = 0;
@@ -30,7 +40,7 @@ struct LinearProduct {
   static Tensor matrix(const Tensor& x) { return x.dim() == 2 ? x : x.reshape({rows(x), x.size(-1)}); }
 
   Tensor forward(const Tensor& x, const Tensor& weight, const Tensor& bias) const {
-    const Tensor flat = matrix(x), transposed = weight.t();
+    const Tensor flat = matrix(x), transposed = transpose(weight);
     const Tensor y = bias.defined() ? at::addmm(bias, flat, transposed) : at::mm(flat, transposed);
     if (x.dim() == 2) return y;
     auto sizes = x.sizes().vec();
@@ -49,7 +59,7 @@ struct LinearProduct {
         out.x = out.x.view(sizes);
       }
     }
-    if (mask[1]) out.weight = flat.t().mm(matrix(x));
+    if (mask[1]) out.weight = transpose(flat).mm(matrix(x));
     if (mask[2]) out.bias = flat.sum(0);
     return out;
   }

@@ -39,8 +39,8 @@ PyObject* checked_call(PyObject* self, PyObject* const* arguments, Py_ssize_t gi
 }
 template <FastCall function, Py_ssize_t count>
 pybind11::object fast_function(const char* name, PyObject* self = nullptr) {
-  static PyMethodDef definition = {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&checked_call<function, count>)),
-                                   METH_FASTCALL, nullptr};
+  const auto any = reinterpret_cast<void (*)()>(&checked_call<function, count>);  // no warning about its arguments
+  static PyMethodDef definition = {name, reinterpret_cast<PyCFunction>(any), METH_FASTCALL, nullptr};
   return pybind11::reinterpret_steal<pybind11::object>(PyCFunction_New(&definition, self));
 }
 

@@ -12,13 +12,11 @@ namespace mrvae::cpu {
 
 constexpr std::int64_t row_sums = 64;     // rows whose sums are added up in float
 constexpr std::int64_t row_tasks = 32;    // so that their partial sums stay small beside the data
-constexpr std::int64_t row_vectors = 16;  // floats of the longest vector: shorter rows leave most of it empty
+constexpr std::int64_t least_row = 8;     // many rows shorter than this are better joined
 constexpr std::int64_t row_block = 32768; // elements of a task
 
-// Many rows of odd length are better joined.
 inline bool by_rows(const EpilogueShape& s) {
-  const bool full = s.channels % row_vectors == 0 || s.channels >= 256;
-  return s.samples == 1 && s.inner == 1 && s.channels > 0 && (full || s.rows <= row_sums);
+  return s.samples == 1 && s.inner == 1 && s.channels > 0 && (s.channels >= least_row || s.rows <= 256);
 }
 
 // None, ReLU and leaky ReLU; the others go over chunks.
@@ -114,7 +112,7 @@ bool result_by_rows(const EpilogueShape& s, const EpilogueParameters<T>& with, c
 template <class S, class T>
 void backward_of_result(const EpilogueShape& s, const S* grad, const S* y, const EpilogueParameters<T>& with,
                         const EpilogueGradients<T>& out, std::int64_t serial_elements) {
-  const std::int64_t n = s.channels, rows = std::clamp<std::int64_t>(row_block / n, row_vectors, row_sums);
+  const std::int64_t n = s.channels, rows = std::clamp<std::int64_t>(row_block / n, 16, row_sums);
   const std::int64_t tasks = (s.rows + rows - 1) / rows, sums = out.bias == nullptr ? 1 : 2;
   const bool relu = with.activation != Activation::None;
   std::fill_n(out.gate, n, T(0));

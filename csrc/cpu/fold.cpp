@@ -11,14 +11,24 @@ namespace {
 constexpr std::int64_t task_elements = 32768;    // weights a task should have
 constexpr std::int64_t serial_elements = 65536;  // below this the thread pool costs more than it gives
 constexpr std::int64_t long_inner = 64;          // from here on one channel's run is a loop of its own
+constexpr std::int64_t short_inner = 8;          // below this one channel's run is no loop of its own
 constexpr std::int64_t run_elements = 4096;      // longest run of short channels, in the first-level cache
+constexpr std::int64_t width = 16;               // numbers of a block: a vector of floats
 constexpr std::int64_t flush = 256;              // rows summed in float before they are added to the total
 
 // out = g * in; in and out may be the same memory in every loop below
+// By blocks of `width` numbers, whose loop needs no set-up: a channel may have two of them.
 template <class S, class T>
-MRVAE_CLONES void scale(const S* in, S* out, T g, std::int64_t n) {
+MRVAE_CLONES void scale(const S* in, S* out, const T* g, std::int64_t channels, std::int64_t inner) {
+  const std::int64_t whole = inner / width * width;
+  for (std::int64_t c = 0; c < channels; ++c, in += inner, out += inner) {
+    const T gate = g[c];
+    for (std::int64_t i = 0; i < whole; i += width) {
 #pragma omp simd
-  for (std::int64_t i = 0; i < n; ++i) store(out[i], g * load(in[i]));
+      for (std::int64_t k = 0; k < width; ++k) store(out[i + k], gate * load(in[i + k]));
+    }
+    for (std::int64_t i = whole; i < inner; ++i) store(out[i], gate * load(in[i]));
+  }
 }
 
 template <class S, class T>
@@ -50,6 +60,40 @@ MRVAE_CLONES double scale_dot(const S* grad, const S* weight, S* out, T g, std::
   return total;
 }
 
+// The same for channels of short runs, whose sums are added to total: a reduction of its own costs a run of 16 numbers more
+// than the numbers do.
+template <bool with_out, class S, class T>
+MRVAE_HOST_DEVICE void short_dots(const S* grad, const S* weight, S* out, const T* g, double* total,
+                                  std::int64_t channels, std::int64_t inner) {
+  const std::int64_t whole = inner / width * width;
+  for (std::int64_t c = 0; c < channels; ++c, grad += inner, weight += inner) {
+    const T gate = g[c];
+    T lanes[width] = {}, rest = 0;
+    for (std::int64_t i = 0; i < whole; i += width) {
+#pragma omp simd
+      for (std::int64_t k = 0; k < width; ++k) {
+        const T d = load(grad[i + k]);
+        lanes[k] += d * load(weight[i + k]);
+        if constexpr (with_out) store(out[i + k], gate * d);
+      }
+    }
+    for (std::int64_t i = whole; i < inner; ++i) {
+      const T d = load(grad[i]);
+      rest += d * load(weight[i]);
+      if constexpr (with_out) store(out[i], gate * d);
+    }
+    total[c] += short_sum(lanes, width) + rest;
+    if constexpr (with_out) out += inner;
+  }
+}
+
+template <class S, class T>
+MRVAE_CLONES void scale_dots(const S* grad, const S* weight, S* out, const T* g, double* total, std::int64_t channels,
+                             std::int64_t inner) {
+  out == nullptr ? short_dots<false>(grad, weight, out, g, total, channels, inner)
+                 : short_dots<true>(grad, weight, out, g, total, channels, inner);
+}
+
 // Adds grad * weight to dot, and sets out = g * grad unless out is nullptr.
 template <class S, class T>
 MRVAE_CLONES void multiply_dot(const S* grad, const S* weight, S* out, const T* g, T* dot, std::int64_t n) {
@@ -79,6 +123,12 @@ struct Task {
   std::int64_t group, begin, end, first, last, partial;
 };
 
+// Whether each channel's run is a loop of its own. Otherwise the gates are written out over a joined run, for all rows of
+// the outer axis: with one row that is more work than the row.
+bool by_channel(const FoldLayer& layer) {
+  return layer.inner >= long_inner || (layer.outer == 1 && layer.inner >= short_inner);
+}
+
 // Where the channels are the fastest axes a task takes whole rows, so that it reads memory in long runs.
 std::vector<Task> cut(const std::vector<FoldLayer>& layers, std::int64_t& elements, std::int64_t& partials) {
   std::vector<Task> tasks;
@@ -86,7 +136,7 @@ std::vector<Task> cut(const std::vector<FoldLayer>& layers, std::int64_t& elemen
   for (const FoldLayer& layer : layers) {
     const std::int64_t inner = std::max<std::int64_t>(1, layer.inner);
     std::int64_t channels = std::max<std::int64_t>(1, task_elements / inner);
-    if (inner < long_inner) channels = std::min(channels, run_elements / inner);
+    if (!by_channel(layer)) channels = std::min(channels, run_elements / inner);
     channels = std::min(channels, std::max<std::int64_t>(1, layer.channels));
     const std::int64_t rows = std::max<std::int64_t>(1, task_elements / (channels * inner));
     for (std::int64_t k = 0; k < layer.groups; ++k) {
@@ -127,15 +177,13 @@ void forward(const Task& task) {
   const std::int64_t inner = layer.inner, channels = task.end - task.begin;
   const T* gate = parameter<T>(layer.gate, task);
   T spread_gate[run_elements];
-  if (inner < long_inner && inner > 1) spread(gate, channels, inner, spread_gate);
+  const bool runs = !by_channel(layer);
+  if (runs && inner > 1) spread(gate, channels, inner, spread_gate);
   for (std::int64_t o = task.first; o < task.last; ++o) {
     const S* weight = static_cast<const S*>(layer.weight) + offset(task, o);
     S* folded = static_cast<S*>(layer.folded) + offset(task, o);
-    if (inner < long_inner) {
-      multiply<S, T>(weight, folded, inner == 1 ? gate : spread_gate, channels * inner);
-    } else {
-      for (std::int64_t c = 0; c < channels; ++c) scale<S, T>(weight + c * inner, folded + c * inner, gate[c], inner);
-    }
+    runs ? multiply<S, T>(weight, folded, inner == 1 ? gate : spread_gate, channels * inner)
+         : scale<S, T>(weight, folded, gate, channels, inner);
   }
   if (layer.folded_bias == nullptr || task.first > 0) return;
   const T *bias = parameter<T>(layer.bias, task), *shift = parameter<T>(layer.shift, task);
@@ -150,7 +198,7 @@ template <class S, class T>
 void backward(const Task& task, double* total) {
   const FoldLayer& layer = *task.layer;
   const std::int64_t inner = layer.inner, channels = task.end - task.begin;
-  const bool runs = inner < long_inner, want_dot = layer.grad_gate != nullptr, want_weight = layer.grad_weight != nullptr;
+  const bool runs = !by_channel(layer), want_dot = layer.grad_gate != nullptr, want_weight = layer.grad_weight != nullptr;
   if (!want_dot && !want_weight) return;
   const T* gate = parameter<T>(layer.gate, task);
   T spread_gate[run_elements], dot[run_elements];
@@ -164,14 +212,18 @@ void backward(const Task& task, double* total) {
     }
     const S* weight = static_cast<const S*>(layer.weight) + offset(task, o);
     const S* grad = static_cast<const S*>(layer.grad) + offset(task, o);
+    if (!runs && !want_dot) {
+      scale<S, T>(grad, out, gate, channels, inner);
+      continue;
+    }
+    if (!runs && inner < long_inner) {
+      scale_dots<S, T>(grad, weight, out, gate, total, channels, inner);
+      continue;
+    }
     if (!runs) {
       for (std::int64_t c = 0; c < channels; ++c) {
         const std::int64_t i = c * inner;
-        if (want_dot) {
-          total[c] += scale_dot<S, T>(grad + i, weight + i, want_weight ? out + i : nullptr, gate[c], inner);
-        } else {
-          scale<S, T>(grad + i, out + i, gate[c], inner);
-        }
+        total[c] += scale_dot<S, T>(grad + i, weight + i, want_weight ? out + i : nullptr, gate[c], inner);
       }
       continue;
     }

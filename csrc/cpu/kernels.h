@@ -29,6 +29,11 @@ void epilogue_backward(Storage storage, const EpilogueShape& shape, const void* 
 void epilogue_backward(Storage storage, const EpilogueShape& shape, const void* grad, const void* u,
                        const EpilogueParameters<double>& with, const EpilogueGradients<double>& out);
 
+// Whether y / gate is what gate was multiplied by, for all gates: none too small a number, nor, if positive, below 0. A gate
+// of exactly 0 passes where `zeros`.
+template <class T>
+bool divisible(const T* gate, std::int64_t n, bool positive, bool zeros);
+
 // ---- fold: W' = g W, b' = g b + t ---------------------------------------------------------------------------------
 
 void fold_forward(const std::vector<FoldLayer>& layers);
