@@ -71,13 +71,12 @@ MRVAE_HOST_DEVICE T power(typename Binary<T>::Integer n) {
   return value;
 }
 
-// x = n ln 2 + r with |r| <= ln(2)/2: writes 2^n as the product of two scales, and expm1(r).
+// x = n ln 2 + r with |r| <= ln(2)/2: writes 2^n as the product of two scales, and expm1(r). Of an x <= 0.
 template <class T>
-MRVAE_HOST_DEVICE T reduce(T x, T& first, T& second) {
+MRVAE_HOST_DEVICE T reduce_nonpositive(T x, T& first, T& second) {
   using B = Binary<T>;
   using Integer = typename B::Integer;
   x = x < B::lowest ? B::lowest : x;
-  x = x > B::highest ? B::highest : x;
   const T shifted = x * T(1.4426950408889634074) + B::round;
   const T whole = shifted - B::round;
   const T r = (x - whole * B::ln2_high) - whole * B::ln2_low;
@@ -89,6 +88,12 @@ MRVAE_HOST_DEVICE T reduce(T x, T& first, T& second) {
   first = power<T>(half);
   second = power<T>(n - half);
   return r + r * r * exp_tail<T, 2, B::exp_terms>(r);
+}
+
+// The same of any x.
+template <class T>
+MRVAE_HOST_DEVICE T reduce(T x, T& first, T& second) {
+  return reduce_nonpositive(x > Binary<T>::highest ? Binary<T>::highest : x, first, second);
 }
 
 template <class T>
@@ -112,6 +117,20 @@ MRVAE_HOST_DEVICE T expm1(T x) {
   const T scale = first * second;
   // for x > ln(max) the scale overflows alone; the product below does not need it there
   return x > T(40) ? (T(1) + tail) * first * second : tail * scale + (scale - T(1));
+#endif
+}
+
+// e^x and 1 - e^x of an x <= 0, from one reduction. A NaN stays one.
+template <class T>
+MRVAE_HOST_DEVICE void decay(T x, T& power_of_e, T& rest) {
+#if defined(__CUDA_ARCH__)
+  power_of_e = ::exp(x);
+  rest = -::expm1(x);
+#else
+  T first, second;
+  const T tail = reduce_nonpositive(x, first, second), scale = first * second;
+  power_of_e = tail * scale + scale;
+  rest = (T(1) - scale) - tail * scale;
 #endif
 }
 
