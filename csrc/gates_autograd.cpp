@@ -9,9 +9,8 @@
 #include "ops.h"
 
 namespace mrvae {
-namespace {
 
-void check(const Tensor& weight, const Tensor& bias, const Tensor& eta, IntArrayRef sizes, IntArrayRef kinds) {
+void check_gates(const Tensor& weight, const Tensor& bias, const Tensor& eta, IntArrayRef sizes, IntArrayRef kinds) {
   check_floating("gates", "weight", weight);
   check_floating("gates", "bias", bias);
   check_floating("gates", "eta", eta);
@@ -34,6 +33,8 @@ void check(const Tensor& weight, const Tensor& bias, const Tensor& eta, IntArray
                       "; expected 0 (sigmoid), 1 (sqrt), 2 (softplus) or 3 (identity)");
   }
 }
+
+namespace {
 
 template <class T>
 std::vector<GateSlice<T>> slices(const std::vector<Tensor>& values, IntArrayRef sizes, IntArrayRef kinds) {
@@ -132,7 +133,7 @@ struct GatesNode : torch::autograd::Function<GatesNode> {
 
 std::vector<Tensor> gates(const Tensor& weight, const Tensor& bias, const Tensor& eta, IntArrayRef sizes,
                           IntArrayRef kinds) {
-  check(weight, bias, eta, sizes, kinds);
+  check_gates(weight, bias, eta, sizes, kinds);
   const auto dtype = gate_dtype(weight.scalar_type());
   Operands operands{operand(weight, dtype), operand(bias, dtype), operand(eta, dtype), {}, sizes, kinds};
   operands.values.reserve(sizes.size());
@@ -147,7 +148,7 @@ std::vector<Tensor> gates(const Tensor& weight, const Tensor& bias, const Tensor
 std::tuple<Tensor, Tensor, Tensor> gates_backward(const OptionalTensorList& grads, const Tensor& weight,
                                                   const Tensor& bias, const Tensor& eta, IntArrayRef sizes,
                                                   IntArrayRef kinds, bool eta_needs_grad) {
-  check(weight, bias, eta, sizes, kinds);
+  check_gates(weight, bias, eta, sizes, kinds);
   TORCH_CHECK_VALUE(grads.size() == sizes.size(), "gates_backward: got ", grads.size(), " gradients for ",
                     sizes.size(), " gates");
   const auto dtype = gate_dtype(weight.scalar_type());
