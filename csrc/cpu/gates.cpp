@@ -2,14 +2,30 @@
 
 #include <algorithm>
 
-#include "gate_rows.h"
 #include "kernels.h"
+#include "vector.h"
 
 namespace mrvae::cpu {
 namespace {
 
 constexpr std::int64_t block = 256;             // features a task of the backward pass handles
 constexpr std::int64_t serial_elements = 8192;  // below this the thread pool costs more than it gives
+
+template <Gate kind, class T>
+MRVAE_HOST_DEVICE void value_loop(const T* weight, const T* bias, T eta, T* values, std::int64_t n) {
+#pragma omp simd
+  for (std::int64_t i = 0; i < n; ++i) values[i] = gate_value<kind>(gate_argument(weight[i], eta, bias[i]));
+}
+
+template <class T>
+MRVAE_CLONES void value_row(Gate kind, const T* weight, const T* bias, T eta, T* values, std::int64_t n) {
+  switch (kind) {
+    case Gate::Sigmoid: return value_loop<Gate::Sigmoid>(weight, bias, eta, values, n);
+    case Gate::Sqrt: return value_loop<Gate::Sqrt>(weight, bias, eta, values, n);
+    case Gate::Softplus: return value_loop<Gate::Softplus>(weight, bias, eta, values, n);
+    case Gate::Identity: return value_loop<Gate::Identity>(weight, bias, eta, values, n);
+  }
+}
 
 // Adds one sample's dp * eta and dp, and returns its sum of dp * w.
 template <Gate kind, class T>
