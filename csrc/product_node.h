@@ -232,7 +232,7 @@ struct ProductNode final : Node {
   }
 
   bool divides(const Tensor& gate) const {
-    if (made_) return made_.divide(activation_);
+    if (made_) return made_.divide();
     const Tensor values = gate.contiguous();
     if (values.scalar_type() == at::kDouble) return divisible<double>(values, activation_, inert_);
     return values.scalar_type() == at::kFloat && divisible<float>(values, activation_, inert_);

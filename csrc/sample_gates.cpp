@@ -4,7 +4,7 @@
 #include <ATen/ops/empty_like.h>
 
 #include <algorithm>
-#include <limits>
+#include <cmath>
 
 #include "cpu/kernels.h"
 
@@ -25,9 +25,8 @@ Tensor bias_operand(const OptionalTensor& bias, const SampleGates& gates) {
 
 // By p at both ends of the range of eta, between which p and the gate are monotonic.
 template <class T>
-bool divide(const SampleGates& gates, Activation activation) {
-  constexpr T least = std::numeric_limits<T>::min() / std::numeric_limits<T>::epsilon();
-  // e^p / 2, less than the gate, is far above `least` here
+bool divide(const SampleGates& gates) {
+  // e^p / 2, which is less than the gate, is far above the least divisor here
   constexpr T lowest = std::is_same_v<T, double> ? -600 : -60;
   const GateSource& source = *gates.source;
   const T *w = source.weight.const_data_ptr<T>() + gates.offset, *c = source.bias.const_data_ptr<T>() + gates.offset;
@@ -46,13 +45,9 @@ bool divide(const SampleGates& gates, Activation activation) {
   switch (gates.kind) {
     case Gate::Sigmoid:
     case Gate::Softplus: each([](T p, T q) { return (p >= lowest) & (q >= lowest); }); break;
-    // of the smallest p < 0 the root is above `least` still, and a closed gate has no gradient
+    // of the smallest p < 0 the root is no small divisor, and a closed gate has no gradient
     case Gate::Sqrt: each([](T p, T q) { return (p == p) & (q == q); }); break;
-    case Gate::Identity: {
-      const T below = activation == Activation::Relu ? -std::numeric_limits<T>::infinity() : -least;
-      const bool signs = activation != Activation::Relu;
-      each([=](T p, T q) { return ((p >= least) & (q >= least)) | (signs & (p <= below) & (q <= below)); });
-    }
+    case Gate::Identity: return false;  // anything, and no gate of a network is one
   }
   return all;
 }
@@ -102,9 +97,8 @@ Tensor SampleGates::values() const {
   return result;
 }
 
-bool SampleGates::divide(Activation activation) const {
-  return source->weight.scalar_type() == at::kDouble ? mrvae::divide<double>(*this, activation)
-                                                     : mrvae::divide<float>(*this, activation);
+bool SampleGates::divide() const {
+  return source->weight.scalar_type() == at::kDouble ? mrvae::divide<double>(*this) : mrvae::divide<float>(*this);
 }
 
 std::vector<SampleGates> slices_of(const std::shared_ptr<const GateSource>& source, IntArrayRef sizes, IntArrayRef kinds) {

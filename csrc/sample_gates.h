@@ -40,7 +40,7 @@ struct SampleGates {
   bool fit(const Tensor& x, const Tensor& weight) const;
   Tensor values() const;  // (N, C), where they are needed nevertheless
   // Whether u + b = y / g for all of them; as divisible() of product_node.h, by the range of eta.
-  bool divide(Activation activation) const;
+  bool divide() const;
 };
 
 std::vector<SampleGates> slices_of(const std::shared_ptr<const GateSource>& source, IntArrayRef sizes, IntArrayRef kinds);
