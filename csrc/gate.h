@@ -47,8 +47,8 @@ struct GatePoint {
   T value, slope;  // g and dg/dp
 };
 
-// Both from one e^-|p|; whoever reads one of them only pays for that. An infinite p saturates the gate instead of making
-// it NaN later.
+// Both from one e^-|p|; whoever reads one of them only pays for that. An infinite p saturates the gate instead of
+// making it NaN later.
 //
 // |p| and min(p, 0) are arithmetic: of `p < 0 ? p : -p` GCC makes paths through the whole function, every one of them
 // computed under a mask: 85 instructions of AVX-512 in place of 40, 0.65 ns a sqrt gate in place of 0.21.

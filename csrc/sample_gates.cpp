@@ -12,7 +12,8 @@ namespace mrvae {
 namespace {
 
 template <class T>
-cpu::SampleEpilogue<T> epilogue_of(const Tensor& u, const Tensor& bias, const SampleGates& gates, Activation activation) {
+cpu::SampleEpilogue<T> epilogue_of(const Tensor& u, const Tensor& bias, const SampleGates& gates,
+                                   Activation activation) {
   const GateSource& source = *gates.source;
   return {u.size(0), u.size(1), source.weight.const_data_ptr<T>() + gates.offset,
           source.bias.const_data_ptr<T>() + gates.offset, source.eta.const_data_ptr<T>(), gates.kind,
@@ -101,7 +102,8 @@ bool SampleGates::divide() const {
   return source->weight.scalar_type() == at::kDouble ? mrvae::divide<double>(*this) : mrvae::divide<float>(*this);
 }
 
-std::vector<SampleGates> slices_of(const std::shared_ptr<const GateSource>& source, IntArrayRef sizes, IntArrayRef kinds) {
+std::vector<SampleGates> slices_of(const std::shared_ptr<const GateSource>& source, IntArrayRef sizes,
+                                   IntArrayRef kinds) {
   std::vector<SampleGates> slices;
   slices.reserve(sizes.size());
   std::int64_t offset = 0;
@@ -164,11 +166,12 @@ EpilogueGrads sample_epilogue_backward(const Tensor& grad, const Tensor& u, cons
     T* target = sums.defined() ? sums.mutable_data_ptr<T>() : nullptr;
     cpu::sample_epilogue_backward<T>(
         storage_of(values), epilogue, incoming.const_data_ptr(), values.const_data_ptr(),
-        {grad_u.defined() ? grad_u.mutable_data_ptr() : nullptr, target, target == nullptr ? nullptr : target + gates.size,
+        {grad_u.defined() ? grad_u.mutable_data_ptr() : nullptr, target,
+         target == nullptr ? nullptr : target + gates.size,
          grad_bias.defined() ? grad_bias.mutable_data_ptr<T>() : nullptr});
   };
   options.dtype() == at::kDouble ? run(0.0) : run(0.0f);
-  if (grad_bias.defined() && grad_bias.scalar_type() != bias->scalar_type()) grad_bias = grad_bias.to(bias->scalar_type());
+  if (grad_bias.defined()) grad_bias = grad_bias.to(bias->scalar_type());
   return {grad_u, grad_bias, sums, Tensor()};
 }
 

@@ -43,7 +43,8 @@ struct SampleGates {
   bool divide() const;
 };
 
-std::vector<SampleGates> slices_of(const std::shared_ptr<const GateSource>& source, IntArrayRef sizes, IntArrayRef kinds);
+std::vector<SampleGates> slices_of(const std::shared_ptr<const GateSource>& source, IntArrayRef sizes,
+                                   IntArrayRef kinds);
 // Adds the sums (2, C) of the slices that have some to their places in dw and dc.
 void add_sums(IntArrayRef sizes, TensorList sums, const Tensor& grad_weight, const Tensor& grad_bias);
 

@@ -85,8 +85,8 @@ MRVAE_HOST_DEVICE void add_loop(const Gradient& gradient, const S* u, std::int64
   }
 }
 
-// The same for at most a chunk of channels, in one pass where the result tells: 0.43 ns an element of AVX-512 where rows
-// of gates and of gradients in between take 0.55.
+// The same for at most a chunk of channels, in one pass where the result tells: 0.43 ns an element of AVX-512 where
+// rows of gates and of gradients in between take 0.55.
 template <class S, class Gates, class T>
 MRVAE_CLONES void add_sample(const S* grad, const S* u, std::int64_t n, Gates gates, Activation activation,
                              bool of_result, S* grad_u, T* grad_weight, T* grad_bias, T* sum) {
