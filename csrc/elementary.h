@@ -28,6 +28,7 @@ struct Binary<float> {
   static constexpr float round = 12582912.0f;  // 1.5 * 2^23: adding it rounds to the nearest integer
   static constexpr float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
   static constexpr float lowest = -104.0f, highest = 89.0f;  // exp is 0 below, inf above
+  static constexpr float least = -87.3365f;                  // exp is no normal number below
 };
 
 template <>
@@ -36,7 +37,7 @@ struct Binary<double> {
   static constexpr int mantissa = 52, bias = 1023, exp_terms = 13, log_terms = 18;
   static constexpr double round = 6755399441055744.0;  // 1.5 * 2^52
   static constexpr double ln2_high = 6.93147180369123816490e-1, ln2_low = 1.90821492927058770002e-10;
-  static constexpr double lowest = -746.0, highest = 710.0;
+  static constexpr double lowest = -746.0, highest = 710.0, least = -708.396;
 };
 
 constexpr double inverse_factorial(int n) { return n <= 1 ? 1.0 : inverse_factorial(n - 1) / n; }
@@ -71,13 +72,11 @@ MRVAE_HOST_DEVICE T power(typename Binary<T>::Integer n) {
   return value;
 }
 
-// x = n ln 2 + r with |r| <= ln(2)/2: writes 2^n as the product of two scales, and expm1(r).
+// x = n ln 2 + r with |r| <= ln(2)/2: returns expm1(r).
 template <class T>
-MRVAE_HOST_DEVICE T reduce(T x, T& first, T& second) {
+MRVAE_HOST_DEVICE T split(T x, typename Binary<T>::Integer& n) {
   using B = Binary<T>;
   using Integer = typename B::Integer;
-  x = x < B::lowest ? B::lowest : x;
-  x = x > B::highest ? B::highest : x;
   const T shifted = x * T(1.4426950408889634074) + B::round;
   const T whole = shifted - B::round;
   const T r = (x - whole * B::ln2_high) - whole * B::ln2_low;
@@ -85,10 +84,22 @@ MRVAE_HOST_DEVICE T reduce(T x, T& first, T& second) {
   const T origin = B::round;
   std::memcpy(&bits, &shifted, sizeof bits);
   std::memcpy(&zero, &origin, sizeof zero);
-  const Integer n = bits - zero, half = n >> 1;
+  n = bits - zero;
+  return r + r * r * exp_tail<T, 2, B::exp_terms>(r);
+}
+
+// The same with 2^n as the product of two scales.
+template <class T>
+MRVAE_HOST_DEVICE T reduce(T x, T& first, T& second) {
+  using B = Binary<T>;
+  x = x < B::lowest ? B::lowest : x;
+  x = x > B::highest ? B::highest : x;
+  typename B::Integer n;
+  const T tail = split(x, n);
+  const typename B::Integer half = n >> 1;
   first = power<T>(half);
   second = power<T>(n - half);
-  return r + r * r * exp_tail<T, 2, B::exp_terms>(r);
+  return tail;
 }
 
 template <class T>
@@ -112,6 +123,20 @@ MRVAE_HOST_DEVICE T expm1(T x) {
   const T scale = first * second;
   // for x > ln(max) the scale overflows alone; the product below does not need it there
   return x > T(40) ? (T(1) + tail) * first * second : tail * scale + (scale - T(1));
+#endif
+}
+
+// e^x, but no less than the smallest normal number, and 1 - e^x of an x <= 0, from one reduction. A NaN stays one.
+template <class T>
+MRVAE_HOST_DEVICE void decay(T x, T& power_of_e, T& rest) {
+#if defined(__CUDA_ARCH__)
+  power_of_e = ::exp(x);
+  rest = -::expm1(x);
+#else
+  typename Binary<T>::Integer n;
+  const T tail = split(x < Binary<T>::least ? Binary<T>::least : x, n), scale = power<T>(n);
+  power_of_e = tail * scale + scale;
+  rest = (T(1) - scale) - tail * scale;
 #endif
 }
 

@@ -30,7 +30,14 @@ struct GatedFoldNode final : Node {
     std::vector<LayerFolded> folded;
     {
       at::AutoDispatchBelowADInplaceOrView below;
-      step.values = gates_together(inputs[0], inputs[1], inputs[2], plan->sizes, plan->kinds);
+      if (plan->groups.empty()) step.source = GateSource::make(inputs[0], inputs[1], inputs[2]);
+      if (step.source) {
+        check_gates(inputs[0], inputs[1], inputs[2], plan->sizes, plan->kinds);
+        step.made = slices_of(step.source, plan->sizes, plan->kinds);
+        step.values.resize(step.made.size());
+      } else {
+        step.values = gates_together(inputs[0], inputs[1], inputs[2], plan->sizes, plan->kinds);
+      }
       folded = fold_layers(layers(*plan, inputs, bias_at, step.values));
     }
     node->inputs_.reserve(inputs.size());
@@ -38,7 +45,8 @@ struct GatedFoldNode final : Node {
     if (!folded.empty()) node->values_ = step.values;
     node->bias_at_ = std::move(bias_at);
     node->plan_ = plan;
-    for (const Tensor& value : step.values) node->add_input_metadata(value);
+    node->sums_ = step.source != nullptr;
+    node->sums_ ? node->expect(step.made) : node->expect(step.values);
     for (const LayerFolded& layer : folded) {
       torch::autograd::set_history(layer.weight, node);
       step.weights.push_back(layer.weight);
@@ -92,16 +100,34 @@ struct GatedFoldNode final : Node {
         if (plan.shift_at[i] >= 0) add(grads[std::size_t(plan.shift_at[i])], results[i].shift);
       }
       if (gated) {
+        variable_list sums;
+        if (sums_) sums.assign(grads.begin() + std::ptrdiff_t(slices), grads.end());
         grads.resize(slices);
         std::tie(gradients[0], gradients[1], gradients[2]) =
             (plain ? gates_gradients : call_gates_backward)(grads, inputs[0], inputs[1], inputs[2], plan.sizes, plan.kinds,
                                                             wanted(2));
+        if (sums_) add_sums(plan.sizes, sums, gradients[0], gradients[1]);
       }
     }
     return once_differentiable("gated_fold", std::move(gradients));
   }
 
  private:
+  // Gradients of the slices
+  void expect(const std::vector<Tensor>& values) {
+    for (const Tensor& value : values) add_input_metadata(value);
+  }
+  // and, after them, the sums over the samples that are dw and dc, of layers that make their gates themselves.
+  void expect(const std::vector<SampleGates>& slices) {
+    for (const bool sums : {false, true}) {
+      for (const SampleGates& slice : slices) {
+        const Tensor& eta = slice.source->eta;
+        const c10::SymInt shape[] = {sums ? 2 : eta.numel(), slice.size};
+        add_input_metadata(eta.options(), shape, /*is_tensor_subclass=*/false, /*is_nested=*/false, eta.scalar_type());
+      }
+    }
+  }
+
   static void add(Tensor& sum, const Tensor& grad) {
     if (grad.defined()) sum = sum.defined() ? at::add(sum, grad) : grad;
   }
@@ -128,7 +154,7 @@ struct GatedFoldNode final : Node {
   std::vector<Tensor> values_;
   GatedFold::Numbers bias_at_;
   Plan plan_;
-  bool released_ = false;
+  bool sums_ = false, released_ = false;
 };
 
 // In terms of the operators, which do without a gradient, trace and dispatch as they always do.
@@ -167,8 +193,18 @@ GatedFold::GatedFold(Numbers sizes_, Numbers kinds_, Numbers gate_at_, Numbers s
   }
 }
 
+const Tensor& StepGates::value(std::size_t slice) const {
+  Tensor& value = values.at(slice);
+  if (!value.defined()) {
+    const c10::InferenceMode not_in_it(false);
+    const at::AutoDispatchBelowADInplaceOrView below;
+    value = made[slice].values();
+  }
+  return value;
+}
+
 Tensor StepGates::variable(std::int64_t slice) const {
-  const Tensor& value = values.at(std::size_t(slice));
+  const Tensor& value = this->value(std::size_t(slice));
   if (!node) return value;
   const Tensor result = value.variable_data();
   torch::autograd::impl::set_gradient_edge(result, edge(std::size_t(slice)));

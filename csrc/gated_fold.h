@@ -3,6 +3,7 @@
 
 #include "node.h"
 #include "ops.h"
+#include "sample_gates.h"
 
 namespace mrvae {
 
@@ -11,13 +12,20 @@ namespace mrvae {
 // A layer of ours takes a gate's values and sends the gradient straight to the node of all gates; for others there is
 // the gate as a tensor with a history.
 struct StepGates : torch::CustomClassHolder {
-  std::vector<Tensor> values;          // of the slices
   NodePointer node;                    // takes gradient i for slice i; without it the values have histories of their own
   bool gated = false;                  // the gates' weight, bias or eta gets a gradient by the node
   std::vector<Tensor> weights;         // folded
   std::vector<OptionalTensor> biases;  // folded; none where a layer has neither bias nor shift
 
+  std::shared_ptr<const GateSource> source;  // with it the values are made when they are asked for
+  std::vector<SampleGates> made;             // the slices, for layers that make them themselves
+  mutable std::vector<Tensor> values;        // of the slices: see value()
+
+  // May be asked of one thread at a time, as a network may be called.
+  const Tensor& value(std::size_t slice) const;
   Edge edge(std::size_t slice) const { return node ? Edge(node, std::uint32_t(slice)) : gradient_edge(values[slice]); }
+  // Where the sums (2, C) of a slice of `made` go.
+  Edge sums_edge(std::size_t slice) const { return Edge(node, std::uint32_t(values.size() + slice)); }
   Tensor variable(std::int64_t slice) const;
 };
 

@@ -8,9 +8,8 @@
 #include "ops.h"
 
 namespace mrvae {
-namespace {
 
-void check(const Tensor& weight, const Tensor& bias, const Tensor& eta, IntArrayRef sizes, IntArrayRef kinds) {
+void check_gates(const Tensor& weight, const Tensor& bias, const Tensor& eta, IntArrayRef sizes, IntArrayRef kinds) {
   check_floating("gates", "weight", weight);
   check_floating("gates", "bias", bias);
   check_floating("gates", "eta", eta);
@@ -33,6 +32,8 @@ void check(const Tensor& weight, const Tensor& bias, const Tensor& eta, IntArray
                       "; expected 0 (sigmoid), 1 (sqrt), 2 (softplus) or 3 (identity)");
   }
 }
+
+namespace {
 
 template <class T>
 std::vector<GateSlice<T>> slices(const std::vector<Tensor>& values, IntArrayRef sizes, IntArrayRef kinds) {
@@ -123,7 +124,7 @@ std::vector<Tensor> allocate(const Operands& operands, bool together) {
 
 std::vector<Tensor> compute(const Tensor& weight, const Tensor& bias, const Tensor& eta, IntArrayRef sizes,
                             IntArrayRef kinds, bool together) {
-  check(weight, bias, eta, sizes, kinds);
+  check_gates(weight, bias, eta, sizes, kinds);
   const auto dtype = gate_dtype(weight.scalar_type());
   Operands operands{operand(weight, dtype), operand(bias, dtype), operand(eta, dtype), {}, sizes, kinds};
   operands.values = allocate(operands, together);
@@ -175,7 +176,7 @@ std::vector<Tensor> gates_together(const Tensor& weight, const Tensor& bias, con
 
 GateGrads gates_gradients(TensorList grads, const Tensor& weight, const Tensor& bias, const Tensor& eta,
                           IntArrayRef sizes, IntArrayRef kinds, bool eta_needs_grad) {
-  check(weight, bias, eta, sizes, kinds);
+  check_gates(weight, bias, eta, sizes, kinds);
   TORCH_CHECK_VALUE(grads.size() == sizes.size(), "gates_backward: got ", grads.size(), " gradients for ",
                     sizes.size(), " gates");
   const auto dtype = gate_dtype(weight.scalar_type());

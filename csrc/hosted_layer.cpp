@@ -49,8 +49,9 @@ OptionalTensor HostedLayer::run(const Tensor& x, const Tensor& weight, const Opt
                                 Activation activation) const {
   const c10::intrusive_ptr<StepGates> step = stage->gates;
   if (!step || version != stage->version || !std::visit([&](const auto& p) { return batched(p, x); }, product)) return std::nullopt;
-  const Tensor& values = step->values[std::size_t(gate)];
-  const Tensor shifts = shift < 0 ? Tensor() : step->values[std::size_t(shift)];
+  if (OptionalTensor y = run_made(*step, x, weight, bias, activation)) return y;
+  const Tensor& values = step->value(std::size_t(gate));
+  const Tensor shifts = shift < 0 ? Tensor() : step->value(std::size_t(shift));
   if (!undisturbed(x.device().type()) || !direct({&x, &weight, pointer(bias), &values, &shifts})) {
     const ByOperator call{x, weight, bias, step->variable(gate), shift < 0 ? std::nullopt : OptionalTensor(step->variable(shift)),
                           activation_name(activation), strategy == Strategy::Fold ? "fold" : "epilogue"};
@@ -69,6 +70,22 @@ OptionalTensor HostedLayer::run(const Tensor& x, const Tensor& weight, const Opt
         return compute(p, x, weight, bias, values, optional(shifts), activation, strategy);
       },
       product);
+}
+
+// A Linear that makes its gates itself. A shift is one number an element as well, and u would have to be kept for it: with
+// one there is nothing to gain.
+OptionalTensor HostedLayer::run_made(const StepGates& step, const Tensor& x, const Tensor& weight,
+                                     const OptionalTensor& bias, Activation activation) const {
+  const auto* linear = std::get_if<LinearProduct>(&product);
+  if (!step.source || linear == nullptr || shift >= 0 || strategy != Strategy::Epilogue) return std::nullopt;
+  const SampleGates& made = step.made[std::size_t(gate)];
+  if (!made.fit(x, weight) || !undisturbed(x.device().type()) || !direct({&x, &weight, pointer(bias)})) return std::nullopt;
+  if (records() && (step.gated || recording({&x, &weight, pointer(bias)}))) {
+    const GateInput g{Tensor(), step.gated ? step.sums_edge(std::size_t(gate)) : Edge(), true, made};
+    return ProductNode<LinearProduct>::record(*linear, x, weight, bias, g, {}, activation, strategy);
+  }
+  at::AutoDispatchBelowADInplaceOrView below;
+  return compute(*linear, x, weight, bias, Tensor(), std::nullopt, activation, strategy, nullptr, made);
 }
 
 double standardized(double beta, double low, double high) {

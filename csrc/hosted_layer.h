@@ -29,6 +29,10 @@ struct HostedLayer : torch::CustomClassHolder {
   // y = activation(g (product(x, weight) + bias) + t). None outside a call, for an x without a batch, and where a stride or
   // the like has changed.
   OptionalTensor run(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, Activation activation) const;
+
+ private:
+  OptionalTensor run_made(const StepGates& step, const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                          Activation activation) const;
 };
 
 // eta = (log beta - mean) / std over the range [low, high].

@@ -95,6 +95,7 @@ Tensor activation_gradient(const Tensor& grad, const Tensor& saved, Activation a
 
 // ---- gates ---------------------------------------------------------------------------------------------------------
 
+void check_gates(const Tensor& weight, const Tensor& bias, const Tensor& eta, IntArrayRef sizes, IntArrayRef kinds);
 std::vector<Tensor> gates(const Tensor& weight, const Tensor& bias, const Tensor& eta, IntArrayRef sizes,
                           IntArrayRef kinds);
 std::vector<Tensor> gates_autograd(const Tensor& weight, const Tensor& bias, const Tensor& eta, IntArrayRef sizes,

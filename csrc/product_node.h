@@ -17,6 +17,7 @@
 #include "cpu/kernels.h"
 #include "node.h"
 #include "products.h"
+#include "sample_gates.h"
 
 namespace mrvae {
 
@@ -94,16 +95,18 @@ void check(const Product& product, const Tensor& x, const Tensor& weight, const 
 template <class Product>
 Tensor compute(const Product& product, const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                const Tensor& gate, const OptionalTensor& shift, Activation activation, Strategy strategy,
-               Kept* kept = nullptr) {
+               Kept* kept = nullptr, const SampleGates& made = {}) {
   if (strategy == Strategy::Fused) {
     return fused_forward(product.fused(), x, weight, bias, gate, shift, activation, /*keep=*/false).y;
   }
-  check(product, x, weight, gate, strategy);
+  check(product, x, weight, made ? made.source->eta : gate, strategy);
   if (strategy == Strategy::Epilogue) {
     const Tensor u = product.forward(x, weight, Tensor());
     const bool tells = result_tells(u, shift, activation);
-    const Tensor y = call_epilogue(u, bias, gate, shift, channel_axis<Product>(u), activation_name(activation),
-                                   /*u_is_free=*/kept == nullptr || tells);
+    const bool u_is_free = kept == nullptr || tells;
+    const Tensor y = made ? sample_epilogue(u, bias, made, activation, u_is_free)
+                          : call_epilogue(u, bias, gate, shift, channel_axis<Product>(u), activation_name(activation),
+                                          u_is_free);
     if (kept != nullptr) tells ? kept->result(y) : kept->argument(u);
     return y;
   }
@@ -121,6 +124,7 @@ struct GateInput {
   Tensor values;
   Edge edge;
   bool inert = false;  // of a gate: at the value 0 it gets no gradient
+  SampleGates made{};  // in place of the values: the node makes them, and `edge` takes their sums (2, C)
 };
 
 template <class Product>
@@ -138,12 +142,13 @@ struct ProductNode final : Node {
       const bool active = activation != Activation::None;
       const bool keeps = active || (strategy == Strategy::Epilogue && gate.edge.is_valid());
       y = compute(product, x, weight, bias, gate.values, optional(shift.values), activation, strategy,
-                  keeps ? &node->kept_ : nullptr);
+                  keeps ? &node->kept_ : nullptr, gate.made);
     }
     node->product_ = product;
     node->activation_ = activation;
     node->strategy_ = strategy;
     node->inert_ = gate.inert;
+    node->made_ = gate.made;
     const Tensor* tensors[] = {&x, &weight, pointer(bias), &gate.values, &shift.values};
     for (std::size_t i = 0; i < count; ++i) {
       if (tensors[i] != nullptr && tensors[i]->defined()) node->inputs_[i] = SavedVariable(*tensors[i], false);
@@ -163,6 +168,7 @@ struct ProductNode final : Node {
     if (released_) return;
     for (SavedVariable& input : inputs_) input.reset_data();
     kept_.release();
+    made_.source.reset();
     released_ = true;
   }
 
@@ -193,6 +199,7 @@ struct ProductNode final : Node {
 
   variable_list through_epilogue(Tensor& grad, const variable_list& in, const Wanted& wanted) {
     EpilogueBackward how;
+    if (made_) made_.source->check_unchanged();
     // without a gate's gradient and an activation u has no influence, and may not have been kept
     Tensor u = grad;
     if (wanted[Gate] || activation_ != Activation::None) {
@@ -201,9 +208,13 @@ struct ProductNode final : Node {
       if (!u.defined() || (kept_.is_result && !how.of_result)) u = product_.forward(in[X], in[Weight], Tensor());
     }
     how.overwrite = direct({&grad}) && ours(grad);
-    auto [grad_u, grad_bias, grad_gate, grad_shift] = call_epilogue_backward(
-        grad, u, optional(in[Bias]), in[Gate], optional(in[Shift]), channel_axis<Product>(u), activation_name(activation_),
-        {wanted[X] || wanted[Weight], wanted[Bias], wanted[Gate], wanted[Shift]}, how);
+    const bool of_u = wanted[X] || wanted[Weight];
+    auto [grad_u, grad_bias, grad_gate, grad_shift] =
+        made_ ? sample_epilogue_backward(grad, u, optional(in[Bias]), made_, activation_,
+                                         {of_u, wanted[Bias], wanted[Gate]}, how)
+              : call_epilogue_backward(grad, u, optional(in[Bias]), in[Gate], optional(in[Shift]), channel_axis<Product>(u),
+                                       activation_name(activation_),
+                                       {of_u, wanted[Bias], wanted[Gate], wanted[Shift]}, how);
     u.reset();
     grad.reset();
     if (last_) kept_.release();
@@ -215,6 +226,7 @@ struct ProductNode final : Node {
   }
 
   bool divides(const Tensor& gate) const {
+    if (made_) return made_.divide();
     const Tensor values = gate.contiguous();
     if (values.scalar_type() == at::kDouble) return divisible<double>(values, activation_, inert_);
     return values.scalar_type() == at::kFloat && divisible<float>(values, activation_, inert_);
@@ -253,6 +265,7 @@ struct ProductNode final : Node {
   Strategy strategy_ = Strategy::Epilogue;
   bool inert_ = false, last_ = false, released_ = false;
   Kept kept_;
+  SampleGates made_;
 };
 
 }  // namespace mrvae

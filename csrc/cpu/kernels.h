@@ -34,6 +34,31 @@ void epilogue_backward(Storage storage, const EpilogueShape& shape, const void* 
 template <class T>
 bool divisible(const T* gate, std::int64_t n, bool positive, bool zeros);
 
+// ---- epilogue of (samples, channels) with a gate for each element, made of w, c and eta; no shift -------------------
+
+template <class T>
+struct SampleEpilogue {
+  std::int64_t samples, channels;
+  const T *gate_weight, *gate_bias, *eta;  // (channels,), (channels,), (samples,)
+  Gate kind;
+  const T* bias;  // (channels,) or nullptr
+  Activation activation;
+  bool of_result = false;  // as in EpilogueParameters
+};
+
+// Any of them may be nullptr.
+template <class T>
+struct SampleEpilogueGradients {
+  void* u;
+  T *gate_weight, *gate_bias, *bias;  // (channels,) each
+};
+
+template <class T>
+void sample_epilogue_forward(Storage storage, const SampleEpilogue<T>& shape, const void* u, void* y);
+template <class T>
+void sample_epilogue_backward(Storage storage, const SampleEpilogue<T>& shape, const void* grad, const void* u,
+                              const SampleEpilogueGradients<T>& out);
+
 // ---- fold: W' = g W, b' = g b + t ---------------------------------------------------------------------------------
 
 void fold_forward(const std::vector<FoldLayer>& layers);

@@ -1,4 +1,5 @@
 // Gate and activation functions against the C library in long double, and derivatives against differences.
+#include <algorithm>
 #include <initializer_list>
 
 #include "check.h"
@@ -54,12 +55,29 @@ void gate(const char* name) {
     close(name, p, double(gate_value<kind>(float(p))), gate_value<kind>(double(float(p))), 1e-6);
     close(name, p, double(gate_slope<kind>(float(p))), gate_slope<kind>(double(float(p))), 1e-6);
   }
-  const float extreme[] = {0.0f, 1e-38f, 88.0f, 90.0f, 710.0f, 1e30f, std::numeric_limits<float>::max()};
+  const float extreme[] = {0.0f, 1e-38f, 88.0f, 90.0f, 710.0f, 1e30f, std::numeric_limits<float>::max(),
+                           std::numeric_limits<float>::infinity()};
   for (const float magnitude : extreme) {
     for (const float p : {magnitude, -magnitude}) {
       check(std::isfinite(gate_value<kind>(p)) && std::isfinite(gate_slope<kind>(p)), name, p, gate_value<kind>(p), 0);
     }
   }
+}
+
+// A nearly closed gate and a nearly flat one keep their digits; a NaN stays one.
+void small_gates() {
+  for (double x = 1e-30; x < 80; x *= 3) {
+    const long double p = -(long double)float(x), g = std::sqrt(-std::expm1(p)), s = 1 / (1 + std::exp(-p));
+    relative("sqrt gate", float(p), gate_value<Gate::Sqrt>(float(p)), g, 4);
+    relative("slope of the sqrt gate", float(p), gate_slope<Gate::Sqrt>(float(p)),
+             -std::exp(p) / (2 * std::max<long double>(g, sqrt_gate_floor)), 6);
+    relative("sigmoid gate", float(p), gate_value<Gate::Sigmoid>(float(p)), s, 6);
+    relative("slope of the sigmoid gate", float(p), gate_slope<Gate::Sigmoid>(float(p)), s * (1 - s), 8);
+  }
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  check(std::isnan(gate_value<Gate::Sigmoid>(nan)) && std::isnan(gate_value<Gate::Sqrt>(nan)) &&
+            std::isnan(gate_value<Gate::Softplus>(nan)) && std::isnan(gate_value<Gate::Identity>(nan)),
+        "gate of NaN", nan, 0, nan);
 }
 
 template <Activation kind>
@@ -85,6 +103,7 @@ int main() {
   gate<Gate::Sqrt>("sqrt gate");
   gate<Gate::Softplus>("softplus gate");
   gate<Gate::Identity>("identity gate");
+  small_gates();
   activation<Activation::None>("no activation");
   activation<Activation::Relu>("relu");
   activation<Activation::Silu>("silu");

