@@ -103,7 +103,8 @@ Tensor operand(const Tensor& tensor, at::ScalarType dtype) {
 }
 
 Tensor fresh(IntArrayRef sizes, at::ScalarType dtype, const Tensor& like) {
-  return like.device().is_cpu() ? Tensor(at::detail::empty_cpu(sizes, dtype)) : at::empty(sizes, like.options().dtype(dtype));
+  if (like.device().is_cpu()) return Tensor(at::detail::empty_cpu(sizes, dtype));
+  return at::empty(sizes, like.options().dtype(dtype));
 }
 
 Tensor fresh_like(const Tensor& like) {

@@ -48,7 +48,8 @@ bool batched(const ConvolutionProduct& product, const Tensor& x) {
 OptionalTensor HostedLayer::run(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                                 Activation activation) const {
   const c10::intrusive_ptr<StepGates> step = stage->gates;
-  if (!step || version != stage->version || !std::visit([&](const auto& p) { return batched(p, x); }, product)) return std::nullopt;
+  if (!step || version != stage->version) return std::nullopt;
+  if (!std::visit([&](const auto& p) { return batched(p, x); }, product)) return std::nullopt;
   if (OptionalTensor y = run_made(*step, x, weight, bias, activation)) return y;
   const Tensor& values = step->value(std::size_t(gate));
   const Tensor shifts = shift < 0 ? Tensor() : step->value(std::size_t(shift));

@@ -16,7 +16,8 @@ namespace {
 struct Known {
   PyObject* hooks[4] = {interned("_forward_hooks"), interned("_forward_pre_hooks"), interned("_backward_hooks"),
                         interned("_backward_pre_hooks")};
-  PyObject *forward = interned("forward"), *compiled = interned("_compiled_call_impl"), *share = interned("_share"), *direct = interned("_direct"),
+  PyObject *forward = interned("forward"), *compiled = interned("_compiled_call_impl"), *share = interned("_share"),
+           *direct = interned("_direct"),
            *parameters = interned("_parameters"), *weight = interned("weight"), *bias = interned("bias");
   std::vector<PyObject*> global_hooks;
   std::vector<std::pair<PyTypeObject*, Activation>> activations;

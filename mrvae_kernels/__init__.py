@@ -8,6 +8,7 @@ they run, and `python -m mrvae_kernels.doctor` for what is installed.
 """
 
 from .baking import bake
+from .checkpointing import checkpoint_context
 from .conditional import ConditionalBatchNorm1d, ConditionalBatchNorm2d, ConditionalBatchNorm3d
 from .functional import (
     gate_values,
@@ -20,7 +21,6 @@ from .functional import (
     gated_linear,
 )
 from .gates import BetaRange, GateSpec, standardize
-from .hosting import checkpoint_context
 from .layers import (
     GatedBatchNorm1d,
     GatedBatchNorm2d,

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -226,8 +226,6 @@ globals().update({hosted.__name__: hosted for hosted in HOSTED.values()})  # pic
 
 HOSTED_TYPES = frozenset(HOSTED.values())
 
-Contexts = Callable[[], tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]]
-
 
 class Turn:
     """A lock: one thread at a time in a network, whose layers hold one beta's gates. Copies have locks of their own."""
@@ -268,45 +266,3 @@ def lend(layers: Sequence[Hosted], shares: Sequence[Any]) -> Iterator[None]:
         yield
     finally:
         hand_out(layers, before)
-
-
-def _set(stage: Any, layers: Sequence[Hosted], gates: Any, directs: Sequence[Any]) -> None:
-    stage.gates = gates
-    for layer, direct in zip(layers, directs, strict=True):
-        layer.__dict__["_direct"] = direct
-
-
-def checkpoint_context(model: Any) -> Contexts:
-    """context_fn for torch.utils.checkpoint inside a multi-rate network: the recomputation gets the forward's gates.
-
-        torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False, context_fn=checkpoint_context(model))
-
-    `model` is the MultiRate. A checkpoint around the whole model needs none of this. RuntimeError outside a forward
-    of the model.
-    """
-
-    def contexts() -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
-        layers = model._hosts()
-        shares, directs = [layer._share for layer in layers], [layer._direct for layer in layers]
-        gates = None if model._stage is None else model._stage.gates
-        if shares[0] is None and gates is None:
-            raise RuntimeError(
-                "checkpoint_context(model) was used outside a forward of that model; there is no beta to keep"
-            )
-
-        @contextlib.contextmanager
-        def again() -> Iterator[None]:
-            with lend(layers, shares):
-                if model._stage is None:
-                    yield
-                    return
-                before = model._stage.gates, [layer._direct for layer in layers]
-                try:
-                    _set(model._stage, layers, gates, directs)
-                    yield
-                finally:
-                    _set(model._stage, layers, *before)
-
-        return contextlib.nullcontext(), again()
-
-    return contexts
