@@ -3,6 +3,7 @@
 #include <limits>
 
 #include "kernels.h"
+#include "vector.h"
 
 namespace mrvae::cpu {
 namespace {
