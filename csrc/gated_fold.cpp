@@ -113,11 +113,12 @@ struct GatedFoldNode final : Node {
   }
 
  private:
-  // Gradients of the slices
+  // gradients of the slices
   void expect(const std::vector<Tensor>& values) {
     for (const Tensor& value : values) add_input_metadata(value);
   }
-  // and, after them, the sums over the samples that are dw and dc, of layers that make their gates themselves.
+  // gradients of the slices and, after them, the sums over the samples that are dw and dc of layers which make their
+  // gates themselves
   void expect(const std::vector<SampleGates>& slices) {
     for (const bool sums : {false, true}) {
       for (const SampleGates& slice : slices) {

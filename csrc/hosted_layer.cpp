@@ -62,7 +62,7 @@ OptionalTensor HostedLayer::run(const Tensor& x, const Tensor& weight, const Opt
       [&](const auto& p) {
         const bool gated = step->gated || values.requires_grad() || (shifts.defined() && shifts.requires_grad());
         if (records() && (gated || recording({&x, &weight, pointer(bias)}))) {
-          // every kind of gate has the slope 0 where its value is 0
+          // a gate has the slope 0 where its value is 0: no gate of a network is an identity
           const GateInput g{values, gated ? step->edge(std::size_t(gate)) : Edge(), true};
           const GateInput t{shifts, shift < 0 || !gated ? Edge() : step->edge(std::size_t(shift))};
           return ProductNode<std::decay_t<decltype(p)>>::record(p, x, weight, bias, g, t, activation, strategy);
@@ -80,7 +80,8 @@ OptionalTensor HostedLayer::run_made(const StepGates& step, const Tensor& x, con
   const auto* linear = std::get_if<LinearProduct>(&product);
   if (!step.source || linear == nullptr || shift >= 0 || strategy != Strategy::Epilogue) return std::nullopt;
   const SampleGates& made = step.made[std::size_t(gate)];
-  if (!made.fit(x, weight) || !undisturbed(x.device().type()) || !direct({&x, &weight, pointer(bias)})) return std::nullopt;
+  if (!made.fit(x, weight, bias) || !undisturbed(x.device().type())) return std::nullopt;
+  if (!direct({&x, &weight, pointer(bias)})) return std::nullopt;
   if (records() && (step.gated || recording({&x, &weight, pointer(bias)}))) {
     const GateInput g{Tensor(), step.gated ? step.sums_edge(std::size_t(gate)) : Edge(), true, made};
     return ProductNode<LinearProduct>::record(*linear, x, weight, bias, g, {}, activation, strategy);

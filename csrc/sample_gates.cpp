@@ -81,8 +81,9 @@ void GateSource::check_unchanged() const {
   }
 }
 
-bool SampleGates::fit(const Tensor& x, const Tensor& w) const {
-  return x.dim() == 2 && w.dim() == 2 && w.size(0) == size && x.size(0) == source->eta.numel() && x.is_cpu() &&
+bool SampleGates::fit(const Tensor& x, const Tensor& w, const OptionalTensor& b) const {
+  if (given(b) && !(b->dim() == 1 && b->size(0) == size && b->is_cpu())) return false;
+  return w.is_cpu() && x.dim() == 2 && w.dim() == 2 && w.size(0) == size && x.size(0) == source->eta.numel() && x.is_cpu() &&
          x.scalar_type() != at::kHalf && gate_dtype(x.scalar_type()) == source->weight.scalar_type();
 }
 

@@ -16,7 +16,7 @@ class GateSource {
   // a weight and bias of half the precision of gates.
   static std::shared_ptr<const GateSource> make(const Tensor& weight, const Tensor& bias, const Tensor& eta);
 
-  // RuntimeError where the gates would be others now.
+  // RuntimeError where one of the tensors was changed in place since; as of any weight, `.data` does not show.
   void check_unchanged() const;
 
   Tensor weight, bias, eta;  // contiguous, and of the dtype of gates
@@ -36,8 +36,8 @@ struct SampleGates {
   Gate kind = Gate::Identity;
 
   explicit operator bool() const { return source != nullptr; }
-  // Whether they are those of a Linear's call: x (N, K) and weight (C, K), computed in the dtype of the gates.
-  bool fit(const Tensor& x, const Tensor& weight) const;
+  // Whether they are those of a Linear's call: x (N, K), weight (C, K) and bias (C,), computed in the dtype of the gates.
+  bool fit(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) const;
   Tensor values() const;  // (N, C), where they are needed nevertheless
   // Whether u + b = y / g for all of them; as divisible() of product_node.h, by the range of eta.
   bool divide() const;

@@ -45,15 +45,9 @@ WITHOUT_A_BETA = (
 class TracedGates(NamedTuple):
     """What torch.compile hands the layers of a call: the values of all slices, and what else depends on the call."""
 
-    owner: int  # the id of the network's stack of calls
     values: Sequence[Tensor]
     asked: str | None  # the strategy of an override
     exporting: bool
-
-
-CALLS: list[TracedGates] = []
-"""The calls that torch.compile traces at present, innermost last. One list for all networks: of one on each layer
-Dynamo would guard, in Python, that it is the network's."""
 
 
 class Hosted(nn.Module):
@@ -61,10 +55,10 @@ class Hosted(nn.Module):
 
     plain: type[nn.Module]
     adapter: Adapter
-    _network: Sequence[nn.Module] = ()  # of the layer: the MultiRate's list, by which it knows its own
+    _calls: Sequence[TracedGates] = ()  # the network's, one list for all layers: torch.compile's, innermost last
     _slices: tuple[int, int, int] = (0, -1, -1)  # of the gate, the shift and the gate on inputs; -1 for none
     _share: Share | None = None
-    _direct: Any = None  # the core's HostedLayer, which counts where there is no share; torch.compile never looks at it
+    _direct: Any = None  # the core's HostedLayer, which counts where there is no share; not for a compiled network
     _stage: Any = None  # the network's, where there is a compiled core
     _last_strategy: str | None = None
 
@@ -86,8 +80,9 @@ class Hosted(nn.Module):
         return everywhere or any(getattr(self, f"_{kind}") for kind in kinds) or torch.compiler.is_exporting()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() and CALLS:
-            return self._trace(CALLS[-1], *args, **kwargs)
+        calls = self._calls  # not traced itself, a layer behind a break of Dynamo's graph is part of such a call too
+        if calls and (torch.compiler.is_compiling() or self._share is None):
+            return self._trace(calls[-1], *args, **kwargs)
         share = self._share
         if share is None and self._direct is not None:
             if len(args) == 1 and not kwargs:
@@ -114,17 +109,10 @@ class Hosted(nn.Module):
         return adapter.run(self, share.gate, share.shift, None, strategy, *args, **kwargs)
 
     def _trace(self, call: TracedGates, x: Any, *args: Any, **kwargs: Any) -> Any:
-        self._check_owner(call.owner)
         gate, shift, inputs = self._slices
         if inputs >= 0:
             x = self.adapter.scale_inputs(x, call.values[inputs])
         return self._traced(call, call.values[gate], None if shift < 0 else call.values[shift], x, *args, **kwargs)
-
-    @torch._dynamo.assume_constant_result
-    def _check_owner(self, owner: int) -> None:
-        """RuntimeError for a layer of another network; asked when the call is traced, and not guarded."""
-        if id(self._network) != owner:
-            raise RuntimeError(WITHOUT_A_BETA.format(self.plain.__name__))
 
     def _traced(self, call: TracedGates, gate: Tensor, shift: Tensor | None, x: Any, *args: Any, **kwargs: Any) -> Any:
         """The layer's output as torch.compile traces it."""
@@ -144,13 +132,13 @@ class Hosted(nn.Module):
         # torch's recurrent layers have one; object since Python 3.11
         inherited = getattr(super(), "__getstate__", None)
         state = self.__dict__ if inherited is None else inherited()
-        own = ("_last_strategy", "_stage", "_direct", "_network")
+        own = ("_last_strategy", "_stage", "_direct", "_calls")
         kept = {name: value for name, value in state.items() if name not in own}
         return kept | {"_share": None}
 
     def release(self) -> None:
         """Turn back into the plain layer."""
-        for name in ("_share", "_direct", "_stage", "_last_strategy", "_network", "_slices"):
+        for name in ("_share", "_direct", "_stage", "_last_strategy", "_calls", "_slices"):
             self.__dict__.pop(name, None)
         self.__class__ = self.plain  # type: ignore[assignment]
 

@@ -31,7 +31,6 @@ from .gates import (
     standardize,
 )
 from .hosting import (
-    CALLS,
     HOSTED,
     HOSTED_TYPES,
     Hosted,
@@ -197,16 +196,16 @@ class MultiRate(Recorded):
         override = strategy.current()
         if override.backend not in (None, "reference") or override.strategy == "fused":
             return self._call(beta, None, args, kwargs)
-        owner = self._check_layers()
-        CALLS.append(TracedGates(owner, self._traced_bank(beta), override.strategy, torch.compiler.is_exporting()))
+        self._check_layers()
+        self._calls.append(TracedGates(self._traced_bank(beta), override.strategy, torch.compiler.is_exporting()))
         try:
             return self.network(*args, **kwargs)
         finally:
-            CALLS.pop()
+            self._calls.pop()
 
     def _traced_bank(self, beta: Beta) -> Sequence[Tensor]:
         weight, bias = self.gate_weight, self.gate_bias
-        if weight is None or bias is None or not isinstance(beta, (Tensor, int, float)):
+        if weight is None or bias is None or isinstance(beta, bool) or not isinstance(beta, (Tensor, int, float)):
             return self._bank(beta)
         if not isinstance(beta, Tensor):
             beta = torch.scalar_tensor(beta, dtype=reference.gate_dtype(weight.dtype), device=weight.device)
@@ -214,11 +213,9 @@ class MultiRate(Recorded):
         return traced.gate_bank(weight, bias, beta, low, high, self._sizes, self._kinds)
 
     @torch._dynamo.assume_constant_result
-    def _check_layers(self) -> int:
-        """What the layers know their network by; RuntimeError where one is gone. Asked when the call is traced, and not
-        guarded."""
+    def _check_layers(self) -> None:
+        """RuntimeError where a gated layer is gone: asked when the call is traced, and not guarded."""
         self._hosts()
-        return id(self._places.layers)
 
     def _begin(self, prepared: Prepared, args: Any, beta: Beta) -> bool:
         """Whether this is a call that the plan is for; then its gates are on the stage."""
@@ -331,8 +328,8 @@ class MultiRate(Recorded):
 
     def _eta(self, beta: Beta, device: torch.device, dtype: torch.dtype) -> Tensor:
         """eta of the betas, with the bits that a plan made ready has."""
-        plans = self._stage is not None and device.type == "cpu" and not torch.compiler.is_compiling()
-        if plans and isinstance(beta, Tensor):
+        plans = self._stage is not None and device.type == "cpu" and isinstance(beta, Tensor)
+        if plans and not torch.compiler.is_compiling() and not inside_transform():
             eta: Tensor | None = core().standardized(beta, *self.beta_range, dtype == torch.float64)
             if eta is not None:
                 return eta
@@ -418,7 +415,7 @@ class MultiRate(Recorded):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy or a pickle makes its own plans."""
-        own: dict[str, Any] = {"_plans": {}, "_prepared": {}, "_installed": None, "_stage": None}
+        own: dict[str, Any] = {"_plans": {}, "_prepared": {}, "_installed": None, "_stage": None, "_calls": []}
         return {**self.__dict__, **own, "_version": 0, "_lent": 0}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -427,10 +424,12 @@ class MultiRate(Recorded):
         self._tell_layers()
 
     def _tell_layers(self) -> None:
-        """Each layer's slices of the gates, for calls that torch.compile traces."""
+        """Where each layer finds its gates in calls that torch.compile traces."""
+        known = self._places.layers[0].__dict__.get("_calls")  # of a shallow copy, whose layers these are as well
+        self._calls: list[TracedGates] = [] if known is None else known
         for i, (layer, (shift, inputs)) in enumerate(zip(self._places.layers, self._layout, strict=True)):
             slices = (i, -1 if shift is None else shift, -1 if inputs is None else inputs)
-            layer.__dict__.update(_network=self._places.layers, _slices=slices)
+            layer.__dict__.update(_calls=self._calls, _slices=slices)
 
     def _raise_stage(self) -> None:
         """A stage, which the gated layers know: they tell it of another stride and the like."""

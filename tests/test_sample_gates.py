@@ -303,3 +303,29 @@ def test_without_gradients():
             y = model(x, beta=beta)
         other = formula(copy.deepcopy(model).double(), "softplus", x.double(), beta)
     torch.testing.assert_close(y.double(), other, rtol=1e-4, atol=1e-5)
+
+
+def test_a_bias_of_another_shape_is_refused():
+    model = gated(network=nn.Sequential(nn.Linear(7, 4096)))
+    x, beta = batch()
+    for _ in range(3):
+        model(x, beta=beta).sum().backward()
+    model.network[0].bias = nn.Parameter(torch.zeros(1))
+    with pytest.raises(ValueError, match="bias has shape"):
+        model(x, beta=beta)
+
+
+def test_transforms():
+    model = gated()
+    x, beta = batch()
+    _, *wanted = gradients(model(x, beta=beta), list(model.parameters()))
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+
+    def loss(given: dict[str, Tensor]) -> Tensor:
+        y = torch.func.functional_call(model, given, (x,), {"beta": beta})
+        return (y * torch.linspace(-1, 2, y.numel(), dtype=torch.float64).view(y.shape).cos().to(y.dtype)).sum()
+
+    for _ in range(2):
+        found = torch.func.grad(loss)(parameters)
+        for value, other in zip(found.values(), wanted, strict=True):
+            torch.testing.assert_close(value, other, **TOLERANCE[torch.float32])

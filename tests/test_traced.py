@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -87,6 +91,61 @@ def test_a_layer_of_another_network_does_not_take_this_ones_gates():
         compiled(model)(X, beta=BETA)
 
 
+class Broken(nn.Module):
+    """Two layers with a break of Dynamo's graph between them; the second runs as `second` says."""
+
+    def __init__(self, second: Callable[..., Tensor] = nn.Module.__call__) -> None:
+        super().__init__()
+        self.a, self.b, self.second = nn.Linear(4, 4), nn.Linear(4, 4), second
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        torch._dynamo.graph_break()
+        return self.second(self.b, x)
+
+
+@torch.compiler.disable
+def disabled(layer: nn.Module, x: Tensor) -> Tensor:
+    return layer(x)
+
+
+@pytest.mark.parametrize("second", [nn.Module.__call__, disabled])
+@pytest.mark.parametrize("planned", [False, True])
+def test_layers_behind_a_break_of_the_graph_have_their_gates(second, planned):
+    model = randomize(mk.multirate(Broken(second).double(), "softplus"))
+    for _ in range(3 * planned):
+        model(X, beta=0.5)
+    call = torch.compile(model, backend="eager")
+    for beta in (BETA, 2.0, torch.tensor([0.02, 0.5, 9.0])):
+        torch.testing.assert_close(call(X, beta=beta), model(X, beta=beta))
+
+
+def test_networks_in_two_threads_keep_their_gates():
+    def slow(layer: nn.Module, x: Tensor) -> Tensor:
+        time.sleep(0.002)
+        return layer(x)
+
+    models = [randomize(mk.multirate(Broken(torch.compiler.disable(slow)).double(), "softplus")) for _ in range(2)]
+    for model in models:
+        model.gate_bias.data.normal_()
+    calls = [torch.compile(model, backend="eager") for model in models]
+    expected = [call(X, beta=BETA) for call in calls]
+    assert not torch.equal(*expected)
+
+    def run(i: int) -> bool:
+        return all(torch.equal(calls[i](X, beta=BETA), expected[i]) for _ in range(20))
+
+    with ThreadPoolExecutor(2) as pool:
+        assert all(pool.map(run, range(2)))
+
+
+def test_copies_compile():
+    model = gated()
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), copy.copy(model), model):
+        torch.compiler.reset()
+        torch.testing.assert_close(compiled(other)(X, beta=BETA), model(X, beta=BETA))
+
+
 def test_networks_within_one_another_have_gates_of_their_own():
     inner = gated()
 
@@ -114,6 +173,12 @@ def test_an_override_is_seen_by_a_network_that_is_compiled_already():
     torch.testing.assert_close(call(X, beta=each), model(X, beta=each))
     with mk.override(strategy="fold"), pytest.raises(Exception, match="cannot be folded|needs one weight"):
         call(X, beta=each)
+
+
+def test_no_truth_value_is_a_beta():
+    for call in (gated(), compiled(gated())):
+        with pytest.raises(Exception, match="beta is True"):
+            call(X, beta=True)
 
 
 def test_betas_of_another_length_are_refused():
