@@ -376,9 +376,8 @@ def test_baking_a_network_with_batch_norm_uses_the_calibration(tmp_path):
 
 def test_a_baked_model_that_differs_is_reported(tmp_path, monkeypatch):
     run = saved_run(tmp_path / "run")
-    monkeypatch.setattr(
-        baking.mk, "bake", lambda model, beta, batches: mk.multirate.__globals__["bake"](model, 2 * beta)
-    )
+    bake = mk.bake
+    monkeypatch.setattr(baking.mk, "bake", lambda model, beta, batches: bake(model, 2 * beta))
     with pytest.raises(RuntimeError, match="differs from the gated model at beta = 0.5"):
         bake_run(run, 0.5)
 
