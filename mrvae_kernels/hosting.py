@@ -72,7 +72,7 @@ class Hosted(nn.Module):
                 return y
         return super().__call__(*args, **kwargs)
 
-    @torch._dynamo.assume_constant_result
+    @traced.asked_once
     def _has_hooks(self) -> bool:
         """Whether nn.Module's call does more than `forward`; as torch.compile itself, not guarded."""
         kinds = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
@@ -108,11 +108,12 @@ class Hosted(nn.Module):
                 self._last_strategy = strategy
         return adapter.run(self, share.gate, share.shift, None, strategy, *args, **kwargs)
 
-    def _trace(self, call: TracedGates, x: Any, *args: Any, **kwargs: Any) -> Any:
+    def _trace(self, call: TracedGates, *args: Any, **kwargs: Any) -> Any:
+        x, *rest = (kwargs.pop("input"), *args) if "input" in kwargs else args
         gate, shift, inputs = self._slices
         if inputs >= 0:
             x = self.adapter.scale_inputs(x, call.values[inputs])
-        return self._traced(call, call.values[gate], None if shift < 0 else call.values[shift], x, *args, **kwargs)
+        return self._traced(call, call.values[gate], None if shift < 0 else call.values[shift], x, *rest, **kwargs)
 
     def _traced(self, call: TracedGates, gate: Tensor, shift: Tensor | None, x: Any, *args: Any, **kwargs: Any) -> Any:
         """The layer's output as torch.compile traces it."""
@@ -147,7 +148,8 @@ class TracedLinear(Hosted):
     """A Linear, of which torch.compile looks at nothing but weight and bias."""
 
     def _traced(self, call: TracedGates, gate: Tensor, shift: Tensor | None, x: Any, *args: Any, **kwargs: Any) -> Any:
-        return traced.gated_linear(x, self.weight, self.bias, gate, shift, call.asked, call.exporting)
+        layer: Any = self
+        return traced.gated_linear(x, layer.weight, layer.bias, gate, shift, call.asked, call.exporting)
 
 
 class TracedConvolution(Hosted):

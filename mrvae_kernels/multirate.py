@@ -212,9 +212,10 @@ class MultiRate(Recorded):
         low, high = self.beta_range
         return traced.gate_bank(weight, bias, beta, low, high, self._sizes, self._kinds)
 
-    @torch._dynamo.assume_constant_result
+    @traced.asked_once
     def _check_layers(self) -> None:
         """RuntimeError where a gated layer is gone: asked when the call is traced, and not guarded."""
+        traced.announce()
         self._hosts()
 
     def _begin(self, prepared: Prepared, args: Any, beta: Beta) -> bool:

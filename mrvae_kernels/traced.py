@@ -9,6 +9,8 @@ step was faster. These functions are opaque to Dynamo and transparent to AOTAuto
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,8 +20,22 @@ from .cost_model import TRACED
 from .gates import BetaRange, standardize
 from .strategy import choose_strategy
 
+Function = TypeVar("Function", bound=Callable[..., Any])
 
-@torch.compiler.allow_in_graph
+
+def asked_once(function: Function) -> Function:
+    """Called when Dynamo traces, its result a constant that is not guarded: what torch.compiler.assume_constant_result
+    says of a function, without the import of Dynamo, which takes a second and imports Triton."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+def announce() -> None:
+    """Tell Dynamo of the functions here: when it traces a network, and is imported."""
+    for function in (gate_bank, gated_linear, gated_convolution):
+        torch.compiler.allow_in_graph(function)
+
+
 def gate_bank(
     weight: Tensor, bias: Tensor, beta: Tensor, low: float, high: float, sizes: tuple[int, ...], kinds: tuple[str, ...]
 ) -> list[Tensor]:
@@ -29,7 +45,6 @@ def gate_bank(
     return reference.gate_bank(weight, bias, eta, sizes, kinds)
 
 
-@torch.compiler.allow_in_graph
 def gated_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor, shift: Tensor | None, asked: str | None,
     exporting: bool,
@@ -40,7 +55,6 @@ def gated_linear(
     return reference.gated_linear(x, weight, bias, gate, shift, "none", how)
 
 
-@torch.compiler.allow_in_graph
 def gated_convolution(
     x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor, shift: Tensor | None, stride: tuple[int, ...],
     padding: tuple[int, ...], dilation: tuple[int, ...], transposed: bool, output_padding: tuple[int, ...], groups: int,

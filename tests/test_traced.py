@@ -139,6 +139,12 @@ def test_networks_in_two_threads_keep_their_gates():
         assert all(pool.map(run, range(2)))
 
 
+def test_a_layer_called_by_keyword():
+    model = randomize(mk.multirate(Broken(lambda layer, x: layer(input=x)).double(), "softplus"))
+    expected = model(X, beta=BETA)
+    torch.testing.assert_close(torch.compile(model, backend="eager")(X, beta=BETA), expected)
+
+
 def test_copies_compile():
     model = gated()
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), copy.copy(model), model):
