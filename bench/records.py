@@ -40,13 +40,20 @@ class Record(NamedTuple):
         return str(self.machine["kind"])
 
 
+def _git(*arguments: str) -> str:
+    done = subprocess.run(
+        ["git", *arguments], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
+    )
+    return done.stdout.strip()
+
+
 def machine(device: torch.device | str = "cpu") -> dict[str, Any]:
     """What a result depends on: commit, versions, device and its kind."""
     device = torch.device(device)
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        capture_output=True, text=True, cwd=Path(__file__).parent, check=False,
-    ).stdout.strip()
+    commit = _git("describe", "--always")
+    # not the results themselves, which are written while a benchmark runs
+    if _git("status", "--porcelain", "--untracked-files=no", "--", "..", ":(exclude,top)bench/results"):
+        commit += "-dirty"
     cpu = platform.processor()
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
