@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import nn
@@ -48,10 +49,9 @@ class Places:
                 for modules, name, holder, children in self.holders
             ):
                 self._locate()
-        for layer in layers:
-            if layer.__class__ not in HOSTED_TYPES:
-                self._refuse_changed()
-        return layers  # type: ignore[return-value]
+        if not all(layer.__class__ in HOSTED_TYPES for layer in layers):
+            self._refuse_changed()
+        return cast(list[Hosted], layers)
 
     def _locate(self) -> None:
         network, root = self._network, self._root

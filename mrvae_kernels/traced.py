@@ -26,7 +26,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 def asked_once(function: Function) -> Function:
     """Called when Dynamo traces, its result a constant that is not guarded: what torch.compiler.assume_constant_result
     says of a function, without the import of Dynamo, which takes a second and imports Triton."""
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    vars(function)["_dynamo_marked_constant"] = True
     return function
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import os
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional  # noqa: F401  imported with a process group, its defaults hold the group for ever
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -61,6 +61,8 @@ def train(model: nn.Module, rows: slice, per_sample: bool) -> None:
 def work(rank: int, folder: str) -> None:
     os.environ.update(GLOO_SOCKET_IFNAME="lo")
     torch.set_num_threads(1)
+    # imported when there is a process group, as DistributedDataParallel does, its defaults hold the group for ever
+    importlib.import_module("torch.distributed.nn.functional")
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     try:
         train_replica(rank, folder)
