@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 
 import mrvae_kernels as mk
+from mrvae_kernels import reference
 
 X, BETA = torch.randn(3, 4, dtype=torch.float64), torch.tensor(0.5)
 
@@ -168,13 +169,16 @@ def test_networks_within_one_another_have_gates_of_their_own():
     torch.testing.assert_close(compiled(model)(X, beta=BETA), model(X, beta=BETA))
 
 
-def test_an_override_is_seen_by_a_network_that_is_compiled_already():
-    model = gated()
+def test_an_override_is_seen_by_a_network_that_is_compiled_already(monkeypatch):
+    model, used, plain = gated(), [], reference.gated_linear
+    monkeypatch.setattr(reference, "gated_linear", lambda *args: used.append(args[-1]) or plain(*args))
     call = compiled(model)
     expected = call(X, beta=BETA)
     for strategy in ("fold", "epilogue"):
+        used.clear()
         with mk.override(strategy=strategy):
             torch.testing.assert_close(call(X, beta=BETA), expected)
+        assert set(used) == {strategy}
     each = torch.tensor([0.02, 0.5, 9.0])
     torch.testing.assert_close(call(X, beta=each), model(X, beta=each))
     with mk.override(strategy="fold"), pytest.raises(Exception, match="cannot be folded|needs one weight"):
