@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 import mrvae_kernels as mk
 
-from .objectives import rate as rate_of
 from .options import read_json
 from .run import plain_network, replace_file, versions, write_json
+from .vae import VAE, kl_divergences
 
 ACTIVE_VARIANCE = 0.01
 """A unit is active when the variance of its posterior mean over the data exceeds this (Burda et al., 2016)."""
@@ -34,10 +34,10 @@ BOOTSTRAP = 200
 """Resamples behind the standard error of the number of active units: its own relative error is about 5 %."""
 
 
-class Images(Protocol):
+class Examples(Protocol):
     """What evaluate() needs of a dataset."""
 
-    images: Tensor  # (N, *input_shape)
+    examples: Tensor  # (N, *input_shape)
 
 
 class Measurement(NamedTuple):
@@ -125,7 +125,7 @@ def round_betas(low: float, high: float) -> list[float]:
 
 def evaluate(
     model: nn.Module,
-    dataset: Images,
+    dataset: Examples,
     betas: Sequence[float],
     batch_size: int = 500,
     samples: int = 1,
@@ -144,7 +144,7 @@ def evaluate(
     Standard errors are over examples: std / sqrt(N), and for active units the bootstrap's.
     ValueError for an empty dataset, for betas that are not positive, and for more than one with a plain model.
     """
-    images = dataset.images
+    images = dataset.examples
     _check(model, images, betas, batch_size, samples)
     generator = torch.Generator()
     points = []
@@ -165,10 +165,16 @@ def evaluate(
 
 
 def measure(model: nn.Module, x: Tensor, beta: float, generator: torch.Generator, samples: int = 1) -> Measurement:
-    """Distortion, rate and posterior mean of a batch at one beta, with noise drawn on the CPU from `generator`."""
+    """Distortion, rate and posterior mean of a batch at one beta, with noise drawn on the CPU from `generator`.
+
+    A network that is no VAE of one latent vector (a hierarchy) draws its noise itself: torch's global generators are
+    seeded from `generator` for it and put back.
+    """
     network = plain_network(model)
     parameter = next(network.parameters())
-    x = x.to(device=parameter.device, dtype=parameter.dtype)
+    x = x.to(device=parameter.device, dtype=parameter.dtype if x.is_floating_point() else None)
+    if not isinstance(network, VAE):
+        return _measure_whole(model, x, beta, generator, samples)
     with at(model, beta):
         mean, log_variance = network.encode(x)
         noise = torch.randn((samples, *mean.shape), generator=generator).to(mean)
@@ -178,7 +184,20 @@ def measure(model: nn.Module, x: Tensor, beta: float, generator: torch.Generator
                 for draw in noise
             ]
         ).mean(0)
-    return Measurement(distortion, rate_of(mean, log_variance), mean)
+    return Measurement(distortion, kl_divergences(mean, log_variance).sum(1), mean)
+
+
+def _measure_whole(model: nn.Module, x: Tensor, beta: float, generator: torch.Generator, samples: int) -> Measurement:
+    network = plain_network(model)
+    seed = int(torch.randint(2**62, (), generator=generator))
+    with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []), at(model, beta):
+        torch.manual_seed(seed)
+        outputs = [network(x) for _ in range(samples)]
+    return Measurement(
+        torch.stack([network.likelihood.distortion(output.parameters, x) for output in outputs]).mean(0),
+        torch.stack([output.rates.flatten(1).sum(1) for output in outputs]).mean(0),
+        torch.stack([output.mean.flatten(1) for output in outputs]).mean(0),
+    )
 
 
 def at(model: nn.Module, beta: float) -> contextlib.AbstractContextManager[Any]:
@@ -248,7 +267,7 @@ class Pictures(NamedTuple):
 
 def pictures(
     model: nn.Module,
-    dataset: Images,
+    dataset: Examples,
     betas: Sequence[float],
     count: int = 8,
     seed: int = 0,
@@ -257,7 +276,7 @@ def pictures(
     """Reconstructions of `count` examples, drawn by `seed`, and as many samples from the prior, at each of `betas`."""
     network = plain_network(model)
     generator = torch.Generator().manual_seed(seed)
-    chosen = dataset.images[torch.randperm(len(dataset.images), generator=generator)[:count]]
+    chosen = dataset.examples[torch.randperm(len(dataset.examples), generator=generator)[:count]]
     parameter = next(network.parameters())
     x = chosen.to(parameter)
     reconstructions, drawn = [], []

@@ -60,7 +60,8 @@ class TrainingModule(pl.LightningModule):
     """Trains `model` by the options of a TrainConfig.
 
     A step: draw beta, log-uniform over the range (one an example, or one), and minimise mean(D_i + beta_i R_i); with
-    `weight_power` p, each example's term is multiplied by (1 + beta_i)^p.
+    `weight_power` p, each example's term is multiplied by (1 + beta_i)^p. A network with a method `penalty` adds what
+    it returns, a scalar (spectral norms, say), to the loss.
     A batch is a tensor of images, (N, *input_shape).
     Validation: D + beta R at `config.validation_betas` betas over the range, averaged, with the same noise each time.
     """
@@ -84,9 +85,9 @@ class TrainingModule(pl.LightningModule):
 
     def on_fit_start(self) -> None:
         """Data that fits into a quarter of a GPU's free memory moves there once, instead of batch by batch."""
-        images = self.loader.dataset.images
+        images = self.loader.dataset.examples
         if self.device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(self.device)[0] // 4:
-            self.loader.dataset.images = images.to(self.device)
+            self.loader.dataset.examples = images.to(self.device)
 
     def on_train_epoch_start(self) -> None:
         self.epoch_averages = RunningAverages()
@@ -116,6 +117,9 @@ class TrainingModule(pl.LightningModule):
         loss = objective.loss
         if config.weight_power and isinstance(beta, Tensor):
             loss = ((1 + beta) ** config.weight_power * (objective.distortion + beta * objective.rate)).mean()
+        penalty = getattr(plain_network(self.model), "penalty", None)
+        if penalty is not None:
+            loss = loss + penalty()
         with torch.no_grad():
             step = torch.stack([objective.loss, objective.distortion.mean(), objective.rate.mean()])
             self.recent_averages.add(step)

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .likelihoods import Likelihood, full_precision
-from .vae import VAEOutput
+from .likelihoods import Likelihood
+from .vae import Output, kl_divergences
 
 
 class Objective(NamedTuple):
@@ -19,15 +19,11 @@ class Objective(NamedTuple):
 
 
 def rate(mean: Tensor, log_variance: Tensor) -> Tensor:
-    """KL(N(mean, diag(exp(log_variance))) || N(0, I)) in nats: (N, k), (N, k) -> (N,).
-
-    rate = 1/2 sum_i [mean_i^2 + exp(log_variance_i) - 1 - log_variance_i]
-    """
-    mean, log_variance = full_precision(mean), full_precision(log_variance)
-    return 0.5 * (mean.square() + torch.expm1(log_variance) - log_variance).flatten(1).sum(1)
+    """KL(N(mean, diag(exp(log_variance))) || N(0, I)) in nats: (N, k), (N, k) -> (N,)."""
+    return kl_divergences(mean, log_variance).flatten(1).sum(1)
 
 
-def beta_vae(output: VAEOutput, x: Tensor, beta: float | Tensor, likelihood: Likelihood) -> Objective:
+def beta_vae(output: Output, x: Tensor, beta: float | Tensor, likelihood: Likelihood) -> Objective:
     """The beta-VAE objective, mean over the batch of D + beta R (MR-VAE, Eqn. 1 and 3).
 
     beta: a positive number, a 0-d tensor, or one a sample, shape (N,). Raises ValueError for an empty batch, a beta of
@@ -39,7 +35,7 @@ def beta_vae(output: VAEOutput, x: Tensor, beta: float | Tensor, likelihood: Lik
         raise ValueError("the batch is empty, so its mean loss is not defined; expected at least one example")
     beta = _check_beta(beta, n)
     distortion = likelihood.distortion(output.parameters, x)
-    rates = rate(output.mean, output.log_variance)
+    rates = output.rates.flatten(1).sum(1)
     return Objective((distortion + beta * rates).mean(), distortion, rates)
 
 

@@ -122,8 +122,8 @@ def load_split(config: TrainConfig, split: str) -> ImageDataset:
 
 def calibration_images(train_set: ImageDataset) -> Tensor:
     """The training images, at most CALIBRATION_EXAMPLES, that running statistics are recalibrated on."""
-    indices = torch.arange(min(len(train_set), CALIBRATION_EXAMPLES), device=train_set.images.device)
-    return train_set.take(indices, torch.Generator(train_set.images.device).manual_seed(0))
+    indices = torch.arange(min(len(train_set), CALIBRATION_EXAMPLES), device=train_set.examples.device)
+    return train_set.take(indices, torch.Generator(train_set.examples.device).manual_seed(0))
 
 
 def plain_network(model: nn.Module) -> Any:

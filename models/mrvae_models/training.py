@@ -96,7 +96,7 @@ def train(config: TrainConfig, resume: bool = False, force: bool = False, progre
     pl.seed_everything(config.seed, verbose=False)
     model = build_model(description)
     check_last_batch(model, len(train_set), config)
-    start_from(plain_network(model), train_set.images)
+    start_from(plain_network(model), train_set.examples)
     share = config.batch_size // (config.devices * config.num_nodes)
     loader = batches(train_set, share, shuffle=True, seed=config.seed)
     last = directory / LAST
@@ -166,7 +166,7 @@ def _fit(
     except pl.utilities.exceptions.MisconfigurationException as error:
         raise ValueError(f"the hardware options do not fit this machine: {first_lines(error)}") from None
     module = TrainingModule(model, config, loader, calibration_images(train_set))
-    validation_batches = _Views(validation_set.images.split(VALIDATION_BATCH))
+    validation_batches = _Views(validation_set.examples.split(VALIDATION_BATCH))
     try:
         trainer.fit(module, loader, validation_batches, ckpt_path=last, weights_only=True)
     except StopTraining as stop:

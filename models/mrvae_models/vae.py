@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from .likelihoods import Likelihood
+from .likelihoods import Likelihood, full_precision
+
+
+class Output(Protocol):
+    """What a forward pass of any network gives, of one latent vector or of a hierarchy; N examples."""
+
+    @property
+    def parameters(self) -> Tensor:
+        """Of the likelihood, as its `distortion(parameters, x)` takes them."""
+
+    @property
+    def mean(self) -> Tensor:
+        """(N, k): the posterior's mean, less the prior's where that is learned; a unit is active where it varies."""
+
+    @property
+    def rates(self) -> Tensor:
+        """(N, k) or (N, groups): the KL divergence by latent dimension or group, in nats; their sum is the rate."""
 
 
 class VAEOutput(NamedTuple):
@@ -17,6 +33,20 @@ class VAEOutput(NamedTuple):
     mean: Tensor  # (N, k), of q(z | x)
     log_variance: Tensor  # (N, k), of q(z | x)
     z: Tensor  # (N, k), the draw that was decoded
+
+    @property
+    def rates(self) -> Tensor:
+        """KL(q(z_i | x) || N(0, 1)) of each latent dimension, (N, k), in nats."""
+        return kl_divergences(self.mean, self.log_variance)
+
+
+def kl_divergences(mean: Tensor, log_variance: Tensor) -> Tensor:
+    """KL(N(mean_i, exp(log_variance_i)) || N(0, 1)) by dimension, in nats: (N, k), (N, k) -> (N, k).
+
+    1/2 [mean_i^2 + exp(log_variance_i) - 1 - log_variance_i]
+    """
+    mean, log_variance = full_precision(mean), full_precision(log_variance)
+    return 0.5 * (mean.square() + torch.expm1(log_variance) - log_variance)
 
 
 class Encoder(nn.Module):

@@ -76,7 +76,7 @@ def test_one_run_is_within_one_percent_of_the_optimum(tmp_path):
 
     config = TrainConfig(network="linear", out=str(tmp_path / "run"), log_to=(), validate_every=100)
     result = train(config, progress=False)
-    images = load("digits", "train").images
+    images = load("digits", "train").examples
     spectrum, x = eigenvalues(images), images.flatten(1).double()
     model = result.model.double()
     excess = []

@@ -38,7 +38,7 @@ BETAS = [0.01, 0.3, 10.0]
 
 
 def images(n=40, shape=(1, 5, 5), seed=0):
-    return SimpleNamespace(images=torch.rand(n, *shape, generator=torch.Generator().manual_seed(seed)))
+    return SimpleNamespace(examples=torch.rand(n, *shape, generator=torch.Generator().manual_seed(seed)))
 
 
 def multirate(name="mlp", shape=(1, 5, 5), **options):
@@ -57,10 +57,10 @@ def test_points_are_means_and_standard_errors_of_their_definitions(model):
     for point in curve.points:
         noise = torch.randn((3, 40, 4), generator=torch.Generator().manual_seed(7 * 1_000_003))
         with torch.no_grad(), model.at(point.beta):
-            mean, log_variance = model.network.encode(data.images)
+            mean, log_variance = model.network.encode(data.examples)
             logits = [model.network.decode(mean + (log_variance / 2).exp() * draw) for draw in noise]
         p = torch.sigmoid(torch.stack(logits).double())
-        x = data.images.double()
+        x = data.examples.double()
         distortion = -(x * p.log() + (1 - x) * (1 - p).log()).sum((2, 3, 4)).mean(0)
         rate = 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).sum(1).double()
         for value, error, per_example in (
@@ -153,7 +153,7 @@ def test_wrong_arguments(model, change, message):
 def test_batch_norm_needs_calibration_and_gets_it_for_each_beta():
     shape = (1, 16, 16)
     model = multirate("cnn", shape, channels=(4, 8))
-    data, train = images(20, shape), images(30, shape, seed=1).images
+    data, train = images(20, shape), images(30, shape, seed=1).examples
     with pytest.raises(ValueError, match="the network has BatchNorm.*pass calibration="):
         evaluate(model, data, BETAS)
     before = {name: value.clone() for name, value in model.named_buffers()}
@@ -216,7 +216,7 @@ def test_pictures_use_the_same_examples_and_z_at_every_beta(model):
     data = images()
     made = pictures(model, data, BETAS, count=5, seed=2)
     assert made.reconstructions.shape == made.samples.shape == (3, 5, 1, 5, 5)
-    assert all(any(torch.equal(x, y) for y in data.images) for x in made.originals)
+    assert all(any(torch.equal(x, y) for y in data.examples) for x in made.originals)
     with torch.no_grad():
         model.gate_weight.zero_()
     same = pictures(model, data, BETAS, count=5, seed=2)

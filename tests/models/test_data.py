@@ -25,16 +25,16 @@ def multiset(images: torch.Tensor) -> list[bytes]:
 def test_digits_have_three_disjoint_splits():
     train, validation, test = (load("digits", split) for split in ("train", "validation", "test"))
     assert [len(part) for part in (train, validation, test)] == [4500, 500, 1000]
-    assert train.input_shape == (1, 28, 28) and train.images.dtype == torch.float32
-    assert train.images.min() == 0 and train.images.max() == 1
-    assert not set(multiset(train.images)) & set(multiset(validation.images))
+    assert train.input_shape == (1, 28, 28) and train.examples.dtype == torch.float32
+    assert train.examples.min() == 0 and train.examples.max() == 1
+    assert not set(multiset(train.examples)) & set(multiset(validation.examples))
     assert torch.bincount(test.labels).tolist() == [100] * 10
     assert torch.bincount(torch.cat([train.labels, validation.labels])).tolist() == [500] * 10
 
 
 def test_digits_are_shuffled_by_the_seed_alone():
     first, again, other = load(seed=0), load(seed=0), load(seed=1)
-    assert first.images.equal(again.images) and not first.images.equal(other.images)
+    assert first.examples.equal(again.examples) and not first.examples.equal(other.examples)
     assert first.labels[:200].unique().numel() == 10  # the file is sorted by label
 
 
@@ -68,12 +68,12 @@ def test_digits_load_fast():
 def test_layouts_and_types_of_arrays(tmp_path, array, shape):
     np.save(tmp_path / "set.npy", array)
     data = load(tmp_path / "set.npy", "train")
-    assert data.input_shape == shape and data.images.dtype == torch.float32 and len(data) == 16
+    assert data.input_shape == shape and data.examples.dtype == torch.float32 and len(data) == 16
     assert data.labels is None
     expected = array.astype(np.float64) / (255 if array.dtype == np.uint8 and array.max() > 1 else 1)
     if array.ndim == 4 and array.shape[3] in (1, 3):
         expected = expected.transpose(0, 3, 1, 2)
-    whole = torch.cat([load(tmp_path / "set.npy", split).images for split in ("train", "validation", "test")])
+    whole = torch.cat([load(tmp_path / "set.npy", split).examples for split in ("train", "validation", "test")])
     assert multiset(whole) == multiset(torch.from_numpy(expected.astype(np.float32)).reshape(20, *shape))
 
 
@@ -97,7 +97,7 @@ def test_npz_with_named_splits(tmp_path, names):
     assert sorted([*train.labels.tolist(), *validation.labels.tolist()]) == list(range(30))
     row = int(train.labels[0])
     expected = torch.from_numpy(content[names[0].format("train")][row]).float() / 255
-    torch.testing.assert_close(train.images[0, 0], expected)
+    torch.testing.assert_close(train.examples[0, 0], expected)
 
 
 def test_npz_with_one_set_is_divided(tmp_path):

@@ -14,19 +14,19 @@ from torch.utils.data import DataLoader
 
 def test_fixed_binarisation_is_one_draw_from_the_seed():
     grey, first, again = load(split="test"), load(split="test", binarize="fixed"), load(split="test", binarize="fixed")
-    assert set(first.images.unique().tolist()) == {0.0, 1.0} and first.images.equal(again.images)
+    assert set(first.examples.unique().tolist()) == {0.0, 1.0} and first.examples.equal(again.examples)
     assert first[3].equal(first[3])
-    assert first.images[grey.images == 1].all() and not first.images[grey.images == 0].any()
-    assert abs(first.images.mean() - grey.images.mean()) < 2e-3
-    drawn = ImageDataset(grey.images, binarize="fixed", seed=1)
-    assert not drawn.images.equal(first.images)
+    assert first.examples[grey.examples == 1].all() and not first.examples[grey.examples == 0].any()
+    assert abs(first.examples.mean() - grey.examples.mean()) < 2e-3
+    drawn = ImageDataset(grey.examples, binarize="fixed", seed=1)
+    assert not drawn.examples.equal(first.examples)
 
 
 def test_dynamic_binarisation_draws_at_every_access():
     data = load(split="test", binarize="dynamic")
     assert not data[0].equal(data[0]) and set(data[0].unique().tolist()) == {0.0, 1.0}
     mean = torch.stack([data[0] for _ in range(2000)]).mean(0)
-    torch.testing.assert_close(mean, data.images[0], rtol=0, atol=0.06)
+    torch.testing.assert_close(mean, data.examples[0], rtol=0, atol=0.06)
     epochs = batches(data, 1000)
     first, second = next(iter(epochs)), next(iter(epochs))
     assert not first.equal(second)
@@ -45,11 +45,11 @@ def test_batches_cover_an_epoch_once_in_an_order_of_seed_and_epoch():
     loader = batches(data, 4, shuffle=True, seed=1)
     first, second = torch.cat(list(loader)), torch.cat(list(loader))
     assert [len(x) for x in loader] == [4, 4, 2] and len(loader) == 3
-    assert not first.equal(second) and first.sort(0).values.equal(data.images)
+    assert not first.equal(second) and first.sort(0).values.equal(data.examples)
     loader.set_epoch(0)
     assert torch.cat(list(loader)).equal(first)
     assert not torch.cat(list(batches(data, 4, shuffle=True, seed=2))).equal(first)
-    assert torch.cat(list(batches(data, 4))).equal(data.images)
+    assert torch.cat(list(batches(data, 4))).equal(data.examples)
     assert [len(x) for x in batches(data, 4, drop_last=True)] == [4, 4]
 
 
@@ -102,4 +102,4 @@ def test_batches_that_cannot_be_made():
 
 def test_torch_dataloader_takes_the_dataset():
     data = numbered(10)
-    assert torch.cat(list(DataLoader(data, batch_size=4))).equal(data.images)
+    assert torch.cat(list(DataLoader(data, batch_size=4))).equal(data.examples)

@@ -48,7 +48,7 @@ def test_idx_folder_with_the_names_of_mnist(tmp_path, suffix):
         write_idx(tmp_path / f"{word}-labels-idx1-ubyte{suffix}", np.arange(len(array), dtype=np.uint8))
     train, validation, test = (load(tmp_path, split) for split in ("train", "validation", "test"))
     assert [len(part) for part in (train, validation, test)] == [18, 2, 6] and train.input_shape == (1, 5, 4)
-    for row, label in zip(test.images, test.labels, strict=True):
+    for row, label in zip(test.examples, test.labels, strict=True):
         torch.testing.assert_close(row[0], torch.from_numpy(images["t10k"][label]).float() / 255)
 
 
@@ -103,7 +103,7 @@ def test_image_folder_with_labels_from_sub_folders(tmp_path):
     data = load(tmp_path, "train")
     assert data.input_shape == (3, 6, 5) and len(data) == 16 and set(data.labels.tolist()) == {0, 1}
     originals = torch.from_numpy(pictures(10, 6, 5, 3, seed=1)).permute(0, 3, 1, 2).float() / 255
-    assert set(multiset(data.images[data.labels == 1])) < set(multiset(originals))
+    assert set(multiset(data.examples[data.labels == 1])) < set(multiset(originals))
 
 
 def test_image_folder_with_splits(tmp_path):
@@ -189,7 +189,8 @@ def test_public_set_by_name(monkeypatch, tmp_path):
     hub(monkeypatch, {"train": Rows(files, list(range(20))), "test": Rows(files[:3], [0, 1, 2]), "extra": None})
     train, test = load("hf:some/set"), load("hf:some/set", "test")
     assert (len(train), len(test), train.input_shape) == (18, 3, (1, 5, 4))
-    torch.testing.assert_close(train.images[0, 0], torch.from_numpy(pictures(20, 5, 4)[train.labels[0]]).float() / 255)
+    expected = torch.from_numpy(pictures(20, 5, 4)[train.labels[0]]).float() / 255
+    torch.testing.assert_close(train.examples[0, 0], expected)
 
 
 def test_public_set_without_the_package_or_the_network(monkeypatch):

@@ -60,7 +60,7 @@ def module_of(config):
     train_set = load_split(config, "train")
     torch.manual_seed(0)
     model = build_model(describe(config, train_set.input_shape))
-    return TrainingModule(model, config, batches(train_set, config.batch_size)), train_set.images[:16]
+    return TrainingModule(model, config, batches(train_set, config.batch_size)), train_set.examples[:16]
 
 
 def run(config, **options):
@@ -200,7 +200,7 @@ def test_training_lowers_the_objective_and_writes_a_run(config):
     )
     assert any(path.name.startswith("events") for path in (result.directory / "tensorboard").iterdir())
     loaded, _ = load_model(result.directory)
-    x = load_split(config, "test").images
+    x = load_split(config, "test").examples
     with torch.no_grad(), loaded.at(0.5), result.model.at(0.5):
         assert torch.equal(loaded.network.encode(x)[0], result.model.network.encode(x)[0])
 
@@ -220,7 +220,7 @@ def test_every_epoch_visits_every_image_once_in_another_order(config):
     for epoch in (0, 1):
         loader.set_epoch(epoch)
         epochs.append(torch.cat(list(loader)))
-    everything = load_split(config, "train").images
+    everything = load_split(config, "train").examples
     assert not torch.equal(*epochs)
     for epoch in epochs:
         assert torch.equal(epoch.flatten(1).sum(1).sort().values, everything.flatten(1).sum(1).sort().values)
@@ -325,8 +325,8 @@ def test_calibration_images_are_the_datasets_own(config):
 def test_dynamic_binarisation_is_for_training_only(config):
     config = replace(config, binarize="dynamic")
     assert load_split(config, "train").binarize == "dynamic"
-    assert set(load_split(config, "test").images.unique().tolist()) == {0.0, 1.0}
-    assert torch.equal(load_split(config, "test").images, load_split(config, "test").images)
+    assert set(load_split(config, "test").examples.unique().tolist()) == {0.0, 1.0}
+    assert torch.equal(load_split(config, "test").examples, load_split(config, "test").examples)
 
 
 def test_a_run_is_not_overwritten_unless_forced(config):

@@ -43,21 +43,21 @@ class ImageDataset(Dataset[Tensor]):
             raise DataError(f"binarize is {binarize!r}; expected one of {', '.join(BINARIZE)}")
         if binarize == "fixed":
             images = bernoulli(images, torch.Generator(images.device).manual_seed(seed))
-        self.images = images
+        self.examples = images
         self.labels = labels
         self.binarize = binarize
         self.input_shape = tuple(images.shape[1:])
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.examples)
 
     def take(self, indices: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """The images at `indices` (n,), as one tensor (n, C, H, W)."""
-        images = self.images.index_select(0, indices)
+        images = self.examples.index_select(0, indices)
         return bernoulli(images, generator) if self.binarize == "dynamic" else images
 
     def __getitem__(self, index: int) -> Tensor:
-        return bernoulli(self.images[index]) if self.binarize == "dynamic" else self.images[index]
+        return bernoulli(self.examples[index]) if self.binarize == "dynamic" else self.examples[index]
 
     def __getitems__(self, indices: Sequence[int]) -> list[Tensor]:
         # torch's DataLoader asks for a whole batch here; a list, because its default collation stacks one.
@@ -114,7 +114,7 @@ class Batches:
         epoch, start = self._next_epoch, self._start_at
         self._next_epoch, self._start_at = epoch + 1, 0
         rank, world = self.rank, self.world
-        n, size, device = len(self.dataset), self.batch_size * world, self.dataset.images.device
+        n, size, device = len(self.dataset), self.batch_size * world, self.dataset.examples.device
         order = torch.randperm(n, generator=_generator("cpu", 0, self.seed, epoch)) if self.shuffle else torch.arange(n)
         order = order.to(device)
         for position in range(start, len(self)):
