@@ -72,7 +72,7 @@ class TrainConfig:
         LOGS, "what to log besides the progress line: csv, tensorboard, or none", "run", metavar="LOG", many=True
     )
 
-    network: str = _option("mlp", "network: linear, mlp or cnn", "model", metavar="NAME")
+    network: str = _option("mlp", "network: linear, mlp, cnn or resnet", "model", metavar="NAME")
     latent: int | None = _option(None, "number of latent variables (default: the network's own)", "model", metavar="N")
     likelihood: str | None = _option(
         None,

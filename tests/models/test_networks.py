@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from mrvae_models.likelihoods import Bernoulli, Gaussian
 from mrvae_models.networks import NETWORKS, build, start_from
+from mrvae_models.networks.stack import ResidualBlock
 from mrvae_models.objectives import rate
 from torch import nn
 
@@ -30,6 +33,43 @@ def test_cnn_of_the_paper_has_its_parameters_and_shapes(shape, latent, latent_us
     assert parameters(vae) == count
     assert vae.latent == latent_used and out.mean.shape == out.log_variance.shape == (2, latent_used)
     assert out.parameters.shape == (2, *shape)
+
+
+@pytest.mark.parametrize(
+    ("shape", "latent", "latent_used", "count"),
+    [
+        ((1, 28, 28), None, 32, 1_881_217),
+        ((3, 32, 32), None, 256, 7_896_963),
+        ((3, 64, 64), None, 64, 2_770_819),
+        ((3, 32, 32), 32, 32, 2_391_491),  # SVHN
+    ],
+)
+def test_resnet_of_the_paper_has_its_parameters_and_shapes(shape, latent, latent_used, count):
+    with torch.device("meta"):
+        vae = build("resnet", shape, latent)
+        out = vae(torch.empty(2, *shape))
+    assert parameters(vae) == count
+    assert vae.latent == latent_used and out.mean.shape == out.log_variance.shape == (2, latent_used)
+    assert out.parameters.shape == (2, *shape)
+    assert isinstance(vae.decoder[-1], nn.ConvTranspose2d)
+    after = [type(b).__name__ for a, b in pairwise(vae.encoder.body) if not isinstance(a, nn.ReLU)]
+    assert after == ["ReLU"] * len(after)
+
+
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        ((1, 28, 28), {"channels": (8, 6)}),
+        ((3, 64, 64), {"blocks": 1}),
+        ((2, 17, 31), {"channels": (4, 6, 8), "blocks": 3, "activation": "elu"}),
+        ((3, 37, 96), {}),
+    ],
+)
+def test_resnet_output_has_the_shape_of_any_input(shape, options):
+    with torch.device("meta"):
+        vae = build("resnet", shape, 5, **options)
+        assert vae(torch.empty(2, *shape)).parameters.shape == (2, *shape)
+    assert sum(isinstance(m, ResidualBlock) for m in vae.modules()) == 2 * options.get("blocks", 2)
 
 
 def test_cnn_decoder_ends_in_logits():
@@ -60,7 +100,9 @@ def test_cnn_output_has_the_shape_of_any_input(shape, channels, norm):
     assert len(norms) == (0 if norm == "none" else 2 * len(channels) - 1)
 
 
-@pytest.mark.parametrize(("name", "options"), [("mlp", {}), ("cnn", {"channels": (4, 8)})])
+@pytest.mark.parametrize(
+    ("name", "options"), [("mlp", {}), ("cnn", {"channels": (4, 8)}), ("resnet", {"channels": (4, 8)})]
+)
 def test_every_parameter_gets_a_gradient(name, options):
     torch.manual_seed(0)
     vae = build(name, (1, 12, 10), 3, **options)
@@ -118,6 +160,9 @@ def test_likelihood_by_name_or_instance():
         (lambda: build("cnn", (1, 1, 8), channels=(4,)), "1x8 cannot be halved 1 times.*'mlp'"),
         (lambda: build("cnn", (1, 28, 28), channels=()), "channels is empty"),
         (lambda: build("cnn", (1, 28, 28), norm="layer"), "'layer'.*'batch'"),
+        (lambda: build("resnet", (1, 28, 28), channels=()), "channels is empty"),
+        (lambda: build("resnet", (1, 28, 28), blocks=0), "blocks holds 0"),
+        (lambda: build("resnet", (1, 4, 4)), "4x4 cannot be halved 3 times.*at most 2"),
     ],
 )
 def test_what_cannot_work_is_refused(call, message):

@@ -20,10 +20,11 @@ from ..vae import VAE
 from .cnn import cnn
 from .linear import Centre, linear
 from .mlp import mlp
+from .resnet import resnet
 
-NETWORKS: dict[str, Callable[..., VAE]] = {"linear": linear, "mlp": mlp, "cnn": cnn}
+NETWORKS: dict[str, Callable[..., VAE]] = {"linear": linear, "mlp": mlp, "cnn": cnn, "resnet": resnet}
 
-__all__ = ["NETWORKS", "build", "cnn", "linear", "mlp", "start_from"]
+__all__ = ["NETWORKS", "build", "cnn", "linear", "mlp", "resnet", "start_from"]
 
 
 def build(

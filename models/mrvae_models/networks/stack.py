@@ -1,0 +1,214 @@
+"""Encoders and decoders described in a few words a stage, and the `VAE` made of them.
+
+    conv 128 k4 s2 p1          nn.Conv2d to 128 channels: kernel 4, stride 2, padding 1 (defaults: stride 1, padding 0)
+    convt 512 k3 s2 p1 op1     nn.ConvTranspose2d, with output padding
+    block 128                  a residual block, x + Conv3x3 activation Conv3x3, of the 128 channels that there are
+    linear 400                 nn.Linear on the flattened input
+    linear 1024x4x4            the same, and its output as a map of 1024 channels, 4x4
+    ... bare                   without norm and activation; otherwise a norm follows what makes a map, other than a
+                               block, and an activation follows every stage
+    ... x3                     the stage three times
+
+Two numbers, as in op1x0, are height and width. Sizes are followed from stage to stage, so that a stage that cannot take
+what the one before it gives is refused by name.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from ..likelihoods import Bernoulli, Likelihood
+from ..vae import VAE, Encoder
+from .parts import activation_called, norm_layers
+
+Shape = tuple[int, ...]
+
+SETTINGS = {"k": "kernel_size", "s": "stride", "p": "padding", "op": "output_padding"}
+TAKES = {"conv": ("k", "s", "p"), "convt": ("k", "s", "p", "op"), "block": (), "linear": ()}
+"""Kinds of stage, and the settings that each takes."""
+
+
+class ResidualBlock(nn.Module):
+    """x + Conv3x3(activation(Conv3x3(x))): channels and sides stay."""
+
+    def __init__(self, channels: int, activation: type[nn.Module]):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(channels, channels, 3, padding=1), activation(), nn.Conv2d(channels, channels, 3, padding=1)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.body(x)
+
+
+class Stage(NamedTuple):
+    """One stage, as read from its words."""
+
+    words: str
+    kind: str
+    size: Shape  # what it makes: channels, or of a linear one a shape
+    settings: dict[str, tuple[int, int]]  # of torch's constructor, (height, width) each
+    bare: bool
+
+
+def parse(stages: Sequence[str]) -> list[Stage]:
+    """Read stages; ValueError naming the word that cannot be read, and the stage that it stands in."""
+    if isinstance(stages, str):
+        raise ValueError(f"stages are the one string {stages!r}; expected one string a stage: ({stages!r},)")
+    return [stage for words in stages for stage in _parse_stage(words)]
+
+
+def _parse_stage(words: str) -> list[Stage]:
+    kind, *rest = words.split() or [""]
+    if kind not in TAKES:
+        raise ValueError(f"stage {words!r} begins with {kind!r}; expected one of {', '.join(TAKES)}")
+    if not rest or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*" if kind == "linear" else r"[1-9]\d*", rest[0]):
+        expected = "a size, as in 'linear 400' or 'linear 9x4x4'" if kind == "linear" else f"channels, as in '{kind} 128'"
+        raise ValueError(f"stage {words!r}: {(rest or ['nothing'])[0]!r} comes after {kind!r}; expected {expected}")
+    settings: dict[str, tuple[int, int]] = {}
+    flags: dict[str, int] = {}
+    for word in rest[1:]:
+        setting = re.fullmatch(r"(k|s|p|op)(\d+)(?:x(\d+))?", word)
+        repeat = re.fullmatch(r"x([1-9]\d*)", word)
+        if setting and setting[1] in TAKES[kind] and SETTINGS[setting[1]] not in settings:
+            settings[SETTINGS[setting[1]]] = (int(setting[2]), int(setting[3] or setting[2]))
+        elif repeat and "x" not in flags:
+            flags["x"] = int(repeat[1])
+        elif word == "bare" and word not in flags:
+            flags[word] = 1
+        else:
+            known = ", ".join([*(f"{letter}N" for letter in TAKES[kind]), "bare", "xN"])
+            raise ValueError(f"stage {words!r}: cannot read {word!r}; expected each at most once: {known}")
+    if "k" in TAKES[kind]:
+        if "kernel_size" not in settings:
+            raise ValueError(f"stage {words!r} has no kernel; expected kN, as in '{kind} 128 k4 s2 p1'")
+        if 0 in (*settings["kernel_size"], *settings.get("stride", ())):
+            raise ValueError(f"stage {words!r}: kernel and stride are at least 1")
+    size = tuple(int(side) for side in rest[0].split("x"))
+    return [Stage(words, kind, size, settings, "bare" in flags)] * flags.get("x", 1)
+
+
+def stack(
+    stages: Sequence[str], shape: Shape, norm: str = "none", activation: str = "relu"
+) -> tuple[nn.Sequential, Shape]:
+    """The layers of these stages for inputs of (N, *shape), and the shape of what they give.
+
+    norm: "batch", "group" or "none". ValueError for words that cannot be read and stages that do not fit together.
+    """
+    act = activation_called(activation)
+    layers: list[nn.Module] = []
+    for stage in parse(stages):
+        made, shape = _STAGES[stage.kind](stage, shape, act)
+        layers += made
+        if not stage.bare:
+            layers += norm_layers(norm, shape[0]) if len(shape) == 3 and stage.kind != "block" else []
+            layers.append(act())
+    return nn.Sequential(*layers), shape
+
+
+def _linear(stage: Stage, shape: Shape, act: type[nn.Module]) -> tuple[list[nn.Module], Shape]:
+    flatten = [nn.Flatten()] if len(shape) > 1 else []
+    unflatten = [nn.Unflatten(1, stage.size)] if len(stage.size) > 1 else []
+    return [*flatten, nn.Linear(math.prod(shape), math.prod(stage.size)), *unflatten], stage.size
+
+
+def _block(stage: Stage, shape: Shape, act: type[nn.Module]) -> tuple[list[nn.Module], Shape]:
+    _check_map(stage, shape)
+    if shape[0] != stage.size[0]:
+        raise ValueError(
+            f"stage {stage.words!r} gets {shape[0]} channels; a residual block keeps them: expected 'block {shape[0]}'"
+        )
+    return [ResidualBlock(shape[0], act)], shape
+
+
+def _convolution(stage: Stage, shape: Shape, act: type[nn.Module]) -> tuple[list[nn.Module], Shape]:
+    _check_map(stage, shape)
+    transposed = stage.kind == "convt"
+    kind: Any = nn.ConvTranspose2d if transposed else nn.Conv2d
+    kernel, stride, padding, extra = (
+        stage.settings.get(name, (usual, usual)) for name, usual in zip(SETTINGS.values(), (1, 1, 0, 0), strict=True)
+    )
+    if transposed and any(more >= step for more, step in zip(extra, stride, strict=True)):
+        raise ValueError(f"stage {stage.words!r}: output padding is below the stride")
+    made = tuple(
+        (side - 1) * s - 2 * p + k + more if transposed else (side + 2 * p - k) // s + 1
+        for side, k, s, p, more in zip(shape[1:], kernel, stride, padding, extra, strict=True)
+    )
+    if min(made) < 1:
+        raise ValueError(f"stage {stage.words!r} leaves nothing of maps of {shape[1]}x{shape[2]}")
+    return [kind(shape[0], stage.size[0], **stage.settings)], (stage.size[0], *made)
+
+
+def _check_map(stage: Stage, shape: Shape) -> None:
+    if len(shape) != 3:
+        raise ValueError(
+            f"stage {stage.words!r} gets data of shape {shape}; expected (channels, height, width): put a stage such "
+            "as 'linear 128x4x4' before it"
+        )
+
+
+_STAGES: dict[str, Callable[[Stage, Shape, type[nn.Module]], tuple[list[nn.Module], Shape]]] = {
+    "conv": _convolution, "convt": _convolution, "block": _block, "linear": _linear
+}
+
+
+def described_vae(
+    shape: Shape,
+    latent: int,
+    encoder: Sequence[str],
+    decoder: Sequence[str],
+    norm: str = "none",
+    activation: str = "relu",
+    decoder_activation: str | None = None,
+    likelihood: Likelihood | None = None,
+) -> VAE:
+    """The VAE of these stages: the encoder's two linear heads come by themselves, the decoder ends in `shape`.
+
+    likelihood: Bernoulli unless given. ValueError where the decoder makes something else than `shape`.
+    """
+    body, features = stack(encoder, shape, norm, activation)
+    if len(features) > 1:
+        body.append(nn.Flatten())
+    up, made = stack(decoder, (latent,), norm, decoder_activation or activation)
+    if made != shape:
+        raise ValueError(f"the decoder {', '.join(map(repr, decoder))} makes {made}; expected {shape}, as the data is")
+    return VAE(Encoder(body, math.prod(features), latent), up, likelihood or Bernoulli(), latent, shape)
+
+
+def halvings(channels: Sequence[int]) -> list[str]:
+    """An encoder that halves the sides once for each of `channels`, rounding down: a side s to floor(s / 2)."""
+    return [f"conv {width} k4 s2 p1" for width in channels]
+
+
+def doublings(shape: Shape, channels: Sequence[int]) -> list[str]:
+    """`halvings` backwards, to images of `shape`: the output padding is 1 where halving had dropped a row or column."""
+    sides = halved(shape, len(channels))
+    stages = []
+    for i in reversed(range(len(channels))):
+        odd = "x".join(str(before - 2 * after) for before, after in zip(sides[i], sides[i + 1], strict=True))
+        stages.append(f"convt {channels[i - 1]} k4 s2 p1 op{odd}" if i else f"convt {shape[0]} k4 s2 p1 op{odd} bare")
+    return stages
+
+
+def halved(shape: Shape, times: int) -> list[tuple[int, int]]:
+    """Height and width of images before the first halving and after each; ValueError where a side is used up."""
+    sides = [(shape[1] >> i, shape[2] >> i) for i in range(times + 1)]
+    if min(sides[-1]) < 1:
+        possible = min(shape[1:]).bit_length() - 1
+        raise ValueError(
+            f"images of {shape[1]}x{shape[2]} cannot be halved {times} times, once for each of `channels`; "
+            + (f"give at most {possible}, e.g. channels={(32, 64, 128, 256, 512)[:possible]}" if possible
+               else "use the network 'mlp'")
+        )
+    return sides
+
+
+def map_of(shape: Shape, channels: Sequence[int]) -> str:
+    """What `halvings` make of images of `shape`, in the words of a stage: 1024x4x4."""
+    height, width = halved(shape, len(channels))[-1]
+    return f"{channels[-1]}x{height}x{width}"
