@@ -49,6 +49,12 @@ def bake(model: MultiRate, beta: Beta, batches: Iterable[Any] | None = None) -> 
                 folded["weight"] = job.adapter.fold_inputs(layer, _present(folded["weight"]), g.inputs)
             layer.release()
             write_folded(layer, folded)
+        if model.conditional is not None:
+            pairs = model.conditional.by_name(model._norm_values(beta)).values()
+            for norm, (s, t) in zip(model.conditional.places.hosted(), pairs, strict=True):
+                norm.release()
+                own = norm._parameters
+                write_folded(norm, {"weight": _present(own["weight"]) + s, "bias": _present(own["bias"]) + t})
     release_sequentials(model.network)
     return model.network
 

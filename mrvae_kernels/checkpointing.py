@@ -21,7 +21,7 @@ def checkpoint_context(model: Any) -> Contexts:
     """
 
     def contexts() -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
-        layers = model._hosts()
+        layers = model._hosts() + ([] if model.conditional is None else model.conditional.places.hosted())
         shares, directs = [layer._share for layer in layers], [layer._direct for layer in layers]
         gates = None if model._stage is None else model._stage.gates
         if shares[0] is None and gates is None:

@@ -18,6 +18,22 @@ from .gates import DEFAULT_BETA_RANGE, Beta, BetaRange, GateNetwork, standardize
 from .layers import Recorded, _one
 
 
+def conditional_norm(layer: Any, weight: Tensor, bias: Tensor, x: Tensor) -> Tensor:
+    """weight x_hat + bias, x_hat as the batch norm `layer` normalises x; weight and bias are (C,), or (N, C)."""
+    parameters = layer._parameters
+    before = {"weight": parameters["weight"], "bias": parameters["bias"]}
+    shared = weight.dim() == 1
+    parameters.update({"weight": weight, "bias": bias} if shared else {"weight": None, "bias": None})
+    try:
+        y = layer.plain.forward(layer, x)
+    finally:
+        parameters.update(before)
+    if shared:
+        return y
+    dtype = reference.gate_dtype(y.dtype)
+    return functional.epilogue(y, None, weight.to(dtype), bias.to(dtype), 1)
+
+
 class ConditionalBatchNorm(Recorded):
     """What the 1-d, 2-d and 3-d classes share; s and t start at 0, so that the layer starts as the plain one."""
 
@@ -48,19 +64,7 @@ class ConditionalBatchNorm(Recorded):
 
     def forward(self, x: Tensor, beta: Beta) -> Tensor:
         """x (N, C, ...); beta a number, 0-d, or one a sample."""
-        weight, bias = self.scale_and_shift(beta)
-        parameters = self._parameters
-        before = {"weight": parameters["weight"], "bias": parameters["bias"]}
-        shared = weight.dim() == 1
-        parameters.update({"weight": weight, "bias": bias} if shared else {"weight": None, "bias": None})  # type: ignore[dict-item]
-        try:
-            y = self.plain.forward(self, x)
-        finally:
-            parameters.update(before)
-        if shared:
-            return y
-        dtype = reference.gate_dtype(y.dtype)
-        return functional.epilogue(y, None, weight.to(dtype), bias.to(dtype), 1)
+        return conditional_norm(self, *self.scale_and_shift(beta), x)
 
     def _gate_state(self) -> dict[str, Any]:
         return {"beta_range": list(self.beta_range)}

@@ -30,6 +30,7 @@ from .gates import (
     init_gates_,
     standardize,
 )
+from .hosted_norms import ConditionalNorms
 from .hosting import (
     HOSTED,
     HOSTED_TYPES,
@@ -84,22 +85,24 @@ class MultiRate(Recorded):
                      which live in `gate_networks`
         gated        layer name -> slice of the flat gates; `shifts` likewise for FiLM, `inputs` for gates on inputs
         left         layer name -> why it has no gate
+        conditional  with norms="conditional", s and t of the batch norms; its `names` are theirs. Else None
         beta_range   (a, b); saved in the state_dict, checked on loading
     """
 
     gate_weight: nn.Parameter | None
     gate_bias: nn.Parameter | None
+    conditional: ConditionalNorms | None
 
     def __init__(
         self, network: nn.Module, gates: Gates | None = None, beta_range: Sequence[float] = DEFAULT_BETA_RANGE,
-        include: Sequence[str] | None = None, exclude: Sequence[str] = (),
+        include: Sequence[str] | None = None, exclude: Sequence[str] = (), norms: str = "gated",
     ) -> None:
         super().__init__()
         for option, value in (("include", include), ("exclude", exclude)):
             if isinstance(value, str):
                 raise TypeError(f"{option} is the string {value!r}; expected a list of names: [{value!r}]")
         self.beta_range = BetaRange.of(beta_range)
-        selection = select(network, gates, include, exclude)
+        selection = select(network, gates, include, exclude, norms)
         self.left = selection.left
         modules = dict(network.named_modules())
         self._entries = [
@@ -127,6 +130,7 @@ class MultiRate(Recorded):
             layer.__class__ = HOSTED[type(layer)]
             layer._share = None  # there from the start: torch.compile is guarded on an attribute that comes later
         self.network = network
+        self.conditional = ConditionalNorms(self, selection.conditional) if selection.conditional else None
         places = {(row.name, row.role): i for i, row in enumerate(rows)}
         self._layout = [(places.get((e.name, "shifts")), places.get((e.name, "inputs"))) for e in self._entries]
         self._unplanned = tuple(None if entry.adapter.product else "fold" for entry in self._entries)
@@ -169,6 +173,12 @@ class MultiRate(Recorded):
         """The network's forward at this beta: a positive number, a 0-d tensor, or one a sample, shape (N,)."""
         if torch.compiler.is_compiling():
             return self._trace(beta, args, kwargs)
+        if self.conditional is not None:
+            with self._turn.lock, self._lend_norms(beta):
+                return self._run(beta, args, kwargs)
+        return self._run(beta, args, kwargs)
+
+    def _run(self, beta: Beta, args: Any, kwargs: Any) -> Any:
         with self._turn.lock:  # while another thread's call runs, the layers hold that call's gates
             installed, made_under = self._installed, (strategy.current(), measurements.generation)
             if installed is None or made_under != self._made_under or not self._begin(installed, args, beta):
@@ -197,7 +207,8 @@ class MultiRate(Recorded):
         if override.backend not in (None, "reference") or override.strategy == "fused":
             return self._call(beta, None, args, kwargs)
         self._check_layers()
-        self._calls.append(TracedGates(self._traced_bank(beta), override.strategy, torch.compiler.is_exporting()))
+        values = [*self._traced_bank(beta), *self._norm_values(beta)]
+        self._calls.append(TracedGates(values, override.strategy, torch.compiler.is_exporting()))
         try:
             return self.network(*args, **kwargs)
         finally:
@@ -263,8 +274,26 @@ class MultiRate(Recorded):
         For one beta, give a number or a 0-d tensor; for one a sample, every call in the block takes that batch size.
         Other threads that call the model wait for the block's end.
         """
-        with self._turn.lock, self._lend(self._shares(beta, None)):
+        with self._turn.lock, self._lend_norms(beta), self._lend(self._shares(beta, None)):
             yield self
+
+    @contextmanager
+    def _lend_norms(self, beta: Beta) -> Iterator[None]:
+        """Within the block the conditional norms, if there are any, hold their s and t."""
+        norms = self.conditional
+        if norms is None:
+            yield
+            return
+        pairs = norms.by_name(self._norm_values(beta)).values()
+        with lend(norms.places.hosted(), [Share(s, t) for s, t in pairs]):
+            yield
+
+    def _norm_values(self, beta: Beta) -> list[Tensor]:
+        """s and t of each conditional norm in turn."""
+        norms = self.conditional
+        if norms is None:
+            return []
+        return norms.values(self._eta(beta, norms.like.device, reference.gate_dtype(norms.like.dtype)))
 
     @contextmanager
     def _lend(self, shares: Sequence[Share]) -> Iterator[None]:
@@ -277,9 +306,16 @@ class MultiRate(Recorded):
                 self._lent -= 1
 
     def gate_values(self, beta: Beta) -> dict[str, Tensor]:
-        """Layer name -> g at beta, (C,) or (N, C); shifts under "<name>.shift", input gates under "<name>.inputs"."""
+        """Layer name -> g at beta, (C,) or (N, C); shifts under "<name>.shift", input gates under "<name>.inputs".
+
+        s and t of a conditional norm: "<name>.scale" and "<name>.shift".
+        """
         suffix = {"gated": "", "shifts": ".shift", "inputs": ".inputs"}
-        return {row.name + suffix[row.role]: g for row, g in zip(self._rows, self._bank(beta), strict=True)}
+        values = {row.name + suffix[row.role]: g for row, g in zip(self._rows, self._bank(beta), strict=True)}
+        if self.conditional is not None:
+            for name, (s, t) in self.conditional.by_name(self._norm_values(beta)).items():
+                values |= {f"{name}.scale": s, f"{name}.shift": t}
+        return values
 
     def gate_parameters(self) -> list[nn.Parameter]:
         """The parameters that depend on beta's response: for an optimiser group of their own."""
@@ -300,14 +336,17 @@ class MultiRate(Recorded):
         return recalibrate(self, batches, beta)
 
     def _gate_state(self) -> dict[str, Any]:
+        norms = {} if self.conditional is None else {"conditional": list(self.conditional.names)}
         return {
             "beta_range": list(self.beta_range),
             "gates": [f"{row.name} {row.role} {row.kind}" for row in self._rows],
+            **norms,
         }
 
     def extra_repr(self) -> str:
         features = sum(entry.features for entry in self._entries)
-        return f"gated={len(self._entries)} layers ({features} features), beta_range={tuple(self.beta_range)}"
+        norms = "" if self.conditional is None else f"conditional={len(self.conditional.names)} norms, "
+        return f"gated={len(self._entries)} layers ({features} features), {norms}beta_range={tuple(self.beta_range)}"
 
     def _bank(self, beta: Beta) -> list[Tensor]:
         """All gates, shifts and input gates at beta, in the order of `_rows`."""
@@ -431,6 +470,8 @@ class MultiRate(Recorded):
         for i, (layer, (shift, inputs)) in enumerate(zip(self._places.layers, self._layout, strict=True)):
             slices = (i, -1 if shift is None else shift, -1 if inputs is None else inputs)
             layer.__dict__.update(_calls=self._calls, _slices=slices)
+        if self.conditional is not None:
+            self.conditional.tell(self._calls, len(self._rows))
 
     def _raise_stage(self) -> None:
         """A stage, which the gated layers know: they tell it of another stride and the like."""
@@ -441,7 +482,7 @@ class MultiRate(Recorded):
 
 def multirate(
     network: nn.Module, gates: Gates | None = None, beta_range: Sequence[float] = DEFAULT_BETA_RANGE,
-    *, include: Sequence[str] | None = None, exclude: Sequence[str] = (),
+    *, include: Sequence[str] | None = None, exclude: Sequence[str] = (), norms: str = "gated",
 ) -> MultiRate:
     """Gate a network that the user already has; its own parameters stay the same objects.
 
@@ -450,6 +491,9 @@ def multirate(
     beta_range  (a, b), the range that training samples beta from
     include     gate only these layers (names or patterns with *); one that cannot be gated is an error
     exclude     leave these alone
+    norms       "gated": batch norms get gates; "conditional": they compute (w + s(eta)) x_hat + (b + t(eta)), s and t
+                each an MLP 1-64-C of eta, and the layers before them are gated too, as in the paper's convolutional
+                networks (its Table 1 counts both)
 
     Linear, Conv, ConvTranspose, LSTM, GRU and norms with an affine are gated; `model.left` says of every other layer
     why not. A layer right before a batch norm is left to the norm's gate. The network itself is changed: its gated
@@ -457,7 +501,7 @@ def multirate(
     A layer's gate acts where the layer is called: code that computes with its weight itself (F.linear(x, layer.weight))
     goes past the gate, and `bake` would differ there.
     """
-    return MultiRate(network, gates, beta_range, include, exclude)
+    return MultiRate(network, gates, beta_range, include, exclude, norms)
 
 
 def _saving_is_hooked() -> bool:

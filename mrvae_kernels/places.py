@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import cast
 
 import torch
@@ -14,15 +14,18 @@ Modules = dict[str, nn.Module | None]
 
 
 class Places:
-    """The gated layers of `owner.network`, a MultiRate's.
+    """The gated layers of `owner.network`, a MultiRate's, which have one of the classes `types`.
 
     layers: the layers, in the order of their names when they were gated. locations: (modules, name, layer) of each.
     holders: (modules, name, module, its modules) of what they are in, from the network itself downwards. The compiled
     core asks both lists whether everything is there still.
     """
 
-    def __init__(self, owner: nn.Module, names: Sequence[str]) -> None:
+    def __init__(
+        self, owner: nn.Module, names: Sequence[str], types: Collection[type[nn.Module]] = HOSTED_TYPES
+    ) -> None:
         self._root: Modules = owner._modules  # not the owner, which would hold itself
+        self._types = types
         self._network, self._names = owner.get_submodule("network"), tuple(names)
         self.layers: list[nn.Module] = [self._network.get_submodule(name) for name in names]
         self._locate()
@@ -49,7 +52,7 @@ class Places:
                 for modules, name, holder, children in self.holders
             ):
                 self._locate()
-        if not all(layer.__class__ in HOSTED_TYPES for layer in layers):
+        if not all(layer.__class__ in self._types for layer in layers):
             self._refuse_changed()
         return cast(list[Hosted], layers)
 
@@ -80,7 +83,7 @@ class Places:
                 layer = self._network.get_submodule(name)
             except AttributeError:
                 layer = None
-            if id(own) not in inside or type(own) not in HOSTED_TYPES:
+            if id(own) not in inside or type(own) not in self._types:
                 now = "gone" if layer is None else f"a {type(layer).__name__}"
                 raise RuntimeError(
                     f"{name!r} is {now}: it was replaced or parametrized after multirate() "

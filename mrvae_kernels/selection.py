@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
@@ -13,26 +13,39 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .adapters import ADAPTERS, refusal
 from .conditional import ConditionalBatchNorm
 from .gates import GateSpec
+from .hosted_norms import ADAPTER as CONDITIONAL_ADAPTER
+from .hosted_norms import CONDITIONAL
 from .hosting import Hosted
 from .layers import GatedLayer
 
 Gates = str | GateSpec | Mapping[str, str | GateSpec]
 
+NORMS = ("gated", "conditional")
+
 
 class Selection(NamedTuple):
-    """gated: layer name -> its GateSpec, in module order. left: layer name -> why it was left alone."""
+    """gated: layer name -> its GateSpec, in module order. left: layer name -> why it was left alone. conditional: names
+    of the batch norms that become conditional."""
 
     gated: dict[str, GateSpec]
     left: dict[str, str]
+    conditional: list[str]
 
 
-def select(network: nn.Module, gates: Gates | None, include: Sequence[str] | None, exclude: Sequence[str]) -> Selection:
+def select(
+    network: nn.Module, gates: Gates | None, include: Sequence[str] | None, exclude: Sequence[str],
+    norms: str = "gated",
+) -> Selection:
     """Decide for each layer of the network.
 
     gates maps module names to gates; the longest name that is the layer's own or a parent's counts, "" is the whole
     network. include and exclude are names (of layers or parents) or patterns with *; a layer named in include that
     cannot be gated, a name that matches nothing, and a layer or parameter used twice are ValueErrors.
+    norms: "gated", or "conditional": batch norms that would be gated become conditional, and the products before them
+    are gated, as in the authors' networks.
     """
+    if norms not in NORMS:
+        raise ValueError(f"norms is {norms!r}; expected one of {', '.join(NORMS)}")
     _refuse_gated(network)
     specs = _resolve(network, gates)
     names = dict(network.named_modules())
@@ -44,7 +57,8 @@ def select(network: nn.Module, gates: Gates | None, include: Sequence[str] | Non
                 )
     gated: dict[str, GateSpec] = {}
     left: dict[str, str] = {}
-    before_norm = _before_batch_norm(network)
+    conditional: list[str] = []
+    before_norm = _before_batch_norm(network) if norms == "gated" else {}
     inside = _inside_opaque(network)
     for name, module in names.items():
         if next(module.parameters(recurse=False), None) is None:
@@ -58,7 +72,7 @@ def select(network: nn.Module, gates: Gates | None, include: Sequence[str] | Non
             left[name] = "not in include"
         elif spec is None:
             left[name] = f"no entry of gates ({', '.join(map(repr, specs))}) covers it"
-        elif reason := inside.get(name) or _refusal(module, spec):
+        elif reason := inside.get(name) or _refusal(module, spec, norms):
             if exact:
                 raise ValueError(f"{name!r} was asked for in include, but cannot be gated: {reason}")
             left[name] = reason
@@ -67,10 +81,12 @@ def select(network: nn.Module, gates: Gates | None, include: Sequence[str] | Non
                 f"batch normalisation ({before_norm[name]}) follows and would cancel its gate; gate the norm, or name "
                 "this layer in include"
             )
+        elif norms == "conditional" and type(module) in CONDITIONAL:
+            conditional.append(name)
         else:
             gated[name] = spec
     for pattern in include or ():
-        if not any(_matches(name, pattern) for name in gated):
+        if not any(_matches(name, pattern) for name in (*gated, *conditional)):
             reasons = "; ".join(f"{name}: {reason}" for name, reason in left.items() if _matches(name, pattern))
             raise ValueError(
                 f"include names {pattern!r}, where nothing can be gated: {reasons or 'it has no parameters'}"
@@ -78,8 +94,10 @@ def select(network: nn.Module, gates: Gates | None, include: Sequence[str] | Non
     if not gated:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in left.items()) or "it has no layer with parameters"
         raise ValueError(f"nothing to gate in this {type(network).__name__}: {reasons}")
-    _refuse_sharing(network, gated)
-    return Selection(gated, left)
+    _refuse_sharing(network, {*gated, *conditional})
+    if norms == "conditional" and not conditional:
+        raise ValueError(f"norms is 'conditional', and no batch norm of this {type(network).__name__} would be gated")
+    return Selection(gated, left, conditional)
 
 
 def _refuse_gated(network: nn.Module) -> None:
@@ -126,7 +144,7 @@ def _did_you_mean(name: str, known: Mapping[str, object]) -> str:
     return f"; it has {', '.join(repr(k) for k in list(known)[1:8])}{', ...' if len(known) > 8 else ''}"
 
 
-def _refusal(module: nn.Module, spec: GateSpec) -> str | None:
+def _refusal(module: nn.Module, spec: GateSpec, norms: str) -> str | None:
     adapter = ADAPTERS.get(type(module))
     if isinstance(module, Hosted):
         return "it belongs to another multi-rate network"
@@ -139,6 +157,8 @@ def _refusal(module: nn.Module, spec: GateSpec) -> str | None:
         return "a lazy layer without its sizes yet: run the network once first"
     if computed := next((e.weight for e in adapter.entries(module) if e.weight not in module._parameters), None):
         return f"its {computed} is not a parameter of its own but computed (weight_norm, spectral_norm, pruning)"
+    if norms == "conditional" and type(module) in CONDITIONAL and (reason := CONDITIONAL_ADAPTER.refusal(module)):
+        return reason
     return refusal(module, spec)
 
 
@@ -169,7 +189,7 @@ def _before_batch_norm(network: nn.Module) -> dict[str, str]:
     return found
 
 
-def _refuse_sharing(network: nn.Module, gated: Mapping[str, GateSpec]) -> None:
+def _refuse_sharing(network: nn.Module, gated: Set[str]) -> None:
     modules: dict[int, str] = {}
     for name, module in network.named_modules(remove_duplicate=False):
         if id(module) in modules and modules[id(module)] in gated:
@@ -182,7 +202,7 @@ def _refuse_sharing(network: nn.Module, gated: Mapping[str, GateSpec]) -> None:
     for name, parameter in network.named_parameters(remove_duplicate=False):
         other = parameters.setdefault(id(parameter), name)
         owners = {other.rpartition(".")[0], name.rpartition(".")[0]}
-        if other != name and owners & gated.keys():
+        if other != name and owners & gated:
             raise ValueError(
                 f"{other!r} and {name!r} are one and the same parameter; "
                 f"exclude {' and '.join(sorted(map(repr, owners)))}, or untie them"
