@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from .network_names import NETWORK_NAMES
 from .options import check_format, check_type, expect, parse_duration, parse_gate, parse_setting, read_json
 from .recipes import RECIPES, default_recipe, gate_fields
 
@@ -72,7 +73,7 @@ class TrainConfig:
         LOGS, "what to log besides the progress line: csv, tensorboard, or none", "run", metavar="LOG", many=True
     )
 
-    network: str = _option("mlp", "network: linear, mlp, cnn or resnet", "model", metavar="NAME")
+    network: str = _option("mlp", f"network: {', '.join(NETWORK_NAMES)}", "model", metavar="NAME")
     latent: int | None = _option(None, "number of latent variables (default: the network's own)", "model", metavar="N")
     likelihood: str | None = _option(
         None,
@@ -182,6 +183,20 @@ class TrainConfig:
     )
     exclude: tuple[str, ...] = _option(
         (), "layers to leave without a gate, by name", "gates", metavar="LAYER", many=True
+    )
+    gated: str = _option(
+        "every",
+        "layers that get a gate: 'every' one, or those of the 'paper', whose runs leave the decoder's first layer, the "
+        "posterior's heads and the output layer without",
+        "gates",
+        choices=("every", "paper"),
+    )
+    norms: str = _option(
+        "gated",
+        "batch norms: 'gated', or 'conditional' as in the paper's convolutional networks: weight and bias each get a "
+        "small MLP of log beta, and the layers before the norms have gates of their own",
+        "gates",
+        choices=("gated", "conditional"),
     )
 
     epochs: int = _option(FROM_RECIPE, "passes over the training data", "optimisation", metavar="N")

@@ -49,6 +49,9 @@ GATED: dict[str, tuple[type, ...]] = {"gates": (dict,), "beta_range": (list,), "
 PLAIN: dict[str, tuple[type, ...]] = {"beta": (int, float)}
 """Entries of what describe() returns, and their JSON types; of a model with gates, and of a plain one."""
 
+GATE_CHOICES = {"gated": "every", "norms": "gated"}
+"""Options that a description names only where they are not these, so that older ones stay what they were."""
+
 CALIBRATION_EXAMPLES = 2000
 """Training images on which BatchNorm statistics are recalibrated at each beta."""
 
@@ -69,6 +72,8 @@ def describe(config: TrainConfig, input_shape: tuple[int, ...]) -> dict[str, Any
         description["beta_range"] = list(config.beta_range)
         description["gates"] = {module: gate_fields(gate, config.gate_init) for module, gate in config.gates.items()}
         description["exclude"] = list(config.exclude)
+        chosen = {name: getattr(config, name) for name in GATE_CHOICES}
+        description |= {name: value for name, value in chosen.items() if value != GATE_CHOICES[name]}
     else:
         description["beta"] = config.beta
     return json.loads(json.dumps(description))
@@ -86,12 +91,26 @@ def build_model(description: Mapping[str, Any]) -> nn.Module:
     )
     if "gates" not in description:
         return network
+    chosen = {name: description.get(name, usual) for name, usual in GATE_CHOICES.items()}
     return mk.multirate(
         network,
         gates={part: _gate_spec(spec) for part, spec in description["gates"].items()},
         beta_range=tuple(description["beta_range"]),
-        exclude=tuple(description["exclude"]),
+        exclude=(*description["exclude"], *_ungated(network, description["network"], chosen["gated"])),
+        norms=chosen["norms"],
     )
+
+
+def _ungated(network: nn.Module, name: str, gated: str) -> tuple[str, ...]:
+    """Layers that `gated`, "every" or "paper", leaves without a gate."""
+    if gated == "every":
+        return ()
+    if gated != "paper":
+        raise ValueError(f"gated is {gated!r}; expected 'every' or 'paper'")
+    ungated: tuple[str, ...] = getattr(network, "ungated", ())
+    if not ungated:
+        raise ValueError(f"gated is 'paper', and no choice of layers is known for the network {name!r}: use 'every'")
+    return ungated
 
 
 def _gate_spec(fields: Mapping[str, Any]) -> mk.GateSpec:

@@ -73,10 +73,17 @@ class VAE(nn.Module):
 
     encoder(x) -> (mean, log_variance), each (N, latent); decoder(z) -> parameters of the likelihood, (N, *input_shape).
     The prior is N(0, I). The noise of z comes from torch's global generator, in train and in eval mode alike.
+    ungated: names of the layers that the MR-VAE authors' runs leave without a gate (`--gated paper`), () if not known.
     """
 
     def __init__(
-        self, encoder: nn.Module, decoder: nn.Module, likelihood: Likelihood, latent: int, input_shape: tuple[int, ...]
+        self,
+        encoder: nn.Module,
+        decoder: nn.Module,
+        likelihood: Likelihood,
+        latent: int,
+        input_shape: tuple[int, ...],
+        ungated: tuple[str, ...] = (),
     ):
         super().__init__()
         self.encoder = encoder
@@ -84,6 +91,7 @@ class VAE(nn.Module):
         self.likelihood = likelihood
         self.latent = latent
         self.input_shape = tuple(input_shape)
+        self.ungated = ungated
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(mean, log_variance) of q(z | x). x: (N, *input_shape); another shape raises ValueError."""

@@ -7,6 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 from mrvae_models.likelihoods import Bernoulli, Gaussian
+from mrvae_models.network_names import NETWORK_NAMES
 from mrvae_models.networks import NETWORKS, build, start_from
 from mrvae_models.networks.stack import ResidualBlock
 from mrvae_models.objectives import rate
@@ -129,10 +130,42 @@ def test_mlp_takes_any_shape_and_depth(shape, hidden):
     assert [m.out_features for m in linears[:-1]] == list(reversed(hidden))
 
 
+def test_the_beta_tcvae_mlp_has_its_parameters_and_layers():
+    with torch.device("meta"):
+        vae = build("tcvae-mlp", (1, 64, 64))
+        assert vae(torch.empty(2, 1, 64, 64)).parameters.shape == (2, 1, 64, 64)
+    assert parameters(vae) == 14_196_516 and vae.latent == 10
+    kinds = [type(layer).__name__ for layer in (*vae.encoder.body, *vae.decoder)]
+    assert kinds == ["Flatten", *["Linear", "ReLU"] * 2, *["Linear", "Tanh"] * 3, "Linear", "Unflatten"]
+    assert [m.in_features for m in vae.decoder if isinstance(m, nn.Linear)] == [10, 1200, 1200, 1200]
+    assert build("tcvae-mlp", (7,), 2, width=5)(torch.rand(3, 7)).parameters.shape == (3, 7)
+
+
+def test_the_beta_tcvae_convolutions_are_the_authors():
+    with torch.device("meta"):
+        vae = build("tcvae-conv", (1, 64, 64))
+        assert vae(torch.empty(2, 1, 64, 64)).parameters.shape == (2, 1, 64, 64)
+        down = (nn.Conv2d(1, 32, 4), nn.Conv2d(32, 32, 4), nn.Conv2d(32, 64, 4), nn.Conv2d(64, 64, 4))
+        up = (nn.Conv2d(10, 512, 1), nn.Conv2d(512, 64, 4), nn.Conv2d(64, 64, 4), nn.Conv2d(64, 32, 4))
+        ends = (nn.Conv2d(64, 512, 4), nn.Conv2d(512, 20, 1), nn.Conv2d(32, 32, 4), nn.Conv2d(32, 1, 4))
+    norms = 2 * (32 + 32 + 64 + 64 + 512) + 2 * (512 + 64 + 64 + 32 + 32)
+    assert parameters(vae) == sum(parameters(layer) for layer in (*down, *up, *ends)) + norms == 1_298_581
+    stack = [m for m in vae.encoder.body if isinstance(m, nn.Conv2d)]
+    assert [(m.out_channels, m.stride[0], m.padding[0]) for m in stack] == [
+        (32, 2, 1), (32, 2, 1), (64, 2, 1), (64, 2, 1), (512, 1, 0)
+    ]
+    assert sum(isinstance(m, nn.BatchNorm2d) for m in vae.modules()) == 10
+    assert isinstance(vae.decoder[-1], nn.ConvTranspose2d)
+
+
+def test_every_network_has_its_name_in_the_list_for_the_help():
+    assert tuple(NETWORKS) == NETWORK_NAMES
+
+
 def test_gates_can_be_chosen_by_the_prefixes_encoder_and_decoder():
     for name in NETWORKS:
         with torch.device("meta"):
-            vae = build(name, (1, 28, 28))
+            vae = build(name, (1, 64, 64))
         layers = [key for key, m in vae.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d))]
         assert {key.split(".")[0] for key in layers} == {"encoder", "decoder"}, name
 
@@ -162,6 +195,8 @@ def test_likelihood_by_name_or_instance():
         (lambda: build("cnn", (1, 28, 28), norm="layer"), "'layer'.*'batch'"),
         (lambda: build("resnet", (1, 28, 28), channels=()), "channels is empty"),
         (lambda: build("resnet", (1, 28, 28), blocks=0), "blocks holds 0"),
+        (lambda: build("tcvae-conv", (1, 28, 28)), r"\(1, 28, 28\).*64x64.*--resize 64"),
+        (lambda: build("tcvae-mlp", (4,), width=0), "width holds 0"),
         (lambda: build("resnet", (1, 4, 4)), "4x4 cannot be halved 3 times.*at most 2"),
     ],
 )

@@ -3,7 +3,7 @@
     vae = build("cnn", (3, 32, 32), latent=256)
 
 A network is a function of the data's shape that returns a `VAE`; `NETWORKS` is the list of them. To add one, write the
-function in a file of its own and name it there.
+function in a file of its own and name it there and in network_names.py.
 """
 
 from __future__ import annotations
@@ -21,10 +21,19 @@ from .cnn import cnn
 from .linear import Centre, linear
 from .mlp import mlp
 from .resnet import resnet
+from .tcvae import tcvae_conv, tcvae_mlp
 
-NETWORKS: dict[str, Callable[..., VAE]] = {"linear": linear, "mlp": mlp, "cnn": cnn, "resnet": resnet}
+NETWORKS: dict[str, Callable[..., VAE]] = {
+    "linear": linear,
+    "mlp": mlp,
+    "cnn": cnn,
+    "resnet": resnet,
+    "tcvae-mlp": tcvae_mlp,
+    "tcvae-conv": tcvae_conv,
+}
+"""`network_names.NETWORK_NAMES` has the same names."""
 
-__all__ = ["NETWORKS", "build", "cnn", "linear", "mlp", "resnet", "start_from"]
+__all__ = ["NETWORKS", "build", "cnn", "linear", "mlp", "resnet", "start_from", "tcvae_conv", "tcvae_mlp"]
 
 
 def build(

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..likelihoods import Bernoulli, Likelihood
 from ..vae import VAE, Encoder
-from .parts import activation_called, check_shape, check_sizes
+from .parts import activation_called, check_shape, check_sizes, ends
 
 
 def mlp(
@@ -34,4 +34,4 @@ def mlp(
     last = sizes[1] if hidden else latent
     encoder = Encoder(nn.Sequential(nn.Flatten(), *down), sizes[-1], latent)
     decoder = nn.Sequential(*up, nn.Linear(last, sizes[0]), nn.Unflatten(1, shape))
-    return VAE(encoder, decoder, likelihood or Bernoulli(), latent, shape)
+    return VAE(encoder, decoder, likelihood or Bernoulli(), latent, shape, ends(decoder))

@@ -35,6 +35,15 @@ def norm_layers(name: str, channels: int) -> list[nn.Module]:
     raise ValueError(f"norm {name!r} is not known; expected 'batch', 'group' or 'none'")
 
 
+def ends(decoder: nn.Sequential) -> tuple[str, ...]:
+    """The posterior's heads and the decoder's first and last layer, which the MR-VAE authors' runs leave ungated.
+
+    Contrary to "each layer" of the paper; without them come the parameters of its Table 1.
+    """
+    layers = [name for name, module in decoder.named_children() if any(True for _ in module.parameters())]
+    return "encoder.mean", "encoder.log_variance", f"decoder.{layers[0]}", f"decoder.{layers[-1]}"
+
+
 def check_sizes(what: str, sizes: Sequence[int]) -> tuple[int, ...]:
     """`sizes` as a tuple, after making sure that each is a whole number above 0."""
     for size in sizes:

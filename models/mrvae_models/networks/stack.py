@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ..likelihoods import Bernoulli, Likelihood
 from ..vae import VAE, Encoder
-from .parts import activation_called, norm_layers
+from .parts import activation_called, ends, norm_layers
 
 Shape = tuple[int, ...]
 
@@ -68,7 +68,7 @@ def _parse_stage(words: str) -> list[Stage]:
     if kind not in TAKES:
         raise ValueError(f"stage {words!r} begins with {kind!r}; expected one of {', '.join(TAKES)}")
     if not rest or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*" if kind == "linear" else r"[1-9]\d*", rest[0]):
-        expected = "a size, as in 'linear 400' or 'linear 9x4x4'" if kind == "linear" else f"channels, as in '{kind} 128'"
+        expected = f"channels, as in '{kind} 128'" if kind != "linear" else "a size, as in 'linear 400', 'linear 9x4x4'"
         raise ValueError(f"stage {words!r}: {(rest or ['nothing'])[0]!r} comes after {kind!r}; expected {expected}")
     settings: dict[str, tuple[int, int]] = {}
     flags: dict[str, int] = {}
@@ -177,7 +177,7 @@ def described_vae(
     up, made = stack(decoder, (latent,), norm, decoder_activation or activation)
     if made != shape:
         raise ValueError(f"the decoder {', '.join(map(repr, decoder))} makes {made}; expected {shape}, as the data is")
-    return VAE(Encoder(body, math.prod(features), latent), up, likelihood or Bernoulli(), latent, shape)
+    return VAE(Encoder(body, math.prod(features), latent), up, likelihood or Bernoulli(), latent, shape, ends(up))
 
 
 def halvings(channels: Sequence[int]) -> list[str]:

@@ -1,0 +1,12 @@
+"""Names of the networks, for help that is made without torch; `networks.NETWORKS` has their functions."""
+
+from __future__ import annotations
+
+NETWORK_NAMES = (
+    "linear",
+    "mlp",
+    "cnn",
+    "resnet",
+    "tcvae-mlp",
+    "tcvae-conv",
+)
