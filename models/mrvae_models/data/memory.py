@@ -36,6 +36,6 @@ def check_memory(needed: int, origin: str, remedy: str) -> None:
     left = available()
     if left is not None and needed > USABLE * left:
         raise DataError(
-            f"{origin}: needs {needed / 1e9:.1f} GB of memory and {left / 1e9:.1f} GB are available, of which data may "
+            f"{origin}: needs {needed / 1e9:.3g} GB of memory and {left / 1e9:.3g} GB are available, of which data may "
             f"take {USABLE:.0%}; free some, use a larger machine, or {remedy}"
         )
