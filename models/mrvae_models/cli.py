@@ -1,4 +1,4 @@
-"""The `mrvae` command: train, curve, bake, doctor.
+"""The `mrvae` command: train, curve, bake, data, doctor.
 
 Nothing heavy is imported before the arguments are read, so that --help and a mistyped option answer at once.
 """
@@ -30,7 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not options.debug:
         warnings.showwarning = lambda message, *where, **more: print(f"mrvae: warning: {message}", file=sys.stderr)
     try:
-        return {"train": _train, "curve": _curve, "bake": _bake, "doctor": _doctor}[options.command](options)
+        commands = {"train": _train, "curve": _curve, "bake": _bake, "doctor": _doctor}
+        commands["data"] = _data
+        return commands[options.command](options)
     except UsageError as error:
         print(f"mrvae {options.command}: {error}", file=sys.stderr)
         return USAGE
@@ -160,6 +162,14 @@ def _bake(options: argparse.Namespace) -> int:
         f"{baked.difference:.1e} of the largest output",
         file=sys.stderr,
     )
+    return 0
+
+
+def _data(options: argparse.Namespace) -> int:
+    from .data.listing import description, listing
+
+    for line in listing() if options.name is None else description(options.name):
+        print(line, flush=True)
     return 0
 
 

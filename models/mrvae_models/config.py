@@ -96,7 +96,8 @@ class TrainConfig:
     data: str = _option(
         "digits",
         "digits (embedded: 6,000 of MNIST's), a folder of images or of IDX files, a .npz, .npy or IDX file, "
-        "or hf:NAME for a public set",
+        "a public set by name, such as mnist, omniglot, cifar10, svhn, celeba or dsprites (mrvae data lists them), "
+        "or hf:NAME for any other of Hugging Face's",
         "data",
         metavar="SOURCE",
     )

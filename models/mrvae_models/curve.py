@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 import mrvae_kernels as mk
 
+from .data import Rows
 from .options import read_json
 from .run import plain_network, replace_file, versions, write_json
 from .vae import VAE, kl_divergences
@@ -37,7 +38,9 @@ BOOTSTRAP = 200
 class Examples(Protocol):
     """What evaluate() needs of a dataset."""
 
-    examples: Tensor  # (N, *input_shape)
+    @property
+    def examples(self) -> Rows:
+        """(N, *input_shape): a slice of them, or those at a tensor of indices, are a tensor."""
 
 
 class Measurement(NamedTuple):
@@ -302,7 +305,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _check(model: nn.Module, images: Tensor, betas: Sequence[float], batch_size: int, samples: int) -> None:
+def _check(model: nn.Module, images: Rows, betas: Sequence[float], batch_size: int, samples: int) -> None:
     if len(images) == 0:
         raise ValueError("the dataset is empty; expected at least one example")
     if not betas:

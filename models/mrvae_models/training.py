@@ -12,7 +12,7 @@ import logging
 import os
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.profilers import PassThroughProfiler
-from torch import Tensor, nn
+from torch import nn
 
 from .checkpoint import (
     KEY,
@@ -35,7 +35,7 @@ from .checkpoint import (
     read_checkpoint,
 )
 from .config import TrainConfig
-from .data import Batches, ImageDataset, batches
+from .data import Batches, Chunks, ImageDataset, batches
 from .lightning_module import OBJECTIVE, TrainingModule
 from .networks import start_from
 from .preflight import TENSORBOARD, check_free, check_last_batch, check_splits, remove_run
@@ -166,7 +166,7 @@ def _fit(
     except pl.utilities.exceptions.MisconfigurationException as error:
         raise ValueError(f"the hardware options do not fit this machine: {first_lines(error)}") from None
     module = TrainingModule(model, config, loader, calibration_images(train_set))
-    validation_batches = _Views(validation_set.examples.split(VALIDATION_BATCH))
+    validation_batches = Chunks(validation_set.examples, VALIDATION_BATCH)
     try:
         trainer.fit(module, loader, validation_batches, ckpt_path=last, weights_only=True)
     except StopTraining as stop:
@@ -225,19 +225,6 @@ def is_first_process() -> bool:
         if name in os.environ:
             return int(os.environ[name]) == 0
     return int(os.environ.get("LOCAL_RANK", 0)) == 0 and int(os.environ.get("NODE_RANK", 0)) == 0
-
-
-class _Views:
-    """Batches as they lie in memory; Lightning would take a list of them for several loaders."""
-
-    def __init__(self, views: Sequence[Tensor]) -> None:
-        self.views = views
-
-    def __len__(self) -> int:
-        return len(self.views)
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return iter(self.views)
 
 
 class _NoProfiler(PassThroughProfiler):

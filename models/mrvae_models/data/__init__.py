@@ -5,6 +5,11 @@
 
 Everything is checked while loading, before any training: values, shapes, NaN, empty sets, damaged files. What is wrong
 raises `DataError`, which names the file, what was found, what was expected and what to do. Nothing read can run code.
+
+Memory: a split takes 4 bytes a value, as float32. Above 1 GiB that way, one of 8-bit images stays 8-bit (CelebA at 64
+by 64: 2.0 GB for train), and one of zeros and ones takes a bit a value (dSprites: 378 MB); batches are converted as
+they are drawn. While loading, the whole set lies in memory as read, too: 3.0 GB for dSprites' file. What does not fit
+is refused.
 """
 
 from __future__ import annotations
@@ -16,12 +21,13 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from . import arrays, folder, hub, idx
-from .checks import DataError, Raw, checked
+from . import amat, arrays, celeba, cifar, dsprites, folder, hub, idx, omniglot, public, svhn
+from .checks import DataError, Factors, Raw, checked
 from .dataset import Batches, ImageDataset, batches
 from .splits import SPLITS, Sets, check_seed, choose
+from .storage import Chunks, Compact, Rows
 
-__all__ = ["SPLITS", "Batches", "DataError", "ImageDataset", "batches", "load"]
+__all__ = ["SPLITS", "Batches", "Chunks", "Compact", "DataError", "Factors", "ImageDataset", "Rows", "batches", "load"]
 
 DIGITS = Path(__file__).parent.parent / "data_files" / "mnist6k.npz"
 
@@ -38,13 +44,17 @@ def load(
 
     source:
       "digits"     6,000 MNIST digits that come with the package: 4,500 train, 500 validation, 1,000 test
+      a name       of public.PUBLIC: "mnist", "binarized-mnist", "omniglot", "cifar10", "cifar100", "svhn",
+                   "svhn-extra", "celeba", "dsprites", "dsprites-generated"; from files under MRVAE_DATA, or else
+                   fetched; a folder of such a name is "./mnist"
       "hf:NAME"    a public set through Hugging Face `datasets`; "hf:NAME:CONFIG" chooses a configuration
-      a folder     of IDX files (MNIST's names, .gz or not), or of images; sub-folders train, validation, test are the
-                   splits, and any others the labels
-      a file       .npz, .npy or IDX
+      a folder     with the files of one of these sets as published; or of IDX files (MNIST's names, .gz or not), or of
+                   images; sub-folders train, validation, test are the splits, and any others the labels
+      a file       .npz, .npy, IDX, .amat, chardata.mat, SVHN's .mat, or dSprites' .npz, which has factors
       an array     numpy or torch
-    split: "train", "validation" or "test". A source with all three is used as it is; one with train and test holds out
-      a tenth of train for validation; one undivided set is split 8 : 1 : 1. `seed` decides: give every split the same.
+    split: "train", "validation" or "test"; "all" is an undivided set whole and in its own order. A source with all
+      three is used as it is; one with train and test holds out a tenth of train for validation; one undivided set is
+      split 8 : 1 : 1. `seed` decides: give every split the same.
     binarize: "none"; "fixed", one Bernoulli draw from `seed`, kept; "dynamic", drawn anew at every access.
     layout: of 4-d arrays, "NCHW" or "NHWC", where the shape leaves it open.
     resize: side, or (height, width), for images in files (folders and "hf:").
@@ -52,38 +62,57 @@ def load(
     Values: uint8 0 to 255 (divided by 255; a uint8 set of 0 and 1 only is taken as binary), bool, or floats in [0, 1].
     Raises DataError, a ValueError, for anything else.
     """
-    if split not in SPLITS:
-        raise DataError(f"split {split!r} is not known; expected one of {', '.join(SPLITS)}")
+    if split not in (*SPLITS, "all"):
+        raise DataError(f"split {split!r} is not known; expected one of {', '.join(SPLITS)}, or all")
     check_seed(seed)
     named = str(source) if isinstance(source, (str, os.PathLike)) else "the array"
     raw, kept = choose(_sets(source, resize), split, seed, named)
     images, labels = checked(raw, kept, layout)
-    return ImageDataset(images, labels, binarize, seed)
+    factors = raw.factors
+    if factors is not None:
+        factors = factors._replace(classes=factors.classes[kept])
+    return ImageDataset(images, labels, binarize, seed, factors)
 
 
 def _sets(source: Any, resize: int | tuple[int, int] | None) -> Sets:
     if isinstance(source, str) and source.startswith("hf:"):
         return hub.sets(source.removeprefix("hf:"), resize)
-    path = Path(source).expanduser() if isinstance(source, (str, os.PathLike)) else None
-    if path is not None and str(source) != "digits" and path.is_dir() and not idx.files(path):
-        return folder.sets(path, resize)
+    if public.is_public(source):
+        return public.sets(source, resize)
+    if isinstance(source, (str, os.PathLike)) and str(source) != "digits":
+        return _sets_of_path(Path(source).expanduser(), resize)
+    _refuse_resize(resize)
+    if isinstance(source, (str, os.PathLike)):
+        return arrays.sets(DIGITS)
+    array = source.detach().cpu().numpy() if isinstance(source, Tensor) else np.asarray(source)
+    return {"all": lambda: Raw(array, None, "the array")}
+
+
+def _refuse_resize(resize: int | tuple[int, int] | None) -> None:
     if resize is not None:
         raise DataError(f"resize={resize} is for image files (a folder of them, or hf:NAME); this source holds arrays")
-    if path is None:
-        array = source.detach().cpu().numpy() if isinstance(source, Tensor) else np.asarray(source)
-        return {"all": lambda: Raw(array, None, "the array")}
-    if str(source) == "digits":
-        return arrays.sets(DIGITS)
-    if path.is_dir() or (path.is_file() and idx.is_idx(path)):
-        return idx.sets(path)
+
+
+def _sets_of_path(path: Path, resize: int | tuple[int, int] | None) -> Sets:
     if not path.exists():
         raise DataError(
-            f"{path}: no such file or folder; expected 'digits', 'hf:NAME', a .npz, .npy or IDX file, "
-            "or a folder of IDX files or images"
+            f"{path}: no such file or folder; expected 'digits', {', '.join(public.PUBLIC)}, 'hf:NAME', a .npz, .npy "
+            "or IDX file, or a folder of IDX files or images"
         )
+    for published in (celeba, omniglot):
+        if published.found(path):
+            return published.sets(path, resize)
+    arrays_of = next((published for published in (amat, cifar, svhn, dsprites) if published.found(path)), None)
+    if arrays_of is None and path.is_dir() and not idx.files(path):
+        return folder.sets(path, resize)
+    _refuse_resize(resize)
+    if arrays_of is not None:
+        return arrays_of.sets(path)
+    if path.is_dir() or idx.is_idx(path):
+        return idx.sets(path)
     if path.suffix.lower() in (".npz", ".npy"):
         return arrays.sets(path)
     raise DataError(
-        f"{path}: this kind of file is not known; expected .npz, .npy or an IDX file (named ...-ubyte, ...-ubyte.gz or "
-        ".idx); for images give their folder"
+        f"{path}: this kind of file is not known; expected .npz, .npy, .amat, chardata.mat, ..._32x32.mat, or an IDX "
+        "file (named ...-ubyte, ...-ubyte.gz or .idx); for images give their folder"
     )

@@ -19,8 +19,8 @@ EXPECTED = "train_images, validation_images, test_images (or x_train, x_val, x_t
 def sets(path: Path) -> Sets:
     """The sets of an .npz file by its keys, or the one array of an .npy file."""
     if path.suffix.lower() == ".npy":
-        return {"all": lambda: Raw(_read(path), None, str(path))}
-    keys = list(_read(path))
+        return {"all": lambda: Raw(read(path), None, str(path))}
+    keys = list(read(path))
     found: Sets = {}
     for word, split in NAMES.items():
         for image_key, label_key in ((f"{word}_images", f"{word}_labels"), (f"x_{word}", f"y_{word}")):
@@ -36,14 +36,14 @@ def sets(path: Path) -> Sets:
 
 
 def _reader(path: Path, image_key: str, label_key: str | None) -> Any:
-    def read() -> Raw:
-        labels = None if label_key is None else _read(path, label_key)
-        return Raw(_read(path, image_key), labels, f"{path} [{image_key}]")
+    def raw() -> Raw:
+        labels = None if label_key is None else read(path, label_key)
+        return Raw(read(path, image_key), labels, f"{path} [{image_key}]")
 
-    return read
+    return raw
 
 
-def _read(path: Path, key: str | None = None) -> Any:
+def read(path: Path, key: str | None = None) -> Any:
     """The array of an .npy file, the keys of an .npz file, or its array `key`. Pickled objects are refused."""
     try:
         content = np.load(path, allow_pickle=False)

@@ -2,42 +2,65 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .errors import DataError
+from .memory import check_memory
+from .storage import Compact, pack
+
+__all__ = ["DataError", "Factors", "Raw", "checked"]
+
 CHANNELS = (1, 2, 3, 4)
 
+COMPACT_ABOVE = 2**30
+"""Bytes as float32 above which a split of 8-bit or binary images stays packed (storage.Compact)."""
 
-class DataError(ValueError):
-    """A source of data that cannot be used; the message says why and what to do."""
+
+class Factors(NamedTuple):
+    """What generated each image: N images, F factors."""
+
+    classes: np.ndarray  # (N, F) int64, from 0 to size - 1
+    names: tuple[str, ...]
+    sizes: tuple[int, ...]
 
 
 class Raw(NamedTuple):
-    """Images as they were read, their labels or None, and the file that errors name."""
+    """Images as they were read, their labels or None, the file that errors name, and their factors or None."""
 
-    images: np.ndarray
+    images: Any  # an array, or what has shape, dtype, min and max and is indexed like one (sprites.Sprites)
     labels: np.ndarray | None
     origin: str
+    factors: Factors | None = None
 
 
-def checked(raw: Raw, kept: np.ndarray, layout: str | None = None) -> tuple[Tensor, Tensor | None]:
+def checked(raw: Raw, kept: np.ndarray, layout: str | None = None) -> tuple[Tensor | Compact, Tensor | None]:
     """The images `kept` (indices) of a raw set, (N, C, H, W) float32 in [0, 1], and labels (N,) int64 or None.
 
-    The whole set is checked, not only what is kept. Raises DataError.
+    The whole set is checked, not only what is kept. 8-bit and binary images that would take more than COMPACT_ABOVE
+    bytes stay packed. Raises DataError, also where memory would run out.
     """
     check_type(raw.images, raw.origin)
     arranged = channels_first(raw.images, raw.origin, layout)
     divisor = check_values(raw.images, raw.origin)
+    labels = None if raw.labels is None else _labels(raw, kept)
+    values = len(kept) * math.prod(arranged.shape[1:])
+    remedy = "give fewer or smaller images"
+    if arranged.dtype.kind in "bu" and 4 * values > COMPACT_ABOVE:
+        check_memory(values // 8 if divisor == 1 else values, raw.origin, remedy)
+        return pack(arranged, kept, divisor), labels
+    check_memory(4 * values, raw.origin, f"{remedy}; uint8 or bool arrays are kept in a quarter or less of it")
     images = torch.from_numpy(np.ascontiguousarray(arranged[kept], dtype=np.float32))
     if divisor != 1:
         images.div_(divisor)
-    return images, None if raw.labels is None else _labels(raw, kept)
+    return images, labels
 
 
-def channels_first(array: np.ndarray, origin: str, layout: str | None = None) -> np.ndarray:
+def channels_first(array: Any, origin: str, layout: str | None = None) -> Any:
     """(N, H, W), (N, C, H, W) or (N, H, W, C) as a view of shape (N, C, H, W)."""
     shape = array.shape
     if layout not in (None, "NHW", "NCHW", "NHWC"):
@@ -65,7 +88,7 @@ def channels_first(array: np.ndarray, origin: str, layout: str | None = None) ->
     return array if layout == "NCHW" else array.transpose(0, 3, 1, 2)
 
 
-def check_type(array: np.ndarray, origin: str) -> None:
+def check_type(array: Any, origin: str) -> None:
     """Raises DataError for anything but uint8, bool and floats."""
     kind = array.dtype
     if kind in (np.bool_, np.uint8) or kind.kind == "f":
@@ -79,7 +102,7 @@ def check_type(array: np.ndarray, origin: str) -> None:
     raise DataError(f"{origin}: the array is {found}; expected uint8 (0 to 255), bool, or float in [0, 1]: {remedy}")
 
 
-def check_values(array: np.ndarray, origin: str) -> int:
+def check_values(array: Any, origin: str) -> int:
     """The number to divide by for [0, 1]: 255 for 8-bit images, else 1. Raises DataError for any other values."""
     kind = array.dtype
     low, high = array.min(), array.max()  # NaN goes through both

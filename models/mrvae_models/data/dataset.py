@@ -10,8 +10,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .checks import DataError
+from .checks import DataError, Factors
 from .splits import check_seed
+from .storage import PACKING, Chunks, Compact, pack
 
 BINARIZE = ("none", "fixed", "dynamic")
 
@@ -25,13 +26,23 @@ def bernoulli(probabilities: Tensor, generator: torch.Generator | None = None) -
 class ImageDataset(Dataset[Tensor]):
     """Images in memory, and what is drawn from them.
 
-    images: (N, C, H, W) float32 in [0, 1]; labels: (N,) int64, or None; input_shape: (C, H, W).
+    images: (N, C, H, W) float32 in [0, 1], or a Compact that reads like it; labels: (N,) int64, or None; input_shape:
+    (C, H, W). `examples` are the images: index them, by a slice or by a tensor of indices, and the result is a float32
+    tensor. factors: (N, F) int64, the classes of what generated each image, or None; factor_names and factor_sizes:
+    F names and numbers of classes.
     An item is one image (C, H, W), without its label. binarize: "none", the images as they are; "fixed", one Bernoulli
     draw from `seed`, which then are `images`; "dynamic", a draw at every access, `images` being the probabilities. A
     dynamic item takes torch's global generator; `batches` takes its own, so that its draws can be repeated.
     """
 
-    def __init__(self, images: Tensor, labels: Tensor | None = None, binarize: str = "none", seed: int = 0):
+    def __init__(
+        self,
+        images: Tensor | Compact,
+        labels: Tensor | None = None,
+        binarize: str = "none",
+        seed: int = 0,
+        factors: Factors | None = None,
+    ):
         if images.dim() != 4 or images.dtype != torch.float32 or len(images) == 0:
             raise DataError(
                 f"images are {images.dtype}, shape {tuple(images.shape)}; expected float32, (N, C, H, W), N at least "
@@ -41,9 +52,17 @@ class ImageDataset(Dataset[Tensor]):
             raise DataError(f"labels have shape {tuple(labels.shape)}; expected ({len(images)},), one an image")
         if binarize not in BINARIZE:
             raise DataError(f"binarize is {binarize!r}; expected one of {', '.join(BINARIZE)}")
+        if factors is not None and factors.classes.shape != (len(images), len(factors.names)):
+            raise DataError(
+                f"factors have shape {factors.classes.shape}; expected ({len(images)}, {len(factors.names)}), a row an "
+                "image and a column a name"
+            )
         if binarize == "fixed":
-            images = bernoulli(images, torch.Generator(images.device).manual_seed(seed))
+            images = _drawn(images, torch.Generator(images.device).manual_seed(seed))
         self.examples = images
+        self.factors = None if factors is None else torch.from_numpy(factors.classes)
+        self.factor_names = () if factors is None else factors.names
+        self.factor_sizes = () if factors is None else factors.sizes
         self.labels = labels
         self.binarize = binarize
         self.input_shape = tuple(images.shape[1:])
@@ -171,6 +190,17 @@ def batches(
     if len(made) == 0:
         raise DataError(f"{len(dataset)} images give no whole batch of {batch_size}; use a smaller batch_size")
     return made
+
+
+def _drawn(images: Tensor | Compact, generator: torch.Generator) -> Tensor | Compact:
+    """One Bernoulli draw of all images; packed as bits where they were packed, and the same draw."""
+    if isinstance(images, Tensor):
+        return bernoulli(images, generator)
+    parts = [
+        pack(bernoulli(part, generator).numpy().astype(bool), np.arange(len(part)), 1).stored
+        for part in Chunks(images, PACKING)
+    ]
+    return Compact(torch.cat(parts), tuple(images.shape[1:]), 1, True)
 
 
 def _distributed() -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from .checks import DataError, Raw
+from .memory import check_memory
 from .splits import NAMES, Sets
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".pgm", ".ppm"}
@@ -49,11 +51,20 @@ def _open(path: Path) -> Any:
     return Image.open(path)
 
 
-def decode(names: Sequence[str], opened: Callable[[int], Any], resize: int | tuple[int, int] | None) -> np.ndarray:
+def decode(
+    names: Sequence[str],
+    opened: Callable[[int], Any],
+    resize: int | tuple[int, int] | None,
+    crop: int | None = None,
+    filter: str = "BICUBIC",
+) -> np.ndarray:
     """uint8 images (N, H, W), all grey, or (N, H, W, 3); `opened(i)` gives the i-th as a PIL image, `names` names it.
 
+    crop: only the middle square of this side is taken, before `filter` of Pillow's (antialiased) resizes.
+
     Where any image has colour, all become RGB; transparency is dropped. Sizes are compared from the headers, before
-    anything is decoded. Raises DataError for sizes that differ without `resize`, and for a file that cannot be decoded.
+    anything is decoded. Raises DataError for sizes that differ without `resize`, for an image smaller than `crop`, for
+    a file that cannot be decoded, and where memory would run out.
     """
     from PIL import Image
 
@@ -64,19 +75,29 @@ def decode(names: Sequence[str], opened: Callable[[int], Any], resize: int | tup
             if image.mode.startswith(("I", "F")):
                 raise DataError(f"{name}: pixels of mode {image.mode}; expected 8 bits a channel: convert the image")
             colour = colour or image.mode not in GREY
+            if crop is not None and min(image.size) < crop:
+                raise DataError(
+                    f"{name}: {image.size[0]}x{image.size[1]} pixels; expected at least {crop}x{crop}, of which the "
+                    "middle is taken: are these the original images?"
+                )
             if size is None:
-                size = image.size
-            if resize is None and image.size != size:
+                size = image.size if crop is None else (crop, crop)
+            if resize is None and crop is None and image.size != size:
                 raise DataError(
                     f"{name}: {image.size[0]}x{image.size[1]} pixels, and {names[0]} has {size[0]}x{size[1]}; expected "
                     "one size for all: pass resize=SIDE or resize=(HEIGHT, WIDTH)"
                 )
     assert size is not None
-    images = np.empty((len(names), size[1], size[0]) + ((3,) if colour else ()), np.uint8)
+    shape = (len(names), size[1], size[0]) + ((3,) if colour else ())
+    check_memory(math.prod(shape), f"{len(names)} images, {names[0]} and so on", "resize them to a smaller side")
+    images = np.empty(shape, np.uint8)
     for i, name in enumerate(names):
         with _naming(name), opened(i) as image:
             pixels = image.convert("RGB" if colour else "L")
-            images[i] = pixels if pixels.size == size else pixels.resize(size, Image.Resampling.BICUBIC)
+            if crop is not None:
+                left, top = (round((side - crop) / 2) for side in pixels.size)
+                pixels = pixels.crop((left, top, left + crop, top + crop))
+            images[i] = pixels if pixels.size == size else pixels.resize(size, Image.Resampling[filter])
     return images
 
 

@@ -7,13 +7,54 @@ from typing import Any
 
 import numpy as np
 
-from . import folder
+from . import celeba, dsprites, folder
 from .checks import DataError, Raw
 from .splits import NAMES, Sets
 
+SPRITE_COLUMNS = ("label_shape", "label_scale", "label_orientation", "label_x_position", "label_y_position")
 
-def sets(name: str, resize: int | tuple[int, int] | None) -> Sets:
-    """The train, validation and test sets of "NAME" or "NAME:CONFIG"; other splits of it are left out."""
+
+def sets(name: str, resize: int | tuple[int, int] | None, **decoding: Any) -> Sets:
+    """The train, validation and test sets of "NAME" or "NAME:CONFIG"; other splits of it are left out.
+
+    decoding: `crop` and `filter` of folder.decode.
+    """
+    loaded = _loaded(name)
+    found: Sets = {}
+    for word, split in NAMES.items():
+        if word in loaded and split not in found:
+            rows, origin = loaded[word], f"hf:{name} [{word}]"
+            found[split] = lambda rows=rows, origin=origin: _raw(rows, origin, resize, decoding)  # type: ignore[misc]
+    if not found:
+        raise DataError(f"hf:{name}: its splits are {', '.join(loaded)}; expected train, validation or test among them")
+    return found
+
+
+def faces(name: str, resize: int | tuple[int, int] | None) -> Sets:
+    """CelebA as celeba.py has it, of a repository that holds the aligned images whole."""
+    side = celeba.SIDE if resize is None else resize
+    return sets(name, side, crop=celeba.CROP, filter="BILINEAR")
+
+
+def sprites(name: str, resize: int | tuple[int, int] | None, every: dsprites.Every = dsprites.ALL) -> Sets:
+    """dSprites with the classes of its factors as columns, put into the order of the grid."""
+    if resize is not None:
+        raise DataError(f"resize={resize} would blur hf:{name}, whose images are 0 and 1: leave it out")
+    rows, origin = _loaded(name)["train"], f"hf:{name} [train]"
+
+    def read() -> Raw:
+        missing = [column for column in SPRITE_COLUMNS if column not in rows.features]
+        if missing:
+            raise DataError(f"{origin}: has no column {missing[0]}; expected {', '.join(SPRITE_COLUMNS)}")
+        classes = np.stack([np.asarray(rows[column], np.int64) for column in SPRITE_COLUMNS], 1)
+        order = np.lexsort(classes.T[::-1])
+        images = _raw(rows, origin, None, {}).images > 0
+        return dsprites.gridded(images[order].view(np.uint8), classes[order], origin, every)
+
+    return {"all": read}
+
+
+def _loaded(name: str) -> Any:
     try:
         import datasets
     except ImportError:
@@ -22,25 +63,19 @@ def sets(name: str, resize: int | tuple[int, int] | None) -> Sets:
             "images in a folder or an .npz file and give its path"
         ) from None
     repository, _, config = name.partition(":")
+    arguments = f"'{repository}'" + (f", '{config}'" if config else "")
     try:
-        loaded = datasets.load_dataset(repository, config or None)
+        return datasets.load_dataset(repository, config or None)
     except Exception as error:  # network, hub, cache and parser each raise classes of their own
         raise DataError(
             f"hf:{name} could not be loaded ({type(error).__name__}: {error}). Check the name and the network. For a "
-            f"machine without one: run `python -c \"import datasets; datasets.load_dataset('{repository}')\"` on a "
+            f"machine without one: run `python -c \"import datasets; datasets.load_dataset({arguments})\"` on a "
             "connected machine and copy its folder ~/.cache/huggingface here (or to the path in HF_HOME); or put the "
             "images in a folder or an .npz file and give its path"
         ) from error
-    found: Sets = {}
-    for word, split in NAMES.items():
-        if word in loaded and split not in found:
-            found[split] = lambda rows=loaded[word], origin=f"hf:{name} [{word}]": _raw(rows, origin, resize)  # type: ignore[misc]
-    if not found:
-        raise DataError(f"hf:{name}: its splits are {', '.join(loaded)}; expected train, validation or test among them")
-    return found
 
 
-def _raw(rows: Any, origin: str, resize: int | tuple[int, int] | None) -> Raw:
+def _raw(rows: Any, origin: str, resize: int | tuple[int, int] | None, decoding: dict[str, Any]) -> Raw:
     kinds = {column: type(feature).__name__ for column, feature in rows.features.items()}
     image = next((column for column, kind in kinds.items() if kind == "Image"), None)
     if image is None:
@@ -51,7 +86,7 @@ def _raw(rows: Any, origin: str, resize: int | tuple[int, int] | None) -> Raw:
     # As files in memory, not decoded: sizes are compared from the headers first.
     encoded = rows.select_columns([image]).cast_column(image, type(rows.features[image])(decode=False))
     names = [f"{origin} row {i}" for i in range(len(rows))]
-    images = folder.decode(names, lambda i: _open(encoded[i][image]), resize)
+    images = folder.decode(names, lambda i: _open(encoded[i][image]), resize, **decoding)
     return Raw(images, None if label is None else np.asarray(rows[label]), origin)
 
 

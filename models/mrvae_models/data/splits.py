@@ -22,8 +22,13 @@ def choose(sets: Sets, split: str, seed: int, origin: str) -> tuple[Raw, np.ndar
     """The raw set that holds `split`, and the indices of `split` in it, shuffled.
 
     A set of that name is taken whole. A missing validation set is a tenth of train. A source of one set gives a tenth
-    each to validation and test.
+    each to validation and test; "all" is that set, undivided and in its own order.
     """
+    if split == "all":
+        if set(sets) != {"all"}:
+            raise DataError(f"{origin}: holds {', '.join(sorted(sets))}; split 'all' is for a set that is not divided")
+        raw = sets["all"]()
+        return raw, np.arange(len(raw.images))
     if len(sets) == 1:
         raw = next(iter(sets.values()))()
         parts = _parts(raw, seed, {"test": 1, "validation": 1})

@@ -12,8 +12,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import Tensor
-
+from ..data import Rows
 from ..likelihoods import Likelihood
 from ..likelihoods import likelihood as likelihood_called
 from ..vae import VAE
@@ -65,7 +64,7 @@ def build(
     return network(tuple(input_shape), **{key: value for key, value in given.items() if value is not None}, **options)
 
 
-def start_from(vae: VAE, images: Tensor) -> None:
+def start_from(vae: VAE, images: Rows) -> None:
     """Sets what a network takes from its training data, (N, *input_shape), before training: mu of "linear".
 
     Networks without such parts are left as they are.

@@ -8,9 +8,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ..data import Chunks, Rows
 from ..likelihoods import Gaussian, Likelihood
 from ..vae import VAE
 from .parts import check_shape, check_sizes
+
+PART = 4096
+"""Examples that the mean is taken of at a time."""
 
 
 class Centre(nn.Module):
@@ -25,8 +29,10 @@ class Centre(nn.Module):
         return x + self.sign * self.mean
 
     @torch.no_grad()
-    def start_from(self, images: Tensor) -> None:
-        self.mean.copy_(images.mean(0))
+    def start_from(self, images: Rows) -> None:
+        # summed in float64: exact to the last bit of float32, whatever the number of parts
+        total = torch.stack([part.sum(0, dtype=torch.float64) for part in Chunks(images, PART)]).sum(0)
+        self.mean.copy_(total / len(images))
 
 
 class LinearEncoder(nn.Module):
