@@ -7,7 +7,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
-from .commands import select
+from .commands import experiment, select
 from .config import CHANGEABLE, FROM_RECIPE, TrainConfig
 from .options import parse_setting
 from .recipes import RECIPES
@@ -79,6 +79,7 @@ def parser() -> argparse.ArgumentParser:
         ("curve", CURVE, "evaluate a run along beta and draw its rate-distortion curve", _add_curve),
         ("select", select.TEXT, select.HELP, select.add),
         ("bake", BAKE, "write the plain network at one beta", _add_bake),
+        ("experiment", experiment.TEXT, experiment.HELP, experiment.add),
         ("doctor", DOCTOR, "say what is installed and what would run", _add_doctor),
     ):
         command = _parser(commands.add_parser, name, text, help=help)

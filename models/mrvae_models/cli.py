@@ -1,4 +1,4 @@
-"""The `mrvae` command: train, curve, select, bake, doctor.
+"""The `mrvae` command: train, curve, select, bake, experiment, doctor.
 
 Nothing heavy is imported before the arguments are read, so that --help and a mistyped option answer at once.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .arguments import parser
-from .commands import select
+from .commands import experiment, select
 from .config import TrainConfig, changes_of_resume
 from .recipes import RECIPES
 
@@ -36,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "curve": _curve,
             "select": _select,
             "bake": _bake,
+            "experiment": _experiment,
             "doctor": _doctor,
         }
         return commands[options.command](options)
@@ -163,6 +164,12 @@ def _bake(options: argparse.Namespace) -> int:
         file=sys.stderr,
     )
     return 0
+
+
+def _experiment(options: argparse.Namespace) -> int:
+    if wrong := experiment.usage_error(options):
+        raise UsageError(wrong)
+    return experiment.run(options)
 
 
 def _doctor(options: argparse.Namespace) -> int:

@@ -23,6 +23,7 @@ import mrvae_kernels as mk
 
 from .options import read_json
 from .run import plain_network, replace_file, versions, write_json
+from .spacing import log_spaced
 from .vae import VAE, kl_divergences
 
 ACTIVE_VARIANCE = 0.01
@@ -103,15 +104,6 @@ class Curve:
             return cls(tuple(Point(**point) for point in document["points"]), document["about"])
         except (KeyError, TypeError):
             raise ValueError(f"{path} holds no curve; expected a file that mrvae curve wrote") from None
-
-
-def log_spaced(low: float, high: float, count: int) -> list[float]:
-    """`count` betas from low to high, equally spaced in log beta; the middle of the range for one."""
-    if count == 1:
-        return [math.sqrt(low * high)]
-    # six digits: 0.1 rather than 0.09999999999999998
-    inner = [float(f"{low * (high / low) ** (i / (count - 1)):.6g}") for i in range(1, count - 1)]
-    return [low, *inner, high]
 
 
 def round_betas(low: float, high: float) -> list[float]:

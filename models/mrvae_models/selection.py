@@ -28,8 +28,9 @@ from torch import Tensor, nn
 
 import mrvae_kernels as mk
 
-from .curve import ACTIVE_VARIANCE, Measurement, Point, calibrated, check, log_spaced, measure_all, point_of
+from .curve import ACTIVE_VARIANCE, Measurement, Point, calibrated, check, measure_all, point_of
 from .response import RESAMPLES, Response, crossing, monotonicity, optimum, plateau, uncertainty
+from .spacing import log_spaced
 
 BY_EXAMPLE: dict[str, Callable[[Measurement], Tensor]] = {
     "rate": lambda measured: measured.rate,
@@ -177,17 +178,24 @@ def _evaluation(
     if quantity == COUNTED:
         return lambda beta, rows: _active(measured(beta).mean if rows is None else measured(beta).mean[rows])
     metric = metric_called(quantity) if isinstance(quantity, str) else quantity
+    return lambda beta, rows: call_metric(
+        metric, model, dataset if rows is None else _rows_of(dataset, rows), beta, **settings
+    )
+
+
+def call_metric(
+    metric: Metric, model: nn.Module, dataset: Any, beta: float, calibration: Tensor | None = None, **settings: Any
+) -> float:
+    """metric(model, dataset, beta) with those of the settings that it takes: batch_size, samples, seed, calibration.
+
+    A metric that takes no calibration is called with the running statistics of this beta already set.
+    """
     accepted = inspect.signature(metric).parameters
     further = {name: value for name, value in settings.items() if name in accepted}
-
-    def evaluate(beta: float, rows: Tensor | None) -> float:
-        examples = dataset if rows is None else _rows_of(dataset, rows)
-        if "calibration" in accepted:
-            return metric(model, examples, beta, **further)
-        with calibrated(model, settings["calibration"], beta):
-            return metric(model, examples, beta, **further)
-
-    return evaluate
+    if "calibration" in accepted:
+        return metric(model, dataset, beta, calibration=calibration, **further)
+    with calibrated(model, calibration, beta):
+        return metric(model, dataset, beta, **further)
 
 
 def _active(mean: Tensor) -> int:
