@@ -7,6 +7,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
+from .commands import data, experiment, select
 from .config import CHANGEABLE, FROM_RECIPE, TrainConfig
 from .options import parse_setting
 from .recipes import RECIPES
@@ -17,6 +18,7 @@ plain network at the beta you choose.
 
   mrvae train --out runs/digits               one run, all betas, on the embedded handwritten digits
   mrvae curve --run runs/digits               rate, distortion, D + beta R at ten betas: CSV, JSON and PNG
+  mrvae select --run runs/digits --rate 25    the beta at which the rate is 25 nats
   mrvae bake  --run runs/digits --beta 0.5    the plain network at beta = 0.5, for deployment
   mrvae data                                  public sets by name, and where their files are looked for
   mrvae doctor                                what is installed, and what runs where
@@ -59,16 +61,6 @@ examples:
   mrvae bake --run runs/digits --beta 0.5 --out deploy/
 """
 
-DATA = """\
-List the public sets that --data takes by name; or say of one where its files lie, whether they are the published ones,
-and what is in it: counts, shapes, and the SHA-256 of its arrays, which every later load is held to.
-
-examples:
-  mrvae data
-  mrvae data mnist
-  MRVAE_DATA=/data mrvae data celeba
-"""
-
 DOCTOR = """\
 Print versions, what was built, and what would run for a layer and why.
 
@@ -86,8 +78,10 @@ def parser() -> argparse.ArgumentParser:
     for name, text, help, add in (
         ("train", TRAIN, "train one VAE for a range of betas", _add_train),
         ("curve", CURVE, "evaluate a run along beta and draw its rate-distortion curve", _add_curve),
+        ("select", select.TEXT, select.HELP, select.add),
         ("bake", BAKE, "write the plain network at one beta", _add_bake),
-        ("data", DATA, "list public sets, or say what is known of one", _add_data),
+        ("data", data.TEXT, data.HELP, data.add),
+        ("experiment", experiment.TEXT, experiment.HELP, experiment.add),
         ("doctor", DOCTOR, "say what is installed and what would run", _add_doctor),
     ):
         command = _parser(commands.add_parser, name, text, help=help)
@@ -207,10 +201,6 @@ def _add_bake(command: argparse.ArgumentParser) -> None:
     command.add_argument("--beta", metavar="BETA", type=float, required=True, help="KL weight to keep")
     command.add_argument("--out", metavar="DIR", type=Path, help="where to write (default: RUN/baked-BETA)")
     command.add_argument("--force", action="store_true", help="replace the model in the directory, if there is one")
-
-
-def _add_data(command: argparse.ArgumentParser) -> None:
-    command.add_argument("name", metavar="NAME", nargs="?", help="a public set (default: list them)")
 
 
 def _add_doctor(command: argparse.ArgumentParser) -> None:

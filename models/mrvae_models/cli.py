@@ -1,4 +1,4 @@
-"""The `mrvae` command: train, curve, bake, data, doctor.
+"""The `mrvae` command: train, curve, select, bake, data, experiment, doctor.
 
 Nothing heavy is imported before the arguments are read, so that --help and a mistyped option answer at once.
 """
@@ -14,14 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from .arguments import parser
+from .commands import MODULES
 from .config import TrainConfig, changes_of_resume
+from .options import UsageError
 from .recipes import RECIPES
 
 ERROR, USAGE, INTERRUPTED = 1, 2, 130
-
-
-class UsageError(Exception):
-    """Arguments that parse but make no sense: exit code 2."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         warnings.showwarning = lambda message, *where, **more: print(f"mrvae: warning: {message}", file=sys.stderr)
     try:
         commands = {"train": _train, "curve": _curve, "bake": _bake, "doctor": _doctor}
-        commands["data"] = _data
+        commands |= {name: module.run for name, module in MODULES.items()}
         return commands[options.command](options)
     except UsageError as error:
         print(f"mrvae {options.command}: {error}", file=sys.stderr)
@@ -118,7 +116,7 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _curve(options: argparse.Namespace) -> int:
-    from .report import report
+    from .report import points_table, report
 
     curve, written = report(
         options.run,
@@ -132,19 +130,7 @@ def _curve(options: argparse.Namespace) -> int:
         not options.no_images,
         options.out,
     )
-    print(f"{'beta':>8} {'rate':>16} {'distortion':>16} {'D + beta R':>16} {'ELBO':>17}  active units")
-    for p in curve.points:
-        numbers = [
-            (p.rate, p.rate_se),
-            (p.distortion, p.distortion_se),
-            (p.objective, p.objective_se),
-            (p.elbo, p.elbo_se),
-        ]
-        print(
-            f"{p.beta:8.4g} "
-            + "  ".join(f"{value:8.2f} ±{error:5.2f}" for value, error in numbers)
-            + f"  {p.active_units:12d}"
-        )
+    print(points_table(curve.points))
     print(f"nats an image, ± one standard error over {curve.about['evaluation']['examples']} images")
     print("wrote " + ", ".join(str(path) for path in written), file=sys.stderr)
     return 0
@@ -165,12 +151,6 @@ def _bake(options: argparse.Namespace) -> int:
     return 0
 
 
-def _data(options: argparse.Namespace) -> int:
-    from .data.listing import description, listing
-
-    for line in listing() if options.name is None else description(options.name):
-        print(line, flush=True)
-    return 0
 
 
 def _doctor(options: argparse.Namespace) -> int:

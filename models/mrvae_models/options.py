@@ -10,6 +10,10 @@ from pathlib import Path
 from typing import Any
 
 
+class UsageError(Exception):
+    """Arguments that parse but make no sense: exit code 2."""
+
+
 def parse_duration(text: str) -> float:
     """Seconds from "90", "90s", "15m", "2h30m" or "1d"; ValueError otherwise."""
     units = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
