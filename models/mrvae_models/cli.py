@@ -15,7 +15,7 @@ from typing import Any
 
 from .arguments import parser
 from .config import TrainConfig, changes_of_resume
-from .recipes import RECIPES
+from .recipes import recipe_options
 
 ERROR, USAGE, INTERRUPTED = 1, 2, 130
 
@@ -71,7 +71,7 @@ def config_of(options: argparse.Namespace) -> TrainConfig:
             else:
                 base = TrainConfig.load(options.config)
                 if "recipe" in given:
-                    base = replace(base, **RECIPES[given["recipe"]])
+                    base = replace(base, **recipe_options(given["recipe"]))
             config = _changed(base, given, entries)
         else:
             if options.config is not None or options.force:

@@ -90,7 +90,7 @@ def test_mlp_takes_any_shape_and_depth(shape, hidden):
 def test_gates_can_be_chosen_by_the_prefixes_encoder_and_decoder():
     for name in NETWORKS:
         with torch.device("meta"):
-            vae = build(name, (1, 28, 28))
+            vae = build(name, (20, 100) if name == "lstm" else (1, 28, 28))
         layers = [key for key, m in vae.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d))]
         assert {key.split(".")[0] for key in layers} == {"encoder", "decoder"}, name
 

@@ -2,8 +2,8 @@
 
     vae = build("cnn", (3, 32, 32), latent=256)
 
-A network is a function of the data's shape that returns a `VAE`; `NETWORKS` is the list of them. To add one, write the
-function in a file of its own and name it there.
+A network is a function of the data's shape that returns a `VAE`, or a module that is called as one; `NETWORKS` is the
+list of them. To add one, write the function in a file of its own and name it there.
 """
 
 from __future__ import annotations
@@ -12,18 +12,19 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..likelihoods import Likelihood
 from ..likelihoods import likelihood as likelihood_called
-from ..vae import VAE
 from .cnn import cnn
 from .linear import Centre, linear
+from .lstm import lstm
 from .mlp import mlp
 
-NETWORKS: dict[str, Callable[..., VAE]] = {"linear": linear, "mlp": mlp, "cnn": cnn}
+NETWORKS: dict[str, Callable[..., nn.Module]] = {"linear": linear, "mlp": mlp, "cnn": cnn}
+NETWORKS["lstm"] = lstm
 
-__all__ = ["NETWORKS", "build", "cnn", "linear", "mlp", "start_from"]
+__all__ = ["NETWORKS", "build", "cnn", "linear", "lstm", "mlp", "start_from"]
 
 
 def build(
@@ -34,7 +35,7 @@ def build(
     likelihood: str | Likelihood | None = None,
     sigma: float | None = None,
     **options: Any,
-) -> VAE:
+) -> Any:
     """The network called `name` for data of shape (N, *input_shape).
 
     latent: its dimensions; None takes the network's default. likelihood: "bernoulli", "gaussian" (with `sigma`), an
@@ -55,7 +56,7 @@ def build(
     return network(tuple(input_shape), **{key: value for key, value in given.items() if value is not None}, **options)
 
 
-def start_from(vae: VAE, images: Tensor) -> None:
+def start_from(vae: nn.Module, images: Tensor) -> None:
     """Sets what a network takes from its training data, (N, *input_shape), before training: mu of "linear".
 
     Networks without such parts are left as they are.
