@@ -130,7 +130,11 @@ def _curve(options: argparse.Namespace) -> int:
         not options.no_images,
         options.out,
     )
-    print(f"{'beta':>8} {'rate':>16} {'distortion':>16} {'D + beta R':>16} {'ELBO':>17}  active units")
+    of_text = any(p.perplexity is not None for p in curve.points)
+    print(
+        f"{'beta':>8} {'rate':>16} {'distortion':>16} {'D + beta R':>16} {'ELBO':>17}  active units"
+        + ("  perplexity" if of_text else "")
+    )
     for p in curve.points:
         numbers = [
             (p.rate, p.rate_se),
@@ -142,8 +146,9 @@ def _curve(options: argparse.Namespace) -> int:
             f"{p.beta:8.4g} "
             + "  ".join(f"{value:8.2f} ±{error:5.2f}" for value, error in numbers)
             + f"  {p.active_units:12d}"
+            + ("" if p.perplexity is None else f"  {p.perplexity:10.1f}")
         )
-    print(f"nats an image, ± one standard error over {curve.about['evaluation']['examples']} images")
+    print(f"nats an example, ± one standard error over {curve.about['evaluation']['examples']} examples")
     print("wrote " + ", ".join(str(path) for path in written), file=sys.stderr)
     return 0
 

@@ -14,13 +14,15 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 import mrvae_kernels as mk
 
+from .data import InMemory, in_turn
+from .likelihoods import perplexity
 from .options import read_json
 from .run import plain_network, replace_file, versions, write_json
 from .vae import VAE, kl_divergences
@@ -35,9 +37,9 @@ BOOTSTRAP = 200
 
 
 class Examples(Protocol):
-    """What evaluate() needs of a dataset."""
+    """What evaluate() needs of a dataset; of one of sequences also `lengths`, `take` and `input_shape`."""
 
-    examples: Tensor  # (N, *input_shape)
+    examples: Tensor  # (N, *input_shape), or (N, T)
 
 
 class Measurement(NamedTuple):
@@ -53,6 +55,8 @@ class Point:
     """The curve at one beta. Means over the examples, in nats an example, each followed by its standard error.
 
     objective = distortion + beta * rate; elbo = -(distortion + rate); active_units by ACTIVE_VARIANCE.
+    Of sequences also nats_per_token = -elbo / (tokens an example, its end counted in), and perplexity, its exponential:
+    an upper bound of the model's.
     """
 
     beta: float
@@ -66,6 +70,8 @@ class Point:
     objective_se: float
     active_units: int
     active_units_se: float
+    nats_per_token: float | None = None
+    perplexity: float | None = None
 
 
 @dataclass(frozen=True)
@@ -80,11 +86,13 @@ class Curve:
         return [getattr(point, name) for point in self.points]
 
     def write_csv(self, path: str | Path) -> None:
-        """One row a beta, columns as in Point, numbers with all their digits."""
+        """One row a beta, columns as in Point without those that no point has, numbers with all their digits."""
+        names = [entry.name for entry in fields(Point)]
+        names = [name for name in names if any(value is not None for value in self.column(name))]
 
         def write(temporary: Path) -> None:
             with open(temporary, "w", newline="", encoding="utf-8") as file:
-                writer = csv.DictWriter(file, [entry.name for entry in fields(Point)])
+                writer = csv.DictWriter(file, names, extrasaction="ignore")
                 writer.writeheader()
                 writer.writerows(asdict(point) for point in self.points)
 
@@ -145,20 +153,23 @@ def evaluate(
     ValueError for an empty dataset, for betas that are not positive, and for more than one with a plain model.
     """
     images = dataset.examples
+    lengths = getattr(dataset, "lengths", None)
     _check(model, images, betas, batch_size, samples)
     generator = torch.Generator()
     points = []
-    with torch.no_grad(), _evaluating(model):
+    batches = images.split(batch_size) if lengths is None else in_turn(cast(InMemory, dataset), batch_size)
+    tokens = None if lengths is None else lengths.sum().item() / len(images)
+    with torch.no_grad(), evaluating(model):
         for beta in sorted(betas):
             with calibrated(model, calibration, beta):
-                parts = []
-                for start in range(0, len(images), batch_size):
+                parts, start = [], 0
+                for x in batches:
                     # one seed a batch: the same noise at every beta, whatever order they come in
                     generator.manual_seed(seed * 1_000_003 + start)
-                    parts.append(measure(model, images[start : start + batch_size], beta, generator, samples))
-            points.append(
-                _point(beta, Measurement(*(torch.cat(part).double().cpu() for part in zip(*parts, strict=True))))
-            )
+                    parts.append(measure(model, x, beta, generator, samples))
+                    start += len(x)
+            measured = Measurement(*(torch.cat(part).double().cpu() for part in zip(*parts, strict=True)))
+            points.append(_point(beta, measured, tokens))
     calibrated_on = 0 if calibration is None else len(calibration)
     details = {"examples": len(images), "samples": samples, "seed": seed, "calibration_examples": calibrated_on}
     return Curve(tuple(points), {**(about or {}), "evaluation": details})
@@ -281,7 +292,7 @@ def pictures(
     x = chosen.to(parameter)
     reconstructions, drawn = [], []
     noise = torch.randn(2, count, network.latent, generator=generator).to(parameter)
-    with torch.no_grad(), _evaluating(model):
+    with torch.no_grad(), evaluating(model):
         for beta in betas:
             with calibrated(model, calibration, beta), at(model, beta):
                 mean, log_variance = network.encode(x)
@@ -292,7 +303,8 @@ def pictures(
 
 
 @contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """A block in which every module is in eval mode; each gets its own mode back at the end."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -318,8 +330,9 @@ def _check(model: nn.Module, images: Tensor, betas: Sequence[float], batch_size:
         raise ValueError(f"batch_size is {batch_size} and samples {samples}; expected positive integers")
 
 
-def _point(beta: float, measured: Measurement) -> Point:
+def _point(beta: float, measured: Measurement, tokens: float | None) -> Point:
     distortion, rate, mean = measured
+    nats = (distortion + rate).mean().item()
 
     def average(values: Tensor) -> tuple[float, float]:
         error = values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
@@ -332,6 +345,7 @@ def _point(beta: float, measured: Measurement) -> Point:
         *average(-(distortion + rate)),
         *average(distortion + beta * rate),
         *active_units(mean),
+        *(() if tokens is None else (nats / tokens, perplexity(nats, tokens))),
     )
 
 

@@ -14,7 +14,7 @@ from .curve import has_running_statistics
 from .data import DataError, InMemory, TextDataset
 from .options import check_format, read_json
 from .progress import METRICS
-from .run import BEST, CONFIG, CURVE_FILES, LAST, MODEL, VOCABULARY
+from .run import BEST, CONFIG, CURVE_FILES, LAST, MODEL, SENTENCES, VOCABULARY
 
 TENSORBOARD = "tensorboard"
 
@@ -23,7 +23,7 @@ OWNED = (CONFIG, MODEL, LAST, BEST, METRICS, VOCABULARY)
 
 TEXT_NETWORKS = ("lstm",)
 
-BAKED = (CONFIG, MODEL, PROGRAM, DECODER, VOCABULARY, *CURVE_FILES)
+BAKED = (CONFIG, MODEL, PROGRAM, DECODER, VOCABULARY, SENTENCES, *CURVE_FILES)
 
 
 def check_splits(train_set: InMemory, validation_set: InMemory, data: str) -> None:
@@ -91,7 +91,7 @@ def remove_run(directory: Path) -> None:
     Only files that we write, by name; a curve or a baked model only beside or with a config.json of ours.
     """
     if _is_ours(directory):
-        for name in CURVE_FILES:
+        for name in (*CURVE_FILES, SENTENCES):
             (directory / name).unlink(missing_ok=True)
         for baked in directory.glob("baked-*"):
             if baked.is_symlink() or not _is_ours(baked):

@@ -37,6 +37,7 @@ MODEL = "model.safetensors"
 LAST = "last.ckpt"
 BEST = "best.ckpt"
 VOCABULARY = "vocabulary.txt"
+SENTENCES = "sentences.md"
 CURVE_FILES = ("curve.csv", "curve.json", "curve.png")
 
 DESCRIPTION: dict[str, tuple[type, ...]] = {
