@@ -33,6 +33,7 @@ examples:
   mrvae train --out runs/digits                           the embedded digits, an MLP, beta from 0.01 to 10
   mrvae train --data photos/ --network cnn --latent 64    a folder of images, a convolutional network
   mrvae train --data fashion.npz --set hidden=600,300     arrays of your own, an MLP with two hidden layers
+  mrvae train --data corpus/ --network lstm               train.txt, valid.txt, test.txt: one tokenised sentence a line
   mrvae train --beta 0.5 --out runs/single                a plain beta-VAE at one beta, to compare with
   mrvae train --config runs/digits/config.json --seed 1 --out runs/seed1        the same again, with another seed
   mrvae train --resume runs/digits                        continue after Ctrl-C, --max-time or kill -9, to the same bits
@@ -43,7 +44,8 @@ model.safetensors (for curve and bake), metrics.csv and tensorboard/.
 """
 
 CURVE = """\
-Evaluate a trained run at several betas and draw its curve. Writes curve.csv, curve.json and curve.png.
+Evaluate a trained run at several betas and draw its curve. Writes curve.csv, curve.json and curve.png, and, of a run on
+text, its perplexity, and sentences.md with reconstructions and samples in place of the pictures.
 
 examples:
   mrvae curve --run runs/digits
@@ -182,11 +184,11 @@ def _add_curve(command: argparse.ArgumentParser) -> None:
         "--compare", metavar="RUN", type=Path, nargs="+", default=[], help="runs at one beta, to draw beside it"
     )
     command.add_argument(
-        "--split", choices=("train", "validation", "test"), default="test", help="images to evaluate on (default: test)"
+        "--split", choices=("train", "validation", "test"), default="test", help="data to evaluate on (default: test)"
     )
-    command.add_argument("--samples", metavar="N", type=_positive, default=1, help="draws of z an image (default: 1)")
+    command.add_argument("--samples", metavar="N", type=_positive, default=1, help="draws of z an example (default: 1)")
     command.add_argument(
-        "--batch-size", metavar="N", type=_positive, default=500, help="images at a time (default: 500)"
+        "--batch-size", metavar="N", type=_positive, default=500, help="examples at a time (default: 500)"
     )
     command.add_argument(
         "--seed", metavar="N", type=int, default=0, help="seed of the noise, the same at all betas (default: 0)"

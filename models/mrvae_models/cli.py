@@ -17,7 +17,7 @@ from .arguments import parser
 from .commands import MODULES
 from .config import TrainConfig, changes_of_resume
 from .options import UsageError
-from .recipes import RECIPES
+from .recipes import recipe_options
 
 ERROR, USAGE, INTERRUPTED = 1, 2, 130
 
@@ -71,7 +71,7 @@ def config_of(options: argparse.Namespace) -> TrainConfig:
             else:
                 base = TrainConfig.load(options.config)
                 if "recipe" in given:
-                    base = replace(base, **RECIPES[given["recipe"]])
+                    base = replace(base, **recipe_options(given["recipe"]))
             config = _changed(base, given, entries)
         else:
             if options.config is not None or options.force:
@@ -131,7 +131,7 @@ def _curve(options: argparse.Namespace) -> int:
         options.out,
     )
     print(points_table(curve.points))
-    print(f"nats an image, ± one standard error over {curve.about['evaluation']['examples']} images")
+    print(f"nats an example, ± one standard error over {curve.about['evaluation']['examples']} examples")
     print("wrote " + ", ".join(str(path) for path in written), file=sys.stderr)
     return 0
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from .network_names import NETWORK_NAMES
 from .options import check_format, check_type, expect, parse_duration, parse_gate, parse_setting, read_json
-from .recipes import RECIPES, default_recipe, gate_fields
+from .recipes import RECIPES, default_recipe, gate_fields, recipe_options
 
 FORMAT = "mrvae-run/1"
 """Written to config.json of a run; another format is refused."""
@@ -56,7 +56,7 @@ class TrainConfig:
     patience: int | None = _option(
         None, "stop early after this many validations without a better objective", "run", metavar="N"
     )
-    validate_every: int = _option(5, "validate every N epochs", "run", metavar="N")
+    validate_every: int = _option(FROM_RECIPE, "validate every N epochs", "run", metavar="N")
     validation_betas: int = _option(
         5, "number of betas, log-spaced over the range, that the validation objective averages over", "run", metavar="N"
     )
@@ -97,7 +97,8 @@ class TrainConfig:
         "digits",
         "digits (embedded: 6,000 of MNIST's), a folder of images or of IDX files, a .npz, .npy or IDX file, "
         "a public set by name, such as mnist, omniglot, cifar10, svhn, celeba or dsprites (mrvae data lists them), "
-        "or hf:NAME for any other of Hugging Face's",
+        "hf:NAME for any other of Hugging Face's; or text, one document a line: a .txt file, or a folder of train.txt, "
+        "valid.txt and test.txt",
         "data",
         metavar="SOURCE",
     )
@@ -110,6 +111,21 @@ class TrainConfig:
     resize: int | None = _option(None, "resize images from files to this side", "data", metavar="SIDE")
     layout: str | None = _option(
         None, "axes of 4-d arrays, where the shape leaves it open", "data", choices=("NCHW", "NHWC")
+    )
+    vocabulary: str | None = _option(
+        None,
+        "of text: a file of tokens, one a line, to use (default: the most frequent of the training documents)",
+        "data",
+        metavar="FILE",
+    )
+    vocabulary_size: int = _option(
+        10_000, "of text: most entries of a vocabulary, <pad>, <s>, </s> and <unk> included", "data", metavar="N"
+    )
+    min_count: int = _option(
+        1, "of text: how often a token must occur to be in the vocabulary; others are <unk>", "data", metavar="N"
+    )
+    max_length: int | None = _option(
+        None, "of text: keep the first N tokens of a document, </s> included (default: all)", "data", metavar="N"
     )
     data_seed: int = _option(0, "seed of the validation split and of fixed binarisation", "data", metavar="N")
 
@@ -130,7 +146,8 @@ class TrainConfig:
     recipe: str = _option(
         FROM_RECIPE,
         "options chosen together, each of which can be given apart: 'ranked' (default; the best of those tried on "
-        "digits), 'linear' (default of that network) or 'paper' (Algorithm 1 and Listing 1 as printed)",
+        "digits), 'linear' and 'text' (defaults of the networks linear and lstm) or 'paper' (Algorithm 1 and Listing 1 "
+        "as printed)",
         "recipe",
         choices=tuple(RECIPES),
     )
@@ -202,20 +219,21 @@ class TrainConfig:
     )
 
     epochs: int = _option(FROM_RECIPE, "passes over the training data", "optimisation", metavar="N")
-    batch_size: int = _option(128, "examples a step, over all devices together", "optimisation", metavar="N")
+    batch_size: int = _option(FROM_RECIPE, "examples a step, over all devices together", "optimisation", metavar="N")
     lr: float = _option(FROM_RECIPE, "learning rate of Adam", "optimisation", metavar="LR", parse=float)
     gate_lr_factor: float = _option(
         FROM_RECIPE, "learning rate of the gates, as a multiple of --lr", "optimisation", metavar="FACTOR", parse=float
     )
     schedule: str = _option(
         FROM_RECIPE,
-        "learning rate over the run: cosine down to --final-lr, linear down to it over the last 30 %, or constant",
+        "learning rate over the run: cosine down to --final-lr, linear down to it over the last 30 %, constant, or "
+        "plateau: halved after two validations without a better objective, down to --final-lr at most",
         "optimisation",
-        choices=("cosine", "linear", "constant"),
+        choices=("cosine", "linear", "constant", "plateau"),
     )
     final_lr: float = _option(
         FROM_RECIPE,
-        "learning rate at the end of a cosine or linear schedule",
+        "learning rate at the end of a cosine or linear schedule, and the least of plateau",
         "optimisation",
         metavar="LR",
         parse=float,
@@ -228,7 +246,11 @@ class TrainConfig:
         parse=float,
     )
     clip: float | None = _option(
-        None, "clip the gradient's norm to this (default: no clipping)", "optimisation", metavar="NORM", parse=float
+        FROM_RECIPE,
+        "clip the gradient's norm to this (default: no clipping; 5 in the recipe 'text')",
+        "optimisation",
+        metavar="NORM",
+        parse=float,
     )
 
     precision: str = _option("32-true", "number format of the products", "hardware", choices=PRECISIONS)
@@ -246,9 +268,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.recipe is FROM_RECIPE:
             self.recipe = default_recipe(self.network)
-        for name, value in RECIPES.get(self.recipe, RECIPES["ranked"]).items():  # check() refuses an unknown one
+        for name, value in recipe_options(self.recipe if self.recipe in RECIPES else "ranked").items():
             if getattr(self, name) is FROM_RECIPE:
-                setattr(self, name, dict(value) if isinstance(value, dict) else value)
+                setattr(self, name, dict(value) if isinstance(value, dict) else value)  # check() refuses an unknown one
         for name in ("log_to", "exclude", "beta_range", "margin"):
             value = getattr(self, name)
             if isinstance(value, (str, list)):  # JSON has lists only
@@ -289,7 +311,12 @@ class TrainConfig:
         for name, gate in self.gates.items():
             kind = gate_fields(gate, self.gate_init)["kind"]
             expect(kind in GATE_KINDS, f"the gate of {name}", gate, f"one of {', '.join(GATE_KINDS)}")
-        for name in ("epochs", "batch_size", "validate_every", "validation_betas", "devices", "num_nodes"):
+        expect(self.vocabulary_size > 4, "vocabulary_size", self.vocabulary_size, "at least 5, four of them specials")
+        expect(self.max_length is None or self.max_length > 1, "max_length", self.max_length, "at least 2")
+        expect(
+            self.warmup == 0 or self.schedule != "plateau", "warmup", self.warmup, "0 with schedule = 'plateau'"
+        )
+        for name in ("min_count", "epochs", "batch_size", "validate_every", "validation_betas", "devices", "num_nodes"):
             expect(getattr(self, name) >= 1, name, getattr(self, name), "a positive integer")
         for name in ("latent", "patience", "checkpoint_every_steps", "threads", "resize"):
             value = getattr(self, name)

@@ -11,17 +11,18 @@ from __future__ import annotations
 import contextlib
 import csv
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 import mrvae_kernels as mk
 
-from .data import Rows
+from .data import Chunks, InMemory, Rows, in_turn
+from .likelihoods import perplexity
 from .options import read_json
 from .run import plain_network, replace_file, versions, write_json
 from .spacing import log_spaced
@@ -37,7 +38,7 @@ BOOTSTRAP = 200
 
 
 class Examples(Protocol):
-    """What evaluate() needs of a dataset."""
+    """What evaluate() needs of a dataset; of one of sequences also `lengths`, `take` and `input_shape`."""
 
     @property
     def examples(self) -> Rows:
@@ -57,6 +58,8 @@ class Point:
     """The curve at one beta. Means over the examples, in nats an example, each followed by its standard error.
 
     objective = distortion + beta * rate; elbo = -(distortion + rate); active_units by ACTIVE_VARIANCE.
+    Of sequences also nats_per_token = -elbo / (tokens an example, its end counted in), and perplexity, its exponential:
+    an upper bound of the model's.
     """
 
     beta: float
@@ -70,6 +73,8 @@ class Point:
     objective_se: float
     active_units: int
     active_units_se: float
+    nats_per_token: float | None = None
+    perplexity: float | None = None
 
 
 @dataclass(frozen=True)
@@ -84,11 +89,13 @@ class Curve:
         return [getattr(point, name) for point in self.points]
 
     def write_csv(self, path: str | Path) -> None:
-        """One row a beta, columns as in Point, numbers with all their digits."""
+        """One row a beta, columns as in Point without those that no point has, numbers with all their digits."""
+        names = [entry.name for entry in fields(Point)]
+        names = [name for name in names if any(value is not None for value in self.column(name))]
 
         def write(temporary: Path) -> None:
             with open(temporary, "w", newline="", encoding="utf-8") as file:
-                writer = csv.DictWriter(file, [entry.name for entry in fields(Point)])
+                writer = csv.DictWriter(file, names, extrasaction="ignore")
                 writer.writeheader()
                 writer.writerows(asdict(point) for point in self.points)
 
@@ -141,8 +148,9 @@ def evaluate(
     """
     images = dataset.examples
     check(model, images, betas, batch_size, samples)
+    tokens = tokens_of(dataset)
     points = [
-        point_of(beta, measure_all(model, images, beta, batch_size, samples, seed, calibration))
+        point_of(beta, measure_all(model, dataset, beta, batch_size, samples, seed, calibration), tokens)
         for beta in sorted(betas)
     ]
     calibrated_on = 0 if calibration is None else len(calibration)
@@ -150,23 +158,40 @@ def evaluate(
     return Curve(tuple(points), {**(about or {}), "evaluation": details})
 
 
+def batches_of(dataset: Examples, batch_size: int) -> Iterable[Tensor]:
+    """All examples, in turn; those of text by length, in batches that fit into memory."""
+    if getattr(dataset, "lengths", None) is None:
+        return Chunks(dataset.examples, batch_size)
+    return in_turn(cast(InMemory, dataset), batch_size)
+
+
+def tokens_of(dataset: Examples) -> float | None:
+    """Mean number of tokens of an example of text; None for images."""
+    lengths: Tensor | None = getattr(dataset, "lengths", None)
+    return None if lengths is None else lengths.sum().item() / len(lengths)
+
+
 def measure_all(
     model: nn.Module,
-    images: Rows,
+    dataset: Examples,
     beta: float,
     batch_size: int = 500,
     samples: int = 1,
     seed: int = 0,
     calibration: Tensor | None = None,
 ) -> Measurement:
-    """What evaluate() averages, by example: distortion (N,), rate (N,), mean (N, k), in float64 on the CPU."""
+    """What evaluate() averages, by example: distortion (N,), rate (N,), mean (N, k), in float64 on the CPU.
+
+    Examples are in their order; those of text by length, the same at every beta.
+    """
     generator = torch.Generator()
-    parts = []
-    with torch.no_grad(), _evaluating(model), calibrated(model, calibration, beta):
-        for start in range(0, len(images), batch_size):
+    parts, start = [], 0
+    with torch.no_grad(), evaluating(model), calibrated(model, calibration, beta):
+        for x in batches_of(dataset, batch_size):
             # one seed a batch: the same noise at every beta, whatever order they come in
             generator.manual_seed(seed * 1_000_003 + start)
-            parts.append(measure(model, images[start : start + batch_size], beta, generator, samples))
+            parts.append(measure(model, x, beta, generator, samples))
+            start += len(x)
     return Measurement(*(torch.cat(part).double().cpu() for part in zip(*parts, strict=True)))
 
 
@@ -287,7 +312,7 @@ def pictures(
     x = chosen.to(parameter)
     reconstructions, drawn = [], []
     noise = torch.randn(2, count, network.latent, generator=generator).to(parameter)
-    with torch.no_grad(), _evaluating(model):
+    with torch.no_grad(), evaluating(model):
         for beta in betas:
             with calibrated(model, calibration, beta), at(model, beta):
                 mean, log_variance = network.encode(x)
@@ -298,7 +323,8 @@ def pictures(
 
 
 @contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """A block in which every module is in eval mode; each gets its own mode back at the end."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -325,9 +351,10 @@ def check(model: nn.Module, images: Rows, betas: Sequence[float], batch_size: in
         raise ValueError(f"batch_size is {batch_size} and samples {samples}; expected positive integers")
 
 
-def point_of(beta: float, measured: Measurement) -> Point:
-    """The means and standard errors of what was measured at one beta."""
+def point_of(beta: float, measured: Measurement, tokens: float | None = None) -> Point:
+    """The means and standard errors of what was measured at one beta; tokens: of an example of text, on average."""
     distortion, rate, mean = measured
+    nats = (distortion + rate).mean().item()
 
     def average(values: Tensor) -> tuple[float, float]:
         error = values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
@@ -340,6 +367,7 @@ def point_of(beta: float, measured: Measurement) -> Point:
         *average(-(distortion + rate)),
         *average(distortion + beta * rate),
         *active_units(mean),
+        *(() if tokens is None else (nats / tokens, perplexity(nats, tokens))),
     )
 
 

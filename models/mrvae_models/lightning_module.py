@@ -21,6 +21,10 @@ from .run import plain_network
 LINEAR_PART = 0.3
 """Part of the steps, at the end, over which a linear schedule falls."""
 
+PLATEAU = "plateau"
+PLATEAU_PATIENCE, PLATEAU_FACTOR = 2, 0.5
+"""A plateau schedule multiplies the learning rate by this after so many validations without a better objective."""
+
 OBJECTIVE = "validation/objective"
 """What validation minimises: D + beta R on the validation set, averaged over betas of the range."""
 
@@ -62,7 +66,7 @@ class TrainingModule(pl.LightningModule):
     A step: draw beta, log-uniform over the range (one an example, or one), and minimise mean(D_i + beta_i R_i); with
     `weight_power` p, each example's term is multiplied by (1 + beta_i)^p. A network with a method `penalty` adds what
     it returns, a scalar (spectral norms, say), to the loss.
-    A batch is a tensor of images, (N, *input_shape).
+    A batch is a tensor of images, (N, *input_shape), or of sentences, (N, T).
     Validation: D + beta R at `config.validation_betas` betas over the range, averaged, with the same noise each time.
     """
 
@@ -78,6 +82,8 @@ class TrainingModule(pl.LightningModule):
         self.recent_averages = RunningAverages()  # for the progress line
         self.epoch_averages = RunningAverages()  # of the epoch so far
         self.validated_epoch: int | None = None
+        self._saved_plateau: dict[str, Any] | None = None
+        self._plateau: torch.optim.lr_scheduler.ReduceLROnPlateau | None = None
         self._validation: list[Tensor] = []
 
     def setup(self, stage: str) -> None:
@@ -171,6 +177,8 @@ class TrainingModule(pl.LightningModule):
         betas = torch.tensor(self.betas_of_validation).to(means)
         values = [(means[:, 0] + betas * means[:, 1]).mean(), *means[:, 0], *means[:, 1]]
         self.log_dict(dict(zip(self.validation_metrics, (value.float() for value in values), strict=True)))
+        if self._plateau is not None:
+            self._plateau.step(float(values[0]))
         self.validated_epoch = self.current_epoch
 
     def configure_optimizers(self) -> Any:
@@ -183,8 +191,28 @@ class TrainingModule(pl.LightningModule):
         else:
             groups = [{"params": list(self.model.parameters()), "lr": config.lr}]
         optimizer = torch.optim.Adam(groups, lr=config.lr, fused=self._can_fuse())
+        if config.schedule == "plateau":
+            self._plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
+                optimizer,
+                factor=PLATEAU_FACTOR,
+                patience=PLATEAU_PATIENCE - 1,  # torch counts those that are let pass
+                threshold=0.0,
+                min_lr=[group["lr"] * config.final_lr / config.lr for group in optimizer.param_groups],
+            )
+            return optimizer
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor(config, self.steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self._plateau is not None:  # ours to keep: Lightning steps its own only after the epoch's checkpoint
+            checkpoint[PLATEAU] = self._plateau.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._saved_plateau = checkpoint.get(PLATEAU)
+
+    def on_train_start(self) -> None:
+        if self._plateau is not None and self._saved_plateau is not None:
+            self._plateau.load_state_dict(self._saved_plateau)
 
     def _can_fuse(self) -> bool:
         """One launch for all parameters instead of several a parameter, where torch has that kernel."""

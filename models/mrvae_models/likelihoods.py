@@ -5,6 +5,8 @@ A likelihood turns the decoder's output (`parameters`, shape (N, *input_shape)) 
 - `distortion(parameters, x)` = -log p(x | z), shape (N,), in nats, summed over an example's dimensions;
 - `mean(parameters)`, the expected x, and `sample(parameters)`, a draw of x, both of the shape of `parameters`.
 
+Sequences of categories (`Categorical`) are the exception: one parameter a category, so one axis more than x has.
+
 Half-precision parameters are taken to float32 first: a sum over thousands of dimensions loses digits in 16 bits.
 """
 
@@ -91,7 +93,52 @@ class Gaussian(nn.Module):
         return f"sigma={self.sigma}"
 
 
-Likelihood = Bernoulli | Gaussian
+class Categorical(nn.Module):
+    """Sequences of categories (tokens) from 0 to V - 1; `parameters` are logits l, (N, T, V), p = softmax(l).
+
+    distortion = -sum_{t: x_t != padding} log p_t(x_t)
+
+    in nats a sequence: what ends a sentence counts as a token of it, padding does not. x: (N, T), integers; the mean is
+    of one-hot vectors, (N, T, V), and a sample, (N, T), int64, has a category everywhere.
+    """
+
+    def __init__(self, padding: int = 0):
+        super().__init__()
+        self.padding = padding
+
+    def distortion(self, parameters: Tensor, x: Tensor) -> Tensor:
+        if parameters.dim() != 3 or parameters.shape[:2] != x.shape or x.is_floating_point():
+            raise ValueError(
+                f"the decoder's output has shape {tuple(parameters.shape)} and the data {tuple(x.shape)}, {x.dtype}; "
+                "expected (N, T, V) and (N, T), integers"
+            )
+        logits = full_precision(parameters)
+        losses = F.cross_entropy(logits.flatten(0, 1), x.flatten(), ignore_index=self.padding, reduction="none")
+        return losses.view(x.shape).sum(1)
+
+    def mean(self, parameters: Tensor) -> Tensor:
+        return full_precision(parameters).softmax(-1)
+
+    def sample(self, parameters: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        probabilities = self.mean(parameters)
+        drawn = torch.multinomial(probabilities.flatten(0, -2), 1, generator=generator)
+        return drawn.view(probabilities.shape[:-1])
+
+    def extra_repr(self) -> str:
+        return f"padding={self.padding}"
+
+
+def perplexity(nats: float, tokens: float) -> float:
+    """exp(nats / tokens) of sentences that cost `nats` altogether and have so many tokens, their ends counted in.
+
+    With nats = rate + distortion, an upper bound of a VAE's perplexity. ValueError without a token.
+    """
+    if not tokens > 0:
+        raise ValueError(f"tokens is {tokens}; expected the number of tokens, at least 1")
+    return math.exp(nats / tokens)
+
+
+Likelihood = Bernoulli | Gaussian | Categorical
 
 
 def likelihood(name: str, sigma: float | None = None) -> Likelihood:

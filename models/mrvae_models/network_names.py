@@ -9,4 +9,5 @@ NETWORK_NAMES = (
     "resnet",
     "tcvae-mlp",
     "tcvae-conv",
+    "lstm",
 )

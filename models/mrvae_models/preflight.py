@@ -11,20 +11,22 @@ from torch import nn
 from .baking import DECODER, PROGRAM
 from .config import FORMAT, TrainConfig
 from .curve import has_running_statistics
-from .data import DataError, ImageDataset
+from .data import DataError, InMemory, TextDataset
 from .options import check_format, read_json
 from .progress import METRICS
-from .run import BEST, CONFIG, CURVE_FILES, LAST, MODEL
+from .run import BEST, CONFIG, CURVE_FILES, LAST, MODEL, SENTENCES, VOCABULARY
 
 TENSORBOARD = "tensorboard"
 
-OWNED = (CONFIG, MODEL, LAST, BEST, METRICS)
+OWNED = (CONFIG, MODEL, LAST, BEST, METRICS, VOCABULARY)
 """Files that make a directory a run; --force removes these, the logs, and what was derived from the run in it."""
 
-BAKED = (CONFIG, MODEL, PROGRAM, DECODER, *CURVE_FILES)
+TEXT_NETWORKS = ("lstm",)
+
+BAKED = (CONFIG, MODEL, PROGRAM, DECODER, VOCABULARY, SENTENCES, *CURVE_FILES)
 
 
-def check_splits(train_set: ImageDataset, validation_set: ImageDataset, data: str) -> None:
+def check_splits(train_set: InMemory, validation_set: InMemory, data: str) -> None:
     """DataError unless both splits have images of one shape; otherwise the first validation would find it out."""
     if train_set.input_shape != validation_set.input_shape:
         raise DataError(
@@ -32,6 +34,14 @@ def check_splits(train_set: ImageDataset, validation_set: ImageDataset, data: st
             f"{validation_set.input_shape}; expected one shape (C, H, W) in all splits: resize the images "
             "(--resize for image files), or give data whose splits agree"
         )
+
+
+def check_kind(train_set: InMemory, config: TrainConfig) -> None:
+    """ValueError for a network of images on text, whose numbers it would take for pixels, and for the reverse."""
+    text = isinstance(train_set, TextDataset)
+    if text != (config.network in TEXT_NETWORKS):
+        kinds = ("text", " or ".join(TEXT_NETWORKS)) if text else ("images", "mlp or cnn")
+        raise ValueError(f"network is {config.network!r} and {config.data} holds {kinds[0]}; expected {kinds[1]}")
 
 
 def check_last_batch(model: nn.Module, n: int, config: TrainConfig) -> None:
@@ -81,7 +91,7 @@ def remove_run(directory: Path) -> None:
     Only files that we write, by name; a curve or a baked model only beside or with a config.json of ours.
     """
     if _is_ours(directory):
-        for name in CURVE_FILES:
+        for name in (*CURVE_FILES, SENTENCES):
             (directory / name).unlink(missing_ok=True)
         for baked in directory.glob("baked-*"):
             if baked.is_symlink() or not _is_ours(baked):

@@ -1,4 +1,4 @@
-"""What `mrvae curve` does: from directories of runs to curve.csv, curve.json and curve.png."""
+"""What `mrvae curve` does: from directories of runs to curve.csv, curve.json, and curve.png or sentences.md."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ import mrvae_kernels as mk
 from .baking import source_config
 from .config import TrainConfig
 from .curve import Curve, Point, evaluate, has_running_statistics, pictures, round_betas
-from .run import CURVE_FILES, calibration_images, load_model, load_split, plain_network
+from .data import TextDataset, Vocabulary
+from .run import CURVE_FILES, SENTENCES, VOCABULARY, calibration_images, load_model, load_split, plain_network
+from .sentences import sentences, write_sentences
 
 PICTURED_BETAS = 6
 PICTURED_IMAGES = 10
@@ -40,7 +42,7 @@ def report(
     out = run if out is None else out
     model, document = load_model(run)
     config = source_config(document)
-    dataset = load_split(config, split)
+    dataset = load_split(config, split, run)
     model = to_device(model, device)
     about = {"run": str(run), "split": split, "config": document["config"], "model": document["model"]}
     settings: dict[str, Any] = {"batch_size": batch_size, "samples": samples, "seed": seed}
@@ -65,7 +67,14 @@ def report(
     curve.write_json(files[1])
     from .plot import draw
 
-    grid = pictures(model, dataset, _spread(sorted(betas)), PICTURED_IMAGES, seed, calibration) if images else None
+    shown = _spread(sorted(betas))
+    if isinstance(dataset, TextDataset):
+        draw(curve, files[2], None, others)
+        if images:
+            files.append(out / SENTENCES)
+            write_sentences(files[-1], curve, sentences(model, dataset, shown, PICTURED_IMAGES, seed))
+        return curve, files
+    grid = pictures(model, dataset, shown, PICTURED_IMAGES, seed, calibration) if images else None
     draw(curve, files[2], grid, others)
     return curve, files
 
@@ -78,6 +87,8 @@ def points_table(points: Sequence[Point], labels: Sequence[str] | None = None) -
     names = [""] * len(points) if labels is None else list(labels)
     width = max(map(len, names), default=0)
     lines = [f"{'':{width}}{'beta':>8} {'rate':>16} {'distortion':>16} {'D + beta R':>16} {'ELBO':>17}  active units"]
+    of_text = any(p.perplexity is not None for p in points)
+    lines[0] += "  perplexity" if of_text else ""
     for name, p in zip(names, points, strict=True):
         numbers = [
             (p.rate, p.rate_se),
@@ -86,7 +97,8 @@ def points_table(points: Sequence[Point], labels: Sequence[str] | None = None) -
             (p.elbo, p.elbo_se),
         ]
         row = "  ".join(f"{value:8.2f} ±{error:5.2f}" for value, error in numbers)
-        lines.append(f"{name:{width}}{p.beta:8.4g} {row}  {p.active_units:12d}")
+        perplexity = "" if p.perplexity is None else f"  {p.perplexity:10.1f}"
+        lines.append(f"{name:{width}}{p.beta:8.4g} {row}  {p.active_units:12d}{perplexity}")
     return "\n".join(lines)
 
 
@@ -101,6 +113,11 @@ def _check_comparable(
         ("likelihood", repr(one.likelihood), repr(two.likelihood)),  # names sigma, and resolves what was left out
         ("binarize", its.binarize, own.binarize),
     ]
+    vocabularies = [directory / VOCABULARY for directory in (path, run)]
+    if all(file.exists() for file in vocabularies):
+        first, second = (Vocabulary.read(file) for file in vocabularies)
+        if first != second:
+            pairs.append(("vocabulary", f"of {len(first)} entries", f"another one, of {len(second)}"))
     if not _same_source(its.data, own.data):
         pairs.append(("data", its.data, own.data))
     different = [f"{name} is {found} there and {wanted} here" for name, found, wanted in pairs if found != wanted]

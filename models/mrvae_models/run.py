@@ -2,6 +2,7 @@
 
     RUN/config.json         options (TrainConfig), how to build the model, versions
     RUN/model.safetensors   the weights; its header repeats how the model is built, so that the two cannot be mixed up
+    RUN/vocabulary.txt      of a run on text: its tokens, one a line, by number
     RUN/last.ckpt           the state to resume from, RUN/best.ckpt the best by validation (see checkpoint.py)
 
 A baked model's directory holds the same two files. Nothing here unpickles: safetensors and JSON cannot run code.
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 import mrvae_kernels as mk
 
 from .config import FORMAT, TrainConfig
-from .data import ImageDataset, load
+from .data import ImageDataset, InMemory, TextDataset, TextOptions, load
 from .networks import NETWORKS, build
 from .options import check_format, read_json
 from .recipes import gate_fields
@@ -35,6 +36,8 @@ CONFIG = "config.json"
 MODEL = "model.safetensors"
 LAST = "last.ckpt"
 BEST = "best.ckpt"
+VOCABULARY = "vocabulary.txt"
+SENTENCES = "sentences.md"
 CURVE_FILES = ("curve.csv", "curve.json", "curve.png")
 
 DESCRIPTION: dict[str, tuple[type, ...]] = {
@@ -133,13 +136,25 @@ def _fit_options(network: str, options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: fit(name, value) for name, value in options.items()}
 
 
-def load_split(config: TrainConfig, split: str) -> ImageDataset:
-    """One split of the run's data. Only training draws dynamic binarisation anew; other splits are drawn once."""
+def load_split(config: TrainConfig, split: str, run: Path | None = None) -> ImageDataset | TextDataset:
+    """One split of the run's data. Only training draws dynamic binarisation anew; other splits are drawn once.
+
+    run: the directory of a run that is there already, whose vocabulary is used where it has one.
+    """
+    kept = None if run is None else run / VOCABULARY
+    vocabulary = kept if kept is not None and kept.exists() else config.vocabulary
+    options = TextOptions(vocabulary, config.vocabulary_size, config.min_count, config.max_length)
     binarize = "fixed" if config.binarize == "dynamic" and split != "train" else config.binarize
-    return load(config.data, split, binarize, config.data_seed, layout=config.layout, resize=config.resize)
+    return load(config.data, split, binarize, config.data_seed, config.layout, config.resize, options)
 
 
-def calibration_images(train_set: ImageDataset) -> Tensor:
+def save_vocabulary(directory: Path, dataset: ImageDataset | TextDataset) -> None:
+    """Write what the numbers of a text mean to DIR/vocabulary.txt; nothing for images."""
+    if isinstance(dataset, TextDataset):
+        replace_file(directory / VOCABULARY, dataset.vocabulary.write)
+
+
+def calibration_images(train_set: InMemory) -> Tensor:
     """The training images, at most CALIBRATION_EXAMPLES, that running statistics are recalibrated on."""
     indices = torch.arange(min(len(train_set), CALIBRATION_EXAMPLES), device=train_set.examples.device)
     return train_set.take(indices, torch.Generator(train_set.examples.device).manual_seed(0))

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 import mrvae_kernels as mk
 
-from .curve import ACTIVE_VARIANCE, Measurement, Point, calibrated, check, measure_all, point_of
+from .curve import ACTIVE_VARIANCE, Measurement, Point, calibrated, check, measure_all, point_of, tokens_of
 from .response import RESAMPLES, Response, crossing, monotonicity, optimum, plateau, uncertainty
 from .spacing import log_spaced
 
@@ -103,7 +103,7 @@ def select_beta(
     if not low < high or grid < 3:
         raise ValueError(f"beta_range is ({low:g}, {high:g}) and grid {grid}; expected low < high and at least 3")
     settings: dict[str, Any] = dict(batch_size=batch_size, samples=samples, seed=seed, calibration=calibration)
-    measured = functools.lru_cache(4)(lambda beta: measure_all(model, dataset.examples, beta, **settings))
+    measured = functools.lru_cache(4)(lambda beta: measure_all(model, dataset, beta, **settings))
     response = Response(named, _evaluation(model, dataset, quantity, measured, settings), len(dataset.examples))
     betas = log_spaced(low, high, grid)
     values = [response(beta) for beta in betas]
@@ -123,8 +123,9 @@ def select_beta(
         interval, error, also = uncertainty(response, beta, target, best, draws, seed, (low, high))
     notes = [*notes, *more, *also]
     reach = (min(response.found.values()), max(response.found.values()))
+    point = point_of(beta, measured(beta), tokens_of(dataset))
     return Selection(
-        named, target, best, beta, interval, response(beta), error, reach, point_of(beta, measured(beta)), tuple(notes)
+        named, target, best, beta, interval, response(beta), error, reach, point, tuple(notes)
     )
 
 
@@ -203,9 +204,10 @@ def _active(mean: Tensor) -> int:
 
 
 def _rows_of(dataset: Any, rows: Tensor) -> Any:
-    """The data set with these examples, and their labels where it has any."""
+    """The data set with these examples, and their labels and lengths where it has any."""
     part = copy.copy(dataset)
-    part.examples = dataset.examples[rows.to(dataset.examples.device)]
-    if isinstance(getattr(dataset, "labels", None), Tensor):
-        part.labels = dataset.labels[rows.to(dataset.labels.device)]
+    for name in ("examples", "labels", "lengths"):
+        of_each = getattr(dataset, name, None)
+        if of_each is not None:
+            setattr(part, name, of_each[rows.to(of_each.device)])
     return part

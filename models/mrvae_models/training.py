@@ -35,10 +35,10 @@ from .checkpoint import (
     read_checkpoint,
 )
 from .config import TrainConfig
-from .data import Batches, Chunks, ImageDataset, batches
+from .data import Batches, InMemory, batches, in_turn
 from .lightning_module import OBJECTIVE, TrainingModule
 from .networks import start_from
-from .preflight import TENSORBOARD, check_free, check_last_batch, check_splits, remove_run
+from .preflight import TENSORBOARD, check_free, check_kind, check_last_batch, check_splits, remove_run
 from .progress import METRICS, MetricsFile, ProgressLine
 from .run import (
     BEST,
@@ -51,6 +51,7 @@ from .run import (
     load_split,
     plain_network,
     save_model,
+    save_vocabulary,
     write_config,
 )
 
@@ -90,8 +91,10 @@ def train(config: TrainConfig, resume: bool = False, force: bool = False, progre
         check_free(directory, force)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    train_set, validation_set = load_split(config, "train"), load_split(config, "validation")
+    kept = directory if resume else None
+    train_set, validation_set = load_split(config, "train", kept), load_split(config, "validation", kept)
     check_splits(train_set, validation_set, config.data)
+    check_kind(train_set, config)
     description = describe(config, train_set.input_shape)
     pl.seed_everything(config.seed, verbose=False)
     model = build_model(description)
@@ -111,6 +114,7 @@ def train(config: TrainConfig, resume: bool = False, force: bool = False, progre
         remove_run(directory)
     if first:
         write_config(directory, description, config=config.to_dict())
+        save_vocabulary(directory, train_set)
     with _quiet():
         seconds = _fit(
             config, description, model, loader, train_set, validation_set, last if resume else None, progress
@@ -123,8 +127,8 @@ def _fit(
     description: dict[str, Any],
     model: nn.Module,
     loader: Batches,
-    train_set: ImageDataset,
-    validation_set: ImageDataset,
+    train_set: InMemory,
+    validation_set: InMemory,
     last: Path | None,
     progress: bool,
 ) -> float:
@@ -166,7 +170,7 @@ def _fit(
     except pl.utilities.exceptions.MisconfigurationException as error:
         raise ValueError(f"the hardware options do not fit this machine: {first_lines(error)}") from None
     module = TrainingModule(model, config, loader, calibration_images(train_set))
-    validation_batches = Chunks(validation_set.examples, VALIDATION_BATCH)
+    validation_batches = in_turn(validation_set, VALIDATION_BATCH)
     try:
         trainer.fit(module, loader, validation_batches, ckpt_path=last, weights_only=True)
     except StopTraining as stop:

@@ -128,13 +128,13 @@ UNIT = pictures(20, 4, 4) / 255
         (pictures(20, 4, 4).astype(np.complex64), "complex64; expected uint8"),
         (np.zeros((20, 4, 4), np.uint8), "every value is 0"),
         (np.ones((20, 4, 4)), "every value is 1"),
-        (np.zeros((0, 4, 4), np.uint8), "0 images: the set is empty"),
+        (np.zeros((0, 4, 4), np.uint8), "0 examples: the set is empty"),
         (np.zeros((20, 0, 4), np.uint8), r"\(20, 0, 4\).*empty"),
-        (pictures(2, 4, 4), "2 images: too few to split; expected at least 3"),
+        (pictures(2, 4, 4), "2 examples: too few to split; expected at least 3"),
         (pictures(20, 784), r"\(20, 784\).*reshape"),
         (pictures(20), r"\(20,\); expected images"),
         (pictures(20, 1, 1, 4, 4), r"\(20, 1, 1, 4, 4\); expected images"),
-        (np.float32(0.5), "0 images"),
+        (np.float32(0.5), "0 examples"),
     ],
 )
 def test_wrong_arrays_are_named(tmp_path, array, message):

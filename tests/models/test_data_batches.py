@@ -96,7 +96,7 @@ def test_two_processes_see_together_what_one_sees(n, binarize):
 def test_batches_that_cannot_be_made():
     with pytest.raises(DataError, match="batch_size is 0"):
         batches(numbered(3), 0)
-    with pytest.raises(DataError, match="3 images give no whole batch of 4"):
+    with pytest.raises(DataError, match="3 examples give no whole batch of 4"):
         batches(numbered(3), 4, drop_last=True)
 
 

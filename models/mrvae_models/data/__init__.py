@@ -1,4 +1,4 @@
-"""Images as one tensor in memory, from the embedded digits, files of the user's own, or a public set by name.
+"""Images or text as one tensor in memory: the embedded digits, files of the user's own, or a public set by name.
 
     train = load("digits", split="train", binarize="dynamic", seed=0)
     for x in batches(train, 128, shuffle=True, seed=0): ...        # x: (128, 1, 28, 28), float32 in [0, 1]
@@ -21,13 +21,31 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from . import amat, arrays, celeba, cifar, dsprites, folder, hub, idx, omniglot, public, svhn
+from . import amat, arrays, celeba, cifar, dsprites, folder, hub, idx, omniglot, public, svhn, text
 from .checks import DataError, Factors, Raw, checked
-from .dataset import Batches, ImageDataset, batches
+from .dataset import Batches, ImageDataset, InMemory, batches, in_turn
 from .splits import SPLITS, Sets, check_seed, choose
 from .storage import Chunks, Compact, Rows
+from .text import TextDataset, TextOptions
+from .vocabulary import Vocabulary
 
-__all__ = ["SPLITS", "Batches", "Chunks", "Compact", "DataError", "Factors", "ImageDataset", "Rows", "batches", "load"]
+__all__ = [
+    "SPLITS",
+    "Batches",
+    "Chunks",
+    "Compact",
+    "DataError",
+    "Factors",
+    "ImageDataset",
+    "InMemory",
+    "Rows",
+    "TextDataset",
+    "TextOptions",
+    "Vocabulary",
+    "batches",
+    "in_turn",
+    "load",
+]
 
 DIGITS = Path(__file__).parent.parent / "data_files" / "mnist6k.npz"
 
@@ -39,8 +57,9 @@ def load(
     seed: int = 0,
     layout: str | None = None,
     resize: int | tuple[int, int] | None = None,
-) -> ImageDataset:
-    """One split of a set of images, as float32 in [0, 1], shape (N, C, H, W).
+    options: TextOptions | None = None,
+) -> ImageDataset | TextDataset:
+    """One split of a set of images, as float32 in [0, 1], shape (N, C, H, W); or of sentences, as int64, (N, T).
 
     source:
       "digits"     6,000 MNIST digits that come with the package: 4,500 train, 500 validation, 1,000 test
@@ -50,6 +69,8 @@ def load(
       "hf:NAME"    a public set through Hugging Face `datasets`; "hf:NAME:CONFIG" chooses a configuration
       a folder     with the files of one of these sets as published; or of IDX files (MNIST's names, .gz or not), or of
                    images; sub-folders train, validation, test are the splits, and any others the labels
+      text         a .txt file, or a folder of train.txt, valid.txt and test.txt; one document a line, its tokens
+                   divided by white space. A label before a TAB in every line is taken off
       a file       .npz, .npy, IDX, .amat, chardata.mat, SVHN's .mat, or dSprites' .npz, which has factors
       an array     numpy or torch
     split: "train", "validation" or "test"; "all" is an undivided set whole and in its own order. A source with all
@@ -58,6 +79,7 @@ def load(
     binarize: "none"; "fixed", one Bernoulli draw from `seed`, kept; "dynamic", drawn anew at every access.
     layout: of 4-d arrays, "NCHW" or "NHWC", where the shape leaves it open.
     resize: side, or (height, width), for images in files (folders and "hf:").
+    options: of text: its vocabulary and the greatest length; see TextOptions.
 
     Values: uint8 0 to 255 (divided by 255; a uint8 set of 0 and 1 only is taken as binary), bool, or floats in [0, 1].
     Raises DataError, a ValueError, for anything else.
@@ -66,12 +88,27 @@ def load(
         raise DataError(f"split {split!r} is not known; expected one of {', '.join(SPLITS)}, or all")
     check_seed(seed)
     named = str(source) if isinstance(source, (str, os.PathLike)) else "the array"
+    if paths := text_files(source):
+        for name, value in (("binarize", binarize if binarize != "none" else None), ("layout", layout)):
+            if value is not None:
+                raise DataError(f"{name}={value!r} is for images, and {named} holds text: leave it out")
+        if resize is not None:
+            raise DataError(f"resize={resize} is for images, and {named} holds text: max_length cuts documents")
+        return text.load_text(paths, split, seed, options or TextOptions(), named)
+    if options is not None and options != TextOptions():
+        raise DataError(f"{options} is for text, and {named} holds images: leave it out")
     raw, kept = choose(_sets(source, resize), split, seed, named)
     images, labels = checked(raw, kept, layout)
     factors = raw.factors
     if factors is not None:
         factors = factors._replace(classes=factors.classes[kept])
     return ImageDataset(images, labels, binarize, seed, factors)
+
+
+def text_files(source: Any) -> dict[str, Path]:
+    """The text files of a source by split; {} where it holds images."""
+    is_path = isinstance(source, (str, os.PathLike)) and not str(source).startswith("hf:") and str(source) != "digits"
+    return text.files(Path(source).expanduser()) if is_path else {}
 
 
 def _sets(source: Any, resize: int | tuple[int, int] | None) -> Sets:
@@ -96,8 +133,8 @@ def _refuse_resize(resize: int | tuple[int, int] | None) -> None:
 def _sets_of_path(path: Path, resize: int | tuple[int, int] | None) -> Sets:
     if not path.exists():
         raise DataError(
-            f"{path}: no such file or folder; expected 'digits', {', '.join(public.PUBLIC)}, 'hf:NAME', a .npz, .npy "
-            "or IDX file, or a folder of IDX files or images"
+            f"{path}: no such file or folder; expected 'digits', {', '.join(public.PUBLIC)}, 'hf:NAME', a .npz, .npy, "
+            "IDX or .txt file, or a folder of IDX files, images or text (train.txt, valid.txt, test.txt)"
         )
     for published in (celeba, omniglot):
         if published.found(path):

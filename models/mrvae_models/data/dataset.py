@@ -1,8 +1,9 @@
-"""The data set in memory, its binarisation, and batches of it."""
+"""Images in memory, their binarisation, and batches of any data set in memory."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -23,6 +24,26 @@ def bernoulli(probabilities: Tensor, generator: torch.Generator | None = None) -
     return (uniform < probabilities).to(probabilities.dtype)
 
 
+class InMemory(Protocol):
+    """A data set in memory, as batches are made of it."""
+
+    examples: Any  # Rows, (N, ...); a trainer may exchange it for the same on another device
+    binarize: str
+
+    @property
+    def lengths(self) -> Tensor | None:
+        """Of sequences, (N,) on the CPU: a shuffled batch is of like ones; None where all examples have one shape."""
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """The shape of the likelihood's parameters for one example, which networks are built for."""
+
+    def __len__(self) -> int: ...
+
+    def take(self, indices: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """The examples at `indices` (n,), as one tensor."""
+
+
 class ImageDataset(Dataset[Tensor]):
     """Images in memory, and what is drawn from them.
 
@@ -34,6 +55,8 @@ class ImageDataset(Dataset[Tensor]):
     draw from `seed`, which then are `images`; "dynamic", a draw at every access, `images` being the probabilities. A
     dynamic item takes torch's global generator; `batches` takes its own, so that its draws can be repeated.
     """
+
+    lengths = None
 
     def __init__(
         self,
@@ -84,7 +107,7 @@ class ImageDataset(Dataset[Tensor]):
 
 
 class Batches:
-    """Batches of an ImageDataset; iterate once for each epoch. `batches` makes it.
+    """Batches of a data set in memory; iterate once for each epoch. `batches` makes it.
 
     The order of an epoch and the draws of dynamic binarisation depend on (seed, epoch, position) alone. `state_dict`
     and `load_state_dict` hold the place in the epoch, so a run that was stopped goes on with exactly the batches it
@@ -92,11 +115,14 @@ class Batches:
 
     With several processes, process `rank` of `world` gets every world-th row of a batch of batch_size * world, so that
     together they see what one process with that batch size would; rows that do not divide at the end are left out.
+
+    Shuffled sequences come in batches of like length, which leave little padding: the epoch's order is sorted by length
+    and cut into batches, and the batches are shuffled; the last, smaller one is of any rows.
     """
 
     def __init__(
         self,
-        dataset: ImageDataset,
+        dataset: InMemory,
         batch_size: int,
         shuffle: bool,
         seed: int,
@@ -133,9 +159,10 @@ class Batches:
         epoch, start = self._next_epoch, self._start_at
         self._next_epoch, self._start_at = epoch + 1, 0
         rank, world = self.rank, self.world
-        n, size, device = len(self.dataset), self.batch_size * world, self.dataset.examples.device
-        order = torch.randperm(n, generator=_generator("cpu", 0, self.seed, epoch)) if self.shuffle else torch.arange(n)
-        order = order.to(device)
+        size, device = self.batch_size * world, self.dataset.examples.device
+        order = self._order(epoch, size)
+        if self.dataset.lengths is None:  # sequences are cut by lengths on the CPU, without waiting for the device
+            order = order.to(device)
         for position in range(start, len(self)):
             rows = order[position * size : (position + 1) * size]
             rows = rows[: len(rows) // world * world]
@@ -146,6 +173,18 @@ class Batches:
             # Before the yield: a state saved while this batch is in use must name the one after it.
             self._place = {"epoch": epoch, "position": position + 1}
             yield x
+
+    def _order(self, epoch: int, size: int) -> Tensor:
+        n, lengths = len(self.dataset), self.dataset.lengths
+        if not self.shuffle:
+            return torch.arange(n)
+        generator = _generator("cpu", 0, self.seed, epoch)
+        order = torch.randperm(n, generator=generator)
+        if lengths is None or n < size:
+            return order
+        whole = n // size * size
+        alike = order[:whole][lengths[order[:whole]].argsort(stable=True)].view(-1, size)
+        return torch.cat([alike[torch.randperm(len(alike), generator=generator)].flatten(), order[whole:]])
 
     def set_epoch(self, epoch: int) -> None:
         """The epoch that the next iteration is; without it, one after the last."""
@@ -169,7 +208,7 @@ class Batches:
 
 
 def batches(
-    dataset: ImageDataset,
+    dataset: InMemory,
     batch_size: int,
     shuffle: bool = False,
     seed: int = 0,
@@ -177,18 +216,19 @@ def batches(
     rank: int | None = None,
     world: int | None = None,
 ) -> Batches:
-    """An iterable over batches (n, C, H, W) of a data set in memory, which Lightning takes as a dataloader.
+    """An iterable over batches of a data set in memory, which Lightning takes as a dataloader.
 
-    A batch is one indexing of one tensor. batch_size: examples a step, of each process. shuffle: a new order each
-    epoch, from `seed` and the epoch's number. rank, world: this process and how many there are; None asks
-    torch.distributed. Raises DataError for a batch size below 1, and for one that leaves no batch.
+    Batches are (n, C, H, W), or (n, t) of text; each is one indexing of one tensor. batch_size: examples a step, of
+    each process. shuffle: a new order each epoch, from `seed` and the epoch's number. rank, world: this process and how
+    many there are; None asks torch.distributed. Raises DataError for a batch size below 1, and for one that leaves no
+    batch.
     """
     check_seed(seed)
     if batch_size < 1:
         raise DataError(f"batch_size is {batch_size}; expected at least 1")
     made = Batches(dataset, batch_size, shuffle, seed, drop_last, rank, world)
     if len(made) == 0:
-        raise DataError(f"{len(dataset)} images give no whole batch of {batch_size}; use a smaller batch_size")
+        raise DataError(f"{len(dataset)} examples give no whole batch of {batch_size}; use a smaller batch_size")
     return made
 
 
@@ -201,6 +241,37 @@ def _drawn(images: Tensor | Compact, generator: torch.Generator) -> Tensor | Com
         for part in Chunks(images, PACKING)
     ]
     return Compact(torch.cat(parts), tuple(images.shape[1:]), 1, True)
+
+
+class Parts:
+    """Batches as they are; Lightning would take a list of them for several loaders."""
+
+    def __init__(self, parts: Sequence[Tensor]):
+        self.parts = parts
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.parts)
+
+
+def in_turn(dataset: InMemory, batch_size: int, numbers: int = 2**25) -> Chunks | Parts:
+    """All examples in batches to evaluate on: images in their order, sequences by length.
+
+    Batches of sequences are smaller than batch_size where the likelihood's parameters would be more than `numbers`
+    numbers (128 MiB in float32), as of 500 sentences over a large vocabulary.
+    """
+    if dataset.lengths is None:
+        return Chunks(dataset.examples, batch_size)
+    order, parts = dataset.lengths.argsort(stable=True), []
+    while len(order):
+        size = batch_size
+        while size > 1 and size * int(dataset.lengths[order[:size][-1]]) * dataset.input_shape[-1] > numbers:
+            size //= 2
+        parts.append(dataset.take(order[:size]))
+        order = order[size:]
+    return Parts(parts)
 
 
 def _distributed() -> bool:

@@ -1,4 +1,4 @@
-"""Which images are train, validation and test."""
+"""Which examples are train, validation and test."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def _parts(raw: Raw, seed: int, tenths: dict[str, int]) -> dict[str, np.ndarray]
     n = len(raw.images) if raw.images.ndim else 0
     if n <= len(tenths):
         raise DataError(
-            f"{raw.origin}: {n} image{'s' * (n != 1)}: {'the set is empty' if n == 0 else 'too few to split'}; "
+            f"{raw.origin}: {n} example{'s' * (n != 1)}: {'the set is empty' if n == 0 else 'too few to split'}; "
             f"expected at least {len(tenths) + 1}"
         )
     # RandomState's stream is frozen by NumPy's policy, so a seed means the same split under every version.

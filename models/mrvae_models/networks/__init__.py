@@ -2,8 +2,8 @@
 
     vae = build("cnn", (3, 32, 32), latent=256)
 
-A network is a function of the data's shape that returns a `VAE`; `NETWORKS` is the list of them. To add one, write the
-function in a file of its own and name it there and in network_names.py.
+A network is a function of the data's shape that returns a `VAE`, or a module that is called as one; `NETWORKS` is the
+list of them. To add one, write the function in a file of its own and name it there and in network_names.py.
 """
 
 from __future__ import annotations
@@ -12,27 +12,30 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from torch import nn
+
 from ..data import Rows
 from ..likelihoods import Likelihood
 from ..likelihoods import likelihood as likelihood_called
-from ..vae import VAE
 from .cnn import cnn
 from .linear import Centre, linear
+from .lstm import lstm
 from .mlp import mlp
 from .resnet import resnet
 from .tcvae import tcvae_conv, tcvae_mlp
 
-NETWORKS: dict[str, Callable[..., VAE]] = {
+NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "linear": linear,
     "mlp": mlp,
     "cnn": cnn,
     "resnet": resnet,
     "tcvae-mlp": tcvae_mlp,
     "tcvae-conv": tcvae_conv,
+    "lstm": lstm,
 }
 """`network_names.NETWORK_NAMES` has the same names."""
 
-__all__ = ["NETWORKS", "build", "cnn", "linear", "mlp", "resnet", "start_from", "tcvae_conv", "tcvae_mlp"]
+__all__ = ["NETWORKS", "build", "cnn", "linear", "lstm", "mlp", "resnet", "start_from", "tcvae_conv", "tcvae_mlp"]
 
 
 def build(
@@ -43,7 +46,7 @@ def build(
     likelihood: str | Likelihood | None = None,
     sigma: float | None = None,
     **options: Any,
-) -> VAE:
+) -> Any:
     """The network called `name` for data of shape (N, *input_shape).
 
     latent: its dimensions; None takes the network's default. likelihood: "bernoulli", "gaussian" (with `sigma`), an
@@ -64,7 +67,7 @@ def build(
     return network(tuple(input_shape), **{key: value for key, value in given.items() if value is not None}, **options)
 
 
-def start_from(vae: VAE, images: Rows) -> None:
+def start_from(vae: nn.Module, images: Rows) -> None:
     """Sets what a network takes from its training data, (N, *input_shape), before training: mu of "linear".
 
     Networks without such parts are left as they are.
