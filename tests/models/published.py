@@ -74,7 +74,7 @@ def write_svhn(path: Path, n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def write_celeba(root: Path, zipped: bool) -> dict[str, np.ndarray]:
-    """Faces of 178x218 in which each pixel tells its place, and its blue is noise; PNG, so that nothing is lost, under the names of JPEGs."""
+    """Faces of 178x218: row, column and noise as colours; PNG, so that nothing is lost, under the names of JPEGs."""
     (root / "img_align_celeba").mkdir(parents=True)
     noise = np.random.default_rng(0)
     faces, lines = {}, []
