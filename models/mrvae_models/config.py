@@ -289,7 +289,7 @@ class TrainConfig:
         """Directory of the run."""
         if self.out is not None:
             return Path(self.out)
-        return Path("runs") / f"{self.network}-{Path(self.data).stem or 'data'}"
+        return Path("runs") / f"{self.network}-{Path(self.data).stem.replace(':', '-') or 'data'}"
 
     def check(self) -> None:
         """ValueError, naming the option, its value and what was expected, for the first option that makes no sense."""

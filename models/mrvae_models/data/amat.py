@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,11 @@ import numpy as np
 from .checks import DataError, Raw
 from .splits import Sets
 
-FILES = {split: f"binarized_mnist_{word}.amat" for split, word in
-         (("train", "train"), ("validation", "valid"), ("test", "test"))}  # fmt: skip
+FILES = {
+    "train": "binarized_mnist_train.amat",
+    "validation": "binarized_mnist_valid.amat",
+    "test": "binarized_mnist_test.amat",
+}
 PIXELS = 28 * 28
 
 
@@ -21,14 +25,15 @@ def found(path: Path) -> bool:
 def sets(path: Path) -> Sets:
     """The three files of a folder, or one file as one undivided set."""
     if path.is_file():
-        return {"all": lambda: Raw(read_amat(path), None, str(path))}
+        return {"all": partial(_raw, path)}
     missing = [name for name in FILES.values() if not (path / name).is_file()]
     if missing:
         raise DataError(f"{path}: {', '.join(missing)} not there; expected {', '.join(FILES.values())}")
-    return {
-        split: lambda file=path / name: Raw(read_amat(file), None, str(file))  # type: ignore[misc]
-        for split, name in FILES.items()
-    }
+    return {split: partial(_raw, path / name) for split, name in FILES.items()}
+
+
+def _raw(path: Path) -> Raw:
+    return Raw(read_amat(path), None, str(path))
 
 
 def read_amat(path: Path) -> np.ndarray:

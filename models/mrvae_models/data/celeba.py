@@ -7,6 +7,7 @@ the papers on 64 by 64 faces have it. Parts by list_eval_partition.txt: 162,770 
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from . import folder
@@ -26,13 +27,10 @@ def found(path: Path) -> bool:
 def sets(path: Path, resize: int | tuple[int, int] | None = None) -> Sets:
     """The three parts of a folder that holds img_align_celeba, or its .zip, and list_eval_partition.txt."""
     images = beside(path, IMAGES)
-    missing = [
-        name for name, there in ((f"{IMAGES} (or its .zip)", images), (PARTITION, (path / PARTITION).is_file()))
-        if not there
-    ]  # fmt: skip
-    if missing or images is None:
-        raise DataError(f"{path}: {' and '.join(missing)} not there; expected {IMAGES}, or its .zip, and {PARTITION}")
-    return {split: lambda split=split: _raw(path, images, split, resize) for split in SPLITS}  # type: ignore[misc]
+    if images is None or not (path / PARTITION).is_file():
+        missing = IMAGES if images is None else PARTITION
+        raise DataError(f"{path}: {missing} not there; expected {IMAGES}, or its .zip, and {PARTITION}")
+    return {split: partial(_raw, path, images, split, resize) for split in SPLITS}
 
 
 def _raw(root: Path, images: Path, split: str, resize: int | tuple[int, int] | None) -> Raw:

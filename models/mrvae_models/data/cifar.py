@@ -6,7 +6,6 @@ module that reads an array of bytes, and any other name is refused.
 
 from __future__ import annotations
 
-import math
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
@@ -133,8 +132,6 @@ class _Array:
 
     def fill(self, content: Any, shape: Any, order: str) -> None:
         content = content.encode("latin1") if isinstance(content, str) else bytes(content)
-        if math.prod(shape) != len(content):
-            raise ValueError(f"{len(content)} bytes for an array of shape {shape}")
         self.array = np.frombuffer(content, np.uint8).reshape(tuple(shape), order="F" if order == "F" else "C")
 
 

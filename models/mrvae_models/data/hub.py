@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,8 +24,7 @@ def sets(name: str, resize: int | tuple[int, int] | None, **decoding: Any) -> Se
     found: Sets = {}
     for word, split in NAMES.items():
         if word in loaded and split not in found:
-            rows, origin = loaded[word], f"hf:{name} [{word}]"
-            found[split] = lambda rows=rows, origin=origin: _raw(rows, origin, resize, decoding)  # type: ignore[misc]
+            found[split] = partial(_raw, loaded[word], f"hf:{name} [{word}]", resize, decoding)
     if not found:
         raise DataError(f"hf:{name}: its splits are {', '.join(loaded)}; expected train, validation or test among them")
     return found
@@ -69,7 +69,7 @@ def _loaded(name: str) -> Any:
     except Exception as error:  # network, hub, cache and parser each raise classes of their own
         raise DataError(
             f"hf:{name} could not be loaded ({type(error).__name__}: {error}). Check the name and the network. For a "
-            f"machine without one: run `python -c \"import datasets; datasets.load_dataset({arguments})\"` on a "
+            f'machine without one: run `python -c "import datasets; datasets.load_dataset({arguments})"` on a '
             "connected machine and copy its folder ~/.cache/huggingface here (or to the path in HF_HOME); or put the "
             "images in a folder or an .npz file and give its path"
         ) from error

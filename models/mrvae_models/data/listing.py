@@ -42,7 +42,7 @@ def description(source: str) -> Iterator[str]:
     elif entry.files:
         yield f"files: none in {public.root() / entry.folders[0]}; expected {entry.files}"
         if entry.repository is not None:
-            yield f"fetched from hf:{entry.repository}, and kept where Hugging Face datasets keeps its cache (HF_HOME)"
+            yield f"so from hf:{entry.repository}, which Hugging Face datasets keeps in its cache (HF_HOME)"
     for split, read in public.sets(source).items():
         raw = read()
         yield f"{split}: {_arrays(raw)}"

@@ -9,6 +9,7 @@ draw, "fixed", of a seed; `mrvae train --binarize dynamic` does so.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -37,17 +38,16 @@ def sets(path: Path, resize: int | tuple[int, int] | None = None) -> Sets:
         if resize is not None:
             raise DataError(f"{chardata}: resize={resize} is for image files; this file holds {SIDE} by {SIDE} arrays")
         return {
-            "train": lambda: _of_chardata(chardata, "data", "target"),
-            "test": lambda: _of_chardata(chardata, "testdata", "testtarget"),
+            "train": partial(_of_chardata, chardata, "data", "target"),
+            "test": partial(_of_chardata, chardata, "testdata", "testtarget"),
         }
-    places = {split: beside(path, name) for split, name in IMAGES.items()}
-    missing = [IMAGES[split] for split, place in places.items() if place is None]
-    if missing:
-        raise DataError(f"{path}: {missing[0]} not there; expected {' and '.join(IMAGES.values())}, or their .zip")
-    return {
-        split: lambda place=place: _of_images(place, resize)  # type: ignore[misc]
-        for split, place in places.items()
-    }
+    made: Sets = {}
+    for split, name in IMAGES.items():
+        place = beside(path, name)
+        if place is None:
+            raise DataError(f"{path}: {name} not there; expected {' and '.join(IMAGES.values())}, or their .zip")
+        made[split] = partial(_of_images, place, resize)
+    return made
 
 
 def _of_chardata(path: Path, key: str, label_key: str) -> Raw:

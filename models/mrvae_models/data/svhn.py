@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,14 +22,14 @@ def found(path: Path) -> bool:
 def sets(path: Path, extra: bool = False) -> Sets:
     """Train and test of a folder, or one file as one undivided set. extra: the extra digits join those of train."""
     if path.is_file():
-        return {"all": lambda: read([path])}
+        return {"all": partial(read, [path])}
     files = {"train": ["train", "extra"] if extra else ["train"], "test": ["test"]}
     paths = {split: [path / f"{word}{SUFFIX}" for word in words] for split, words in files.items()}
     missing = [file.name for split in paths.values() for file in split if not file.is_file()]
     if missing:
-        raise DataError(f"{path}: {' and '.join(missing)} not there; expected train{SUFFIX} and test{SUFFIX}"
-                        f"{f', and extra{SUFFIX}' if extra else ''}")  # fmt: skip
-    return {split: lambda files=files: read(files) for split, files in paths.items()}  # type: ignore[misc]
+        expected = f"train{SUFFIX} and test{SUFFIX}{f', and extra{SUFFIX}' if extra else ''}"
+        raise DataError(f"{path}: {' and '.join(missing)} not there; expected {expected}")
+    return {split: partial(read, some) for split, some in paths.items()}
 
 
 def read(files: Sequence[Path]) -> Raw:
