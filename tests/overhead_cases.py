@@ -11,6 +11,7 @@ from bench.variants import TrainingStep, training_step
 CASES: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {
     "tiny": ("mlp", (1, 6, 6), {"latent": 4, "hidden": (24,)}),
     "tiny-cnn": ("cnn", (1, 8, 8), {"latent": 4, "channels": (8, 8)}),
+    "tiny-resnet": ("resnet", (1, 8, 8), {"latent": 4, "channels": (8, 8), "blocks": 1}),
 }
 
 

@@ -97,12 +97,16 @@ def test_memory_and_parameters_are_those_of_the_networks():
     assert entry["host_seconds"] is None and entry["launches"] is None
 
 
-def test_the_paper_s_network_has_table_1_s_parameters():
-    with torch.device("meta"):
-        assert parameter_count(build("cnn", (1, 28, 28))) == overhead.TABLE_1["cnn"][0]
+def test_the_paper_s_networks_have_table_1_s_parameters():
+    assert set(overhead.TABLE_1) == set(overhead.OTHER_GATES)
+    for name, (base, _) in overhead.TABLE_1.items():
+        with torch.device("meta"):
+            assert parameter_count(build(name, (1, 28, 28))) == base
     counts = {"ungated": 17_526_977, "gated": 17_526_977 + 1000}
     (line,) = overhead.beside_table_1([{"case": "cnn", "parameters": counts}, {"case": "mlp", "parameters": counts}])
     assert line.startswith("cnn: 17,526,977 (Table 1: 17,526,977), gates add 1,000, 0.01%") and "2.04%" in line
+    (line,) = overhead.beside_table_1([{"case": "resnet", "parameters": {"ungated": 1_881_217, "gated": 1_888_515}}])
+    assert "gates add 7,298" in line and "neither the heads" in line and "3,072, 0.16%" in line
 
 
 def test_a_baked_network_launches_what_the_plain_one_does_and_one_that_is_not_baked_does_not():

@@ -18,7 +18,7 @@ import mrvae_kernels as mk
 
 from .config import TrainConfig
 from .curve import at, calibrated, calibration_batches, recalibration_noise
-from .run import CONFIG, MODEL, load_model, replace_file, save_model, write_config
+from .run import CONFIG, GATE_CHOICES, GATED, MODEL, load_model, replace_file, save_model, write_config
 from .vae import VAE
 
 PROGRAM = "model.pt2"
@@ -81,9 +81,8 @@ def bake_run(
     batches = None if calibration is None else calibration_batches(calibration)
     with recalibration_noise(torch.device("cpu")):
         network: Any = mk.bake(model, beta, batches).eval()
-    description = {
-        key: value for key, value in document["model"].items() if key not in ("gates", "exclude", "beta_range")
-    }
+    of_gates = {*GATED, *GATE_CHOICES}
+    description = {key: value for key, value in document["model"].items() if key not in of_gates}
     description["beta"] = beta
     description = json.loads(json.dumps(description))
     out.mkdir(parents=True, exist_ok=True)

@@ -369,10 +369,12 @@ def test_baked_files_agree_with_the_gated_model(tmp_path):
     bake_run(run, 0.5, force=True)
 
 
-def test_baking_a_network_with_batch_norm_uses_the_calibration(tmp_path):
-    run = saved_run(tmp_path / "run", network="cnn", network_options={"channels": [4, 8]})
+@pytest.mark.parametrize("choices", [{}, {"norms": "conditional", "gated": "paper"}])
+def test_baking_a_network_with_batch_norm_uses_the_calibration(tmp_path, choices):
+    run = saved_run(tmp_path / "run", network="cnn", network_options={"channels": [4, 8]}, **choices)
     calibration = torch.rand(40, 1, 28, 28)
     assert bake_run(run, 0.5, calibration=calibration).difference <= 1e-5
+    assert not set(choices) & set(load_model(run / "baked-0.5")[1]["model"])
 
 
 def test_a_baked_model_that_differs_is_reported(tmp_path, monkeypatch):
