@@ -26,11 +26,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mrvae_models.experiments.tables import retraining_table
 from mrvae_models.training import TrainingInterrupted
 
 from . import records
 from .report_tables import interval
-from .retraining import BETAS, configured, evaluated, table, trained
+from .retraining import BETAS, evaluated, trained
 from .timing import Ratio, ratio
 
 WHAT = "curve-cost"
@@ -42,8 +43,7 @@ CONVERGED = 150
 
 def seconds_and_model(directory: Path, options: dict[str, Any]) -> tuple[float, Any, Any]:
     """Seconds that a run's training took, its options and its model."""
-    config = configured(directory, options)
-    result = trained(config)
+    config, result = trained(directory, options)
     if result.seconds_per_step is None:
         raise RuntimeError(f"the run in {directory} trained nothing; its time is unknown")
     return result.seconds_per_step * result.steps, config, result.model
@@ -110,7 +110,7 @@ def summary(result: dict[str, Any]) -> str:
         "",
         "D + beta R on held-out images, in nats (standard deviation over seeds):",
         "",
-        table(result["objective"], result["betas"]),
+        retraining_table(result["objective"], result["betas"]),
     ]
     if result["epochs"] < CONVERGED:
         lines += ["", f"After {result['epochs']} epochs neither is converged: these objectives show that the runs are "

@@ -101,22 +101,29 @@ def test_an_interrupted_curve_writes_nothing(tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.iterdir()) and "interrupted" in capsys.readouterr().err
 
 
-def test_retraining_repeats_no_run_that_is_there(tmp_path, monkeypatch):
-    calls = []
+def test_retraining_writes_a_result_file_of_the_experiments_runs(tmp_path, monkeypatch, capsys):
+    asked = []
 
-    class Result:
-        model = None
+    def execute(runs, evaluation, out, processes):
+        asked.extend(runs)
+        assert (evaluation.draws, out, processes) == (8, tmp_path / "runs", 3)
+        return [
+            {"columns": {name: [run.seed + beta for beta in run.betas] for name in (*retraining.COLUMNS, "elbo")}}
+            for run in runs
+        ]
 
-    def trained(config):
-        calls.append(config.beta)
-        tmp_path.joinpath("run").mkdir(exist_ok=True)
-        return Result
-
-    monkeypatch.setattr(retraining, "trained", trained)
-    monkeypatch.setattr(retraining, "evaluated", lambda config, model, betas: {"objective": list(betas)})
-    for beta in (1.0, 1.0, 2.0):
-        assert retraining.run(tmp_path / "run", {"beta": beta}, [beta]) == {"objective": [beta]}
-    assert calls == [1.0, 2.0]
-    written = json.loads((tmp_path / "run" / "test.json").read_text())["config"]
-    config = TrainConfig(out=str(tmp_path / "run"), threads=1, log_to=(), validate_every=1000, beta=2.0)
-    assert written == config.to_dict()
+    monkeypatch.setattr(retraining, "execute", execute)
+    arguments = ["retraining", "--seeds", "0", "1", "--processes", "3", "--set", "epochs=7"]
+    arguments += ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "result.json")]
+    monkeypatch.setattr("sys.argv", arguments)
+    assert retraining.main() == 0
+    said = capsys.readouterr().out
+    assert len(asked) == 22 and all(run.options["epochs"] == 7 for run in asked)
+    assert "| 10 | 10.50 (0.71) | 10.50 (0.71) | 1.000 | 10.50, 10.50 |" in said and "worst 1.000" in said
+    document = json.loads((tmp_path / "result.json").read_text())
+    assert document["config"] == TrainConfig(epochs=7).to_dict() and len(document["betas"]) == 10
+    assert document["runs"]["10"]["1"] == {name: [11.0] for name in retraining.COLUMNS}
+    assert len(document["runs"]["multi-rate"]["0"]["objective"]) == 10
+    monkeypatch.setattr("sys.argv", ["retraining", "--table", str(tmp_path / "result.json")])
+    assert retraining.main() == 0
+    assert capsys.readouterr().out == said

@@ -149,7 +149,7 @@ def _linear(figure: Figure, experiment: Experiment, rows: Sequence[Row], out: Pa
     left, right = figure.subplots(1, 2)
     plane(left, rows, "Rate-distortion curve, training images")
     best = sorted({(row["optimal_rate"], row["optimal_distortion"]) for row in rows})
-    left.plot(*zip(*best, strict=True), color="black", linestyle=":", linewidth=1.2, label="optimum", zorder=5)
+    left.plot(*zip(*best, strict=True), "x:", color="black", linewidth=1.0, label="optimum", zorder=5)
     excess = [{**row, "excess": 100 * (row["objective"] / row["optimal_objective"] - 1)} for row in rows]
     along(right, excess, "excess", r"D + $\beta$R above the optimum", "excess (%)")
     right.axhline(0, color="black", linestyle=":", linewidth=1.2)

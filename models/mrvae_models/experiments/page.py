@@ -93,6 +93,11 @@ def _text(
     return "\n\n".join(part.rstrip() for part in parts) + "\n"
 
 
+def counted(number: int, noun: str) -> str:
+    """A number with its noun."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def _compared(experiment: Experiment, runs: Sequence[Run], results: Sequence[Mapping[str, Any]]) -> str:
     """Sentences from the runs: lines, seeds, network, data, epochs, betas, what they were evaluated by, and times."""
     configs = [result["config"] for result in results]
@@ -101,17 +106,17 @@ def _compared(experiment: Experiment, runs: Sequence[Run], results: Sequence[Map
         return ", ".join(dict.fromkeys(str(config[name]) for config in configs))
 
     lines = dict.fromkeys(run.line for run in runs)
-    counts = [f"{line} ({sum(run.line == line for run in runs)} runs)" for line in lines]
+    counts = [f"{line} ({counted(sum(run.line == line for run in runs), 'run')})" for line in lines]
     betas = sorted({beta for run in runs for beta in run.betas})
     evaluation = experiment.evaluation
     measured = {
         "linear": "rate and expected distortion on the training split",
         "metric": f"the metric {evaluation.metric} and the curve on the test split",
     }.get(evaluation.kind, "the curve on the test split")
-    draws = "" if evaluation.kind == "linear" else f", {evaluation.draws} draws of z an example"
+    draws = "" if evaluation.kind == "linear" else f", {counted(evaluation.draws, 'draw')} of z an example"
     text = (
         f"{'; '.join(counts)}. Seeds {', '.join(map(str, sorted({run.seed for run in runs})))}; network "
-        f"{all_of('network')}, data {all_of('data')}, recipe {all_of('recipe')}, {all_of('epochs')} epochs of batches "
+        f"{all_of('network')}, data {all_of('data')}, recipe {all_of('recipe')}, epochs {all_of('epochs')}, batches "
         f"of {all_of('batch_size')}. Evaluated: {measured}{draws}, at {len(betas)} betas from {betas[0]:g} to "
         f"{betas[-1]:g}."
     )

@@ -62,7 +62,8 @@ def cell(values: Sequence[float], digits: int = 2) -> str:
 
 def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     """A Markdown table."""
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in [header, ["---"] * len(header), *lines])
+    first, *rest = (f"| {' | '.join(cells)} |" for cells in [header, *lines])
+    return "\n".join([first, "|" + "---|" * len(header), *rest])
 
 
 def retraining_table(runs: Mapping[str, Mapping[str, Any]], betas: Sequence[float]) -> str:
@@ -77,9 +78,8 @@ def retraining_table(runs: Mapping[str, Mapping[str, Any]], betas: Sequence[floa
         objectives = [[c["objective"][0] for c in plain], [c["objective"][i] for c in multi]]
         rates = [statistics.fmean(c["rate"][0] for c in plain), statistics.fmean(c["rate"][i] for c in multi)]
         ratios.append(statistics.fmean(objectives[1]) / statistics.fmean(objectives[0]))
-        lines.append(
-            [f"{beta:.3g}", *map(cell, objectives), f"{ratios[-1]:.3f}", f"{rates[0]:.2f}, {rates[1]:.2f}"]
-        )
+        cells = [f"{statistics.fmean(v):.2f} ({statistics.stdev(v) if len(v) > 1 else 0:.2f})" for v in objectives]
+        lines.append([f"{beta:.3g}", *cells, f"{ratios[-1]:.3f}", f"{rates[0]:.2f}, {rates[1]:.2f}"])
     return f"{table(header, lines)}\n\nmean ratio {statistics.fmean(ratios):.3f}, worst {max(ratios):.3f}"
 
 
@@ -114,25 +114,26 @@ def mean_distortion(points: Sequence[tuple[float, float]], low: float, high: flo
 
 
 def area(rows: Sequence[Row]) -> str:
-    """Area under each line's curve over the rates that all runs reach, as a mean distortion."""
+    """Area under each line's curve and under the first line's, over the rates that all runs of the two reach."""
     curves = {
-        line: {seed: [(row["rate"], row["distortion"]) for row in its] for seed, its in seeds.items()}
+        line: [[(row["rate"], row["distortion"]) for row in its] for its in seeds.values()]
         for line, seeds in by_line(rows).items()
     }
-    every = [[rate for rate, _ in points] for seeds in curves.values() for points in seeds.values()]
-    low, high = max(map(min, every)), min(map(max, every))
-    if not low < high:
-        return "The lines have no range of rates in common, so that the areas under them cannot be compared."
-    means = {line: [mean_distortion(points, low, high) for points in seeds.values()] for line, seeds in curves.items()}
-    first = statistics.fmean(next(iter(means.values())))
-    body = [[line, cell(values), f"{statistics.fmean(values) / first:.4f}"] for line, values in means.items()]
-    best = min(means, key=lambda line: statistics.fmean(means[line]))
-    spread = max(statistics.fmean(values) for values in means.values()) / statistics.fmean(means[best]) - 1
+    first, *others = curves
+    body = []
+    for line in others:
+        every = [[rate for rate, _ in points] for points in (*curves[first], *curves[line])]
+        low, high = max(map(min, every)), min(map(max, every))
+        if not low < high:
+            body.append([line, "none in common", "", "", ""])
+            continue
+        theirs, ours = ([mean_distortion(points, low, high) for points in curves[name]] for name in (line, first))
+        ratio = statistics.fmean(theirs) / statistics.fmean(ours)
+        body.append([line, f"{low:.2f} to {high:.2f}", cell(theirs), cell(ours), f"{ratio:.4f}"])
     return (
-        f"Area under the rate-distortion curve from {low:.2f} to {high:.2f} nats, the rates that all runs reach, over "
-        f"its width: the mean distortion at equal rates, in nats.\n\n"
-        f"{table(['line', 'mean distortion', f'over {next(iter(means))}'], body)}\n\n"
-        f"Lowest: {best}; the highest is {100 * spread:.2f} % above it."
+        "Area under the rate-distortion curve over its width, which is the mean distortion at equal rates, in nats; "
+        f"over the rates that all runs of a line and of {first} reach.\n\n"
+        f"{table(['line', 'rates (nats)', 'mean distortion', f'of {first}', f'over {first}'], body)}"
     )
 
 

@@ -1,0 +1,338 @@
+"""The experiments: each one small, from the command to its page; numbers against the models on the disk; a kill."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import os
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from mrvae_models import training
+from mrvae_models.arguments import parser
+from mrvae_models.cli import config_of, main
+from mrvae_models.closed_form import eigenvalues, linear_optimum
+from mrvae_models.config import TrainConfig
+from mrvae_models.curve import evaluate
+from mrvae_models.data import load
+from mrvae_models.experiments import execution, launchers
+from mrvae_models.experiments.catalogue import EXPERIMENTS, options_of
+from mrvae_models.experiments.command_lines import command_of
+from mrvae_models.experiments.execution import configured, execute, execute_one
+from mrvae_models.experiments.plan import MULTIRATE, Evaluation, Run, Settings, multirate, retrained
+from mrvae_models.experiments.tables import TABLES, area, mean_distortion, ratios
+from mrvae_models.run import load_model
+from PIL import Image
+
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "OMP_NUM_THREADS": "1"}
+OPTIONS = {field.name for field in dataclasses.fields(TrainConfig)}
+TINY = {"epochs": 1, "batch_size": 500, "latent": 3, "network_options": {"hidden": [16]}}
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """One directory for the experiments that have the same runs: those that are there are not trained again."""
+    return tmp_path_factory.mktemp("experiments")
+
+
+def small(out, name, *arguments):
+    """Run an experiment by its command; its rows and its page."""
+    assert main(["experiment", name, "--small", "--out", str(out), *arguments]) == 0
+    with open(out / "results.csv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    document = json.loads((out / "config.json").read_text())
+    page = (out / f"{name}.md").read_text()
+    with Image.open(out / "figure.png") as picture:
+        pixels = np.asarray(picture.convert("L"))
+    assert document["experiment"] == name and len(document["runs"]) == len({row["run"] for row in rows})
+    assert pixels.shape[1] == 2000 and 0.002 < (pixels < 128).mean() < 0.9, "a picture with something drawn"
+    assert "![" in page and "## Result" in page and f"mrvae experiment {name} --small" in page
+    assert page.count("mrvae train") == len(document["runs"])
+    return rows, page
+
+
+def numbers(rows, line, column):
+    return [float(row[column]) for row in rows if row["line"] == line]
+
+
+def test_retraining(shared):
+    rows, page = small(shared, "retraining", "--baselines", "constant")
+    assert [row["line"] for row in rows] == [MULTIRATE, MULTIRATE, "retrained", "retrained"]
+    objectives = [numbers(rows, line, "objective") for line in (MULTIRATE, "retrained")]
+    found = [multi / plain for multi, plain in zip(*objectives, strict=True)]
+    assert f"mean ratio {statistics.fmean(found):.3f}, worst {max(found):.3f}" in page
+    model, document = load_model(shared / "runs" / "multi-rate-0")
+    curve = evaluate(model, load("digits", "test"), [0.01, 10.0])
+    assert numbers(rows, MULTIRATE, "rate") == curve.column("rate")
+    assert numbers(rows, MULTIRATE, "distortion") == curve.column("distortion")
+    assert document["config"]["epochs"] == 1 and "Seeds 0; network mlp, data digits, recipe ranked" in page
+
+
+@pytest.mark.parametrize("name", ["rate-distortion", "active-units"])
+def test_experiments_of_the_same_runs_share_them(shared, name, monkeypatch):
+    small(shared, "retraining", "--baselines", "constant")
+    monkeypatch.setattr(training, "train", lambda *_, **__: pytest.fail("a run that is there is trained again"))
+    rows, page = small(shared, name, "--baselines", "constant")
+    assert len(rows) == 4
+    if name == "active-units":
+        assert f"| 0.01 | {float(rows[0]['active_units']):.1f} | {float(rows[2]['active_units']):.1f} |" in page
+    else:
+        assert "Area under the rate-distortion curve" in page and "| retrained | 0.01 |" in page
+
+
+@pytest.mark.parametrize("name", ["fid", "mig"])
+def test_metrics_along_beta(tmp_path, name, monkeypatch):
+    monkeypatch.setitem(EXPERIMENTS, name, dataclasses.replace(EXPERIMENTS[name], options={"beta_range": (0.1, 10.0)}))
+    file = tmp_path / "mine.py"
+    file.write_text("def metric(model, dataset, beta):\n    return beta + len(dataset)\n")
+    rows, page = small(tmp_path, name, "--baselines", "constant", "--metric", f"{file}:metric")
+    assert numbers(rows, MULTIRATE, "metric") == numbers(rows, "retrained", "metric") == [1000.1, 1010.0]
+    assert "| 0.1 | 1000.1000 | 1000.1000 |" in page and f"metric {file}:metric" in page
+
+
+def test_samples_are_of_the_same_latent_variables(tmp_path):
+    rows, _ = small(tmp_path, "samples")
+    assert len(rows) == 4
+    drawn = np.load(tmp_path / "runs" / "multi-rate-0" / "samples.npy")
+    assert drawn.shape == (2, 10, 1, 28, 28) and (drawn >= 0).all() and (drawn <= 1).all()
+    alone = np.load(tmp_path / "runs" / "retrained-beta-10-0" / "samples.npy")
+    assert alone.shape == (1, 10, 1, 28, 28) and not np.array_equal(alone[0], drawn[1])
+
+
+def test_sampling_range(tmp_path):
+    rows, page = small(tmp_path, "sampling-range", "--betas", "3")
+    runs = json.loads((tmp_path / "config.json").read_text())["runs"]
+    ranges = [[0.01, 10], [0.001, 10], [0.1, 10], [1, 10], [0.01, 1], [0.01, 0.1]]
+    assert [run["config"]["beta_range"] for run in runs] == ranges and len(rows) == 18
+    assert "## Result" in page and "of 0.01 to 10" in page
+    assert [row["beta"] for row in rows if row["line"] == "0.1 to 10"] == ["0.1", "1.0", "10.0"]
+
+
+@pytest.mark.parametrize(("name", "lines"), [("gate-architecture", 4), ("gate-activation", 6)])
+def test_gates(tmp_path, name, lines):
+    rows, page = small(tmp_path, name)
+    runs = {run["line"]: run["config"]["gates"] for run in json.loads((tmp_path / "config.json").read_text())["runs"]}
+    assert len(runs) == lines == len({json.dumps(gates) for gates in runs.values()})
+    assert len({row["objective"] for row in rows}) == len(rows), "every gate trains another network"
+    gated = {line: load_model(tmp_path / "runs" / row["run"])[0] for row in rows for line in [row["line"]]}
+    sizes = [sum(p.numel() for p in model.gate_parameters()) for model in gated.values()]
+    if name == "gate-architecture":
+        affine, two, two_shared, five = sizes
+        assert affine < two_shared < two and two_shared < five
+    else:
+        assert sizes == [sizes[0]] * 4 + [2 * sizes[0]] * 2, "FiLM has a shift for every gate"
+
+
+def test_linear_is_held_to_its_closed_form(tmp_path):
+    rows, page = small(tmp_path, "linear")
+    spectrum = eigenvalues(load("digits", "train").examples)
+    for row in rows:
+        best = linear_optimum(spectrum, 3, float(row["beta"]))
+        assert float(row["optimal_rate"]) == best.rate and float(row["optimal_distortion"]) == best.distortion
+        assert float(row["objective"]) >= float(row["optimal_objective"])
+    assert "above the optimum, at worst" in page
+
+
+SLOWER = ["--baselines", "constant", "--option", "batch_size=250", "--epochs", "12"]
+
+
+@pytest.mark.slow
+def test_killed_half_way_it_goes_on_and_ends_with_the_same_bits(tmp_path, monkeypatch):
+    line = [sys.executable, "-m", "mrvae_models", "experiment", "retraining", "--small", *SLOWER, "--out"]
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    process = subprocess.Popen([*line, str(killed)], env=ENVIRONMENT, stdout=subprocess.DEVNULL)
+    second = killed / "runs" / "retrained-beta-0.01-0"
+    while not (second / "last.ckpt").exists() and process.poll() is None:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert (second / "last.ckpt").exists() and not (second / "result.json").exists(), "killed in the second run"
+    assert (killed / "runs" / "multi-rate-0" / "result.json").exists() and not (killed / "results.csv").exists()
+    asked = []
+    train = training.train
+
+    def spy(config, **options):
+        asked.append((config.beta, options.get("resume", False)))
+        return train(config, **options)
+
+    monkeypatch.setattr(training, "train", spy)
+    assert main([*line[3:], str(killed)]) == 0
+    assert asked == [(0.01, True), (10.0, False)]
+    subprocess.run([*line, str(whole), "--processes", "2"], env=ENVIRONMENT, check=True, stdout=subprocess.DEVNULL)
+    assert (killed / "results.csv").read_bytes() == (whole / "results.csv").read_bytes()
+    for run in (killed / "runs").iterdir():
+        weights = whole / "runs" / run.name / "model.safetensors"
+        assert (run / "model.safetensors").read_bytes() == weights.read_bytes()
+
+
+def test_another_evaluation_of_a_run_trains_nothing_and_another_option_does(tmp_path, monkeypatch):
+    run = Run("line", 0, {**TINY, "beta": 1.0, "seed": 0}, (1.0,))
+    first = execute_one(tmp_path, run, Evaluation(draws=1))
+    asked = []
+    train = training.train
+
+    def spy(config, **options):
+        asked.append(options.get("resume", False))
+        return train(config, **options)
+
+    monkeypatch.setattr(training, "train", spy)
+    assert execute_one(tmp_path, run, Evaluation(draws=1)) == first and asked == []
+    more = execute_one(tmp_path, run, Evaluation(draws=3))
+    assert asked == [True] and more["seconds"] is None and more["columns"]["rate"] == first["columns"]["rate"]
+    assert more["columns"]["distortion"] != first["columns"]["distortion"]
+    other = dataclasses.replace(run, options={**run.options, "lr": 0.01})
+    assert execute_one(tmp_path, other, Evaluation(draws=1))["columns"] != first["columns"] and asked == [True, False]
+
+
+def test_a_run_waits_for_the_process_that_is_at_it(tmp_path):
+    entered = []
+
+    def second():
+        with execution._locked(tmp_path):
+            entered.append(time.monotonic())
+
+    with execution._locked(tmp_path):
+        thread = threading.Thread(target=second)
+        thread.start()
+        time.sleep(0.2)
+        assert entered == []
+    thread.join(5)
+    assert len(entered) == 1
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.parametrize("size", ["default", "full", "small"])
+def test_the_command_of_a_run_means_its_options(name, size, tmp_path):
+    experiment = EXPERIMENTS[name]
+    options = options_of(experiment, {}, size == "full", size == "small")
+    settings = Settings(seeds=(3,), count=2, options=options, baselines=("constant",))
+    for run in experiment.runs(settings):
+        if set(run.options) <= OPTIONS:
+            config = configured(tmp_path / run.name, run.options)
+            words = shlex.split(command_of(config))
+            assert words[:2] == ["mrvae", "train"]
+            assert config_of(parser().parse_args(words[1:])) == config
+
+
+def test_options_that_make_no_sense_are_trainconfigs_own_errors(tmp_path, capsys):
+    def complaint(*arguments):
+        assert main(["experiment", "linear", "--small", "--out", str(tmp_path / "new"), *arguments]) == 1
+        return capsys.readouterr().err
+
+    assert "run multi-rate-0: unknown option 'colour' in the options of the run" in complaint("--option", "colour=red")
+    assert "run multi-rate-0: epochs is 0; expected a positive integer" in complaint("--epochs", "0")
+    assert "give each seed once" in complaint("--seeds", "1", "1")
+    assert not (tmp_path / "new").exists(), "nothing was trained"
+    for arguments, message in (
+        (["abacus"], "experiment 'abacus' is not known; expected one of retraining"),
+        ([], "no NAME given"),
+        (["linear", "--processes", "0"], "--processes is 0"),
+        (["linear", "--metric", "fid"], "--metric is for fid and mig"),
+    ):
+        assert main(["experiment", *arguments]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_the_list_names_every_experiment_its_figure_and_cost(capsys):
+    assert main(["experiment", "--list"]) == 0
+    said = capsys.readouterr().out
+    for name, experiment in EXPERIMENTS.items():
+        assert f"{name}: {experiment.shows}\n" in said
+    assert "63 runs of 150 epochs, mlp on digits" in said and "18 runs of 200 epochs, resnet on omniglot" in said
+
+
+def test_the_slurm_launcher_submits_an_array(tmp_path, monkeypatch):
+    updates, cancelled = {}, []
+
+    class Job:
+        def __init__(self, work, arguments):
+            self.result = lambda: work(*arguments)
+
+        def cancel(self):
+            cancelled.append(self)
+
+    class Executor:
+        def __init__(self, folder, cluster):
+            updates.update(folder=folder, cluster=cluster)
+
+        def update_parameters(self, **parameters):
+            updates.update(parameters)
+
+        def batch(self):
+            return open(os.devnull)
+
+        def submit(self, work, *arguments):
+            return Job(work, arguments)
+
+    fake = SimpleNamespace(AutoExecutor=Executor, helpers=SimpleNamespace(as_completed=lambda jobs: reversed(jobs)))
+    monkeypatch.setitem(sys.modules, "submitit", fake)
+    found = dict(
+        launchers.slurm(pow, [(2, 3), (3, 2)], processes=4, out=tmp_path, hours=1.5, gpus=1, partition="long")
+    )
+    assert found == {0: 8, 1: 9} and not cancelled
+    assert updates == {
+        "folder": tmp_path / "slurm", "cluster": "slurm", "timeout_min": 90, "cpus_per_task": 1, "gpus_per_node": 1,
+        "slurm_array_parallelism": 4, "slurm_partition": "long",
+    }
+    with pytest.raises(ZeroDivisionError):
+        list(launchers.slurm(divmod, [(1, 0), (1, 0)], out=tmp_path))
+    assert len(cancelled) == 2, "a job that fails ends the others"
+
+
+def test_without_submitit_the_error_says_what_to_install(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    assert main(["experiment", "linear", "--small", "--out", str(tmp_path), "--launcher", "slurm"]) == 1
+    assert "needs the package submitit: pip install 'mrvae-kernels[cluster]'" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="launcher is 'cloud'; expected one of local, slurm"):
+        execute([], Evaluation(), tmp_path, launcher="cloud")
+    with pytest.raises(ValueError, match="processes is 0"):
+        list(launchers.local(pow, [(1, 2)], processes=0))
+
+
+def row(line, seed, beta, rate, distortion):
+    return {
+        "line": line, "run": f"{line}-{seed}", "seed": seed, "beta": beta, "rate": rate, "distortion": distortion,
+        "objective": distortion + beta * rate,
+    }
+
+
+def test_the_area_is_a_mean_distortion_over_the_rates_in_common():
+    points = [(4.0, 0.0), (0.0, 8.0), (2.0, 2.0)]
+    assert mean_distortion(points, 0.0, 4.0) == pytest.approx((10 + 2) / 4)
+    assert mean_distortion(points, 1.0, 3.0) == pytest.approx((3.5 + 1.5) / 2)
+    first = [row("a", 0, 1.0, 4.0, 0.0), row("a", 0, 2.0, 0.0, 8.0)]
+    text = area([*first, row("b", 0, 1.0, 3.0, 1.0), row("b", 0, 2.0, 1.0, 5.0), row("c", 0, 1.0, 9.0, 0.0)])
+    assert "| b | 1.00 to 3.00 | 3.00 | 4.00 | 0.7500 |" in text and "| c | none in common |" in text
+
+
+def test_ratios_are_of_the_means_over_seeds():
+    multi = [row(MULTIRATE, seed, beta, 1.0, 9.0 + seed) for seed in (0, 1) for beta in (1.0, 2.0)]
+    plain = [row("retrained", seed, beta, 2.0, 8.0 + seed) for seed in (0, 1) for beta in (1.0, 2.0)]
+    text = ratios([*multi, *plain])
+    assert "| 1 | 10.50 (0.71) | 10.50 (0.71) | 1.000 | 2.00, 1.00 |" in text
+    assert "| 2 | 12.50 (0.71) | 11.50 (0.71) | 0.920 | 2.00, 1.00 |" in text
+    assert "mean ratio 0.960, worst 1.000" in text
+
+
+def test_a_column_has_a_mean_over_the_betas_that_all_lines_have():
+    rows = [row("a", 0, 1.0, 1.0, 1.0), row("a", 0, 2.0, 1.0, 3.0), row("b", 0, 2.0, 2.0, 2.0)]
+    text = TABLES["objective"](rows)
+    assert "| 1 | 2.00 |  |" in text and "| mean | 5.00 | 6.00 |" in text
+
+
+def test_runs_have_names_of_their_own():
+    settings = Settings(seeds=(0, 1), count=3, options=TINY, baselines=("constant", "annealed"))
+    runs = [*multirate(settings), *retrained(settings)]
+    assert len({run.name for run in runs}) == len(runs) == 14
+    assert runs[-1].name == "retrained-kl-annealed-beta-10-1" and runs[-1].options["annealing"] == 0.3
+    assert Path(runs[0].name).name == runs[0].name
