@@ -156,6 +156,17 @@ def test_sentences_end_where_the_network_ends_them_and_no_later():
     assert network.sample(3).shape == (3, 7) and (network.sample(3) > UNKNOWN - 1).all()
 
 
+def test_what_has_ended_is_padded_while_others_go_on():
+    network = small().eval()
+    with torch.no_grad():
+        network.decoder.output.weight.zero_()
+        network.decoder.output.bias.fill_(0.0)
+        network.decoder.output.bias[END] = math.log(5.0)
+    made = network.sample(50, torch.Generator().manual_seed(0), greedy=False)
+    ended = (made == END).cumsum(1) - (made == END).long() > 0
+    assert ended.any() and (made[ended] == PAD).all() and (made[~ended] >= END).all()
+
+
 def test_drawn_sentences_follow_the_softmax_and_the_generator():
     network = small().eval()
     with torch.no_grad():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -135,6 +136,17 @@ def test_runs_of_other_vocabularies_are_not_compared(run, tmp_path, capsys):
     train(other, progress=False)
     assert main(["curve", "--run", str(run), "--compare", str(tmp_path / "other")]) == 1
     assert "vocabulary is of 18 entries there" in capsys.readouterr().err
+
+
+def test_no_vocabulary_but_the_run_s_own_is_taken(run, tmp_path, capsys):
+    shutil.copytree(run, tmp_path / "copy")
+    (tmp_path / "copy" / "vocabulary.txt").unlink()
+    assert main(["curve", "--run", str(tmp_path / "copy"), "--betas", "1"]) == 1
+    assert "vocabulary.txt does not exist" in capsys.readouterr().err
+    with open(tmp_path / "copy" / "vocabulary.txt", "w", encoding="utf-8") as file:
+        file.writelines(f"{token}\n" for token in (*Vocabulary.read(run / "vocabulary.txt").tokens, "more"))
+    assert main(["curve", "--run", str(tmp_path / "copy"), "--betas", "1"]) == 1
+    assert "has 19 entries and the network 18" in capsys.readouterr().err
 
 
 def test_a_baked_run_speaks_for_itself(run):
