@@ -15,6 +15,8 @@ from typing import Any
 _MODULE_OF = {
     "Bernoulli": "likelihoods",
     "Gaussian": "likelihoods",
+    "Categorical": "likelihoods",
+    "perplexity": "likelihoods",
     "build": "networks",
     "VAE": "vae",
     "VAEOutput": "vae",

@@ -3,11 +3,15 @@
 OUT/model.safetensors, OUT/config.json   for load_model(): the network's own classes, no gate left
 OUT/model.pt2      torch.export program, x -> (reconstruction, mean, log_variance) at the posterior mean, any batch size
 OUT/decoder.pt2    torch.export program, z -> image, to sample with
+
+Of text, with OUT/vocabulary.txt: model.pt2 is TeacherForced and decoder.pt2 NextToken of text_programs.py.
 """
 
 from __future__ import annotations
 
 import json
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +22,9 @@ import mrvae_kernels as mk
 
 from .config import TrainConfig
 from .curve import at, calibrated, calibration_batches, recalibration_noise
-from .run import CONFIG, GATE_CHOICES, GATED, MODEL, load_model, replace_file, save_model, write_config
+from .networks.lstm import SentenceVAE
+from .run import CONFIG, GATE_CHOICES, GATED, MODEL, VOCABULARY, load_model, replace_file, save_model, write_config
+from .text_programs import NextToken, TeacherForced, example_inputs
 from .vae import VAE
 
 PROGRAM = "model.pt2"
@@ -88,21 +94,37 @@ def bake_run(
     out.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(0)
     parameter = next(network.parameters())
-    x = torch.rand((4, *network.input_shape), generator=generator).to(parameter)
-    z = torch.randn((4, network.latent), generator=generator).to(parameter)
-    _export(Reconstruction(network), x, out / PROGRAM)
-    _export(Generation(network), z, out / DECODER)
+    whole, part = _programs(network)
+    x: Tensor
+    z: tuple[Tensor, ...]
+    if isinstance(network, SentenceVAE):
+        x, z = example_inputs(network)
+    else:
+        x = torch.rand((4, *network.input_shape), generator=generator).to(parameter)
+        z = (torch.randn((4, network.latent), generator=generator).to(parameter),)
+    _export(whole, (x,), out / PROGRAM)
+    _export(part, z, out / DECODER)
     save_model(out, network, description)
+    if (run / VOCABULARY).exists():
+        replace_file(out / VOCABULARY, lambda temporary: temporary.write_bytes((run / VOCABULARY).read_bytes()))
     write_config(out, description, config=document["config"], baked={"beta": beta, "run": str(run)})
     difference = _verify(model, beta, calibration, out, x, z)
     return Baked(out, network, difference)
 
 
-def _export(module: nn.Module, example: Tensor, path: Path) -> None:
-    """Write module(x) as a torch.export program whose first dimension may be any."""
+def _programs(network: Any) -> tuple[nn.Module, nn.Module]:
+    """What model.pt2 and decoder.pt2 compute."""
+    if isinstance(network, SentenceVAE):
+        return TeacherForced(network), NextToken(network)
+    return Reconstruction(network), Generation(network)
+
+
+def _export(module: nn.Module, inputs: tuple[Tensor, ...], path: Path) -> None:
+    """Write module(*inputs) as a torch.export program whose first dimension may be any."""
     batch = torch.export.Dim("batch", min=1)
-    with torch.no_grad():
-        program = torch.export.export(module.eval(), (example,), dynamic_shapes=({0: batch},))
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The tensor attributes .*_flat_weights")  # an LSTM's list of its own
+        program = torch.export.export(module.eval(), inputs, dynamic_shapes=({0: batch},) * len(inputs))
     replace_file(path, lambda temporary: _save_program(program, temporary))
 
 
@@ -111,23 +133,25 @@ def _save_program(program: Any, path: Path) -> None:
         torch.export.save(program, file)
 
 
-def _verify(model: mk.MultiRate, beta: float, calibration: Tensor | None, out: Path, x: Tensor, z: Tensor) -> float:
+def _verify(
+    model: mk.MultiRate, beta: float, calibration: Tensor | None, out: Path, x: Tensor, z: tuple[Tensor, ...]
+) -> float:
     """Read every file back and compare it with the gated model, with other batch sizes than it was exported with."""
-    x, z = torch.cat([x, x.flip(0), x[:1]]), torch.cat([z, -z, z[:1]])
-    gated: Any = model.network
+    x, z = torch.cat([x, x.flip(0), x[:1]]), tuple(torch.cat([part, part.flip(0), part[:1]]) for part in z)
     with torch.no_grad():
         with calibrated(model, calibration, beta), at(model, beta):
-            expected = [*Reconstruction(gated)(x), Generation(gated)(z)]
-        plain: Any = load_model(out)[0]
+            whole, part = (_listed(program) for program in _programs(model.network))
+            expected = {PROGRAM: whole(x), DECODER: part(*z)}
+        whole, part = (_listed(program) for program in _programs(load_model(out)[0]))
         found = {
-            MODEL: [*Reconstruction(plain)(x), Generation(plain)(z)],
-            PROGRAM: list(torch.export.load(out / PROGRAM).module()(x)),
-            DECODER: [torch.export.load(out / DECODER).module()(z)],
+            MODEL: whole(x) + part(*z),
+            PROGRAM: _listed(torch.export.load(out / PROGRAM).module())(x),
+            DECODER: _listed(torch.export.load(out / DECODER).module())(*z),
         }
+    expected[MODEL] = expected[PROGRAM] + expected[DECODER]
     worst = 0.0
     for name, outputs in found.items():
-        against = expected[-1:] if name == DECODER else expected
-        for output, reference in zip(outputs, against, strict=False):
+        for output, reference in zip(outputs, expected[name], strict=True):
             difference = ((output - reference).abs().max() / reference.abs().max()).item()
             if not difference <= TOLERANCE:
                 raise RuntimeError(
@@ -136,6 +160,16 @@ def _verify(model: mk.MultiRate, beta: float, calibration: Tensor | None, out: P
                 )
             worst = max(worst, difference)
     return worst
+
+
+def _listed(program: nn.Module) -> Callable[..., list[Tensor]]:
+    """The program, its results as a list."""
+
+    def run(*inputs: Tensor) -> list[Tensor]:
+        results = program(*inputs)
+        return [results] if isinstance(results, Tensor) else list(results)
+
+    return run
 
 
 def source_config(document: dict[str, Any]) -> TrainConfig:

@@ -43,6 +43,13 @@ def report(
     model, document = load_model(run)
     config = source_config(document)
     dataset = load_split(config, split, run)
+    if isinstance(dataset, TextDataset):
+        found, own = dataset.input_shape[1], plain_network(model).input_shape[1]
+        if found != own:
+            raise ValueError(
+                f"{run / VOCABULARY} has {found} entries and the network {own}; expected the file that was written "
+                "with the run: restore it"
+            )
     model = to_device(model, device)
     about = {"run": str(run), "split": split, "config": document["config"], "model": document["model"]}
     settings: dict[str, Any] = {"batch_size": batch_size, "samples": samples, "seed": seed}

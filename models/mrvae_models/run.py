@@ -27,7 +27,7 @@ from torch import Tensor, nn
 import mrvae_kernels as mk
 
 from .config import FORMAT, TrainConfig
-from .data import ImageDataset, InMemory, TextDataset, TextOptions, load
+from .data import ImageDataset, InMemory, TextDataset, TextOptions, load, text_files
 from .networks import NETWORKS, build
 from .options import check_format, read_json
 from .recipes import gate_fields
@@ -139,10 +139,14 @@ def _fit_options(network: str, options: Mapping[str, Any]) -> dict[str, Any]:
 def load_split(config: TrainConfig, split: str, run: Path | None = None) -> ImageDataset | TextDataset:
     """One split of the run's data. Only training draws dynamic binarisation anew; other splits are drawn once.
 
-    run: the directory of a run that is there already, whose vocabulary is used where it has one.
+    run: the directory of a run that is there already, whose vocabulary text is read with; FileNotFoundError where it
+    has none: one built of the data again may number other tokens.
     """
-    kept = None if run is None else run / VOCABULARY
-    vocabulary = kept if kept is not None and kept.exists() else config.vocabulary
+    vocabulary: str | Path | None = config.vocabulary
+    if run is not None and text_files(config.data):
+        vocabulary = run / VOCABULARY
+        if not vocabulary.exists():
+            raise FileNotFoundError(f"{vocabulary} does not exist; expected the file written with the run: restore it")
     options = TextOptions(vocabulary, config.vocabulary_size, config.min_count, config.max_length)
     binarize = "fixed" if config.binarize == "dynamic" and split != "train" else config.binarize
     return load(config.data, split, binarize, config.data_seed, config.layout, config.resize, options)

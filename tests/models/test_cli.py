@@ -188,7 +188,7 @@ def test_curve_and_bake_of_a_run(capsys, session):
     table, notes = capsys.readouterr()
     rows = [line.split() for line in table.splitlines()[1:4]]
     assert [row[0] for row in rows] == ["0.01", "0.5", "10"]
-    assert "one standard error over 12 images" in table
+    assert "one standard error over 12 examples" in table
     assert all(name in notes for name in ("curve.csv", "curve.json", "curve.png"))
     points = json.loads((session / "run" / "curve.json").read_text())["points"]
     assert [float(row[1]) for row in rows] == [round(point["rate"], 2) for point in points]

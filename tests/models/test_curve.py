@@ -202,7 +202,7 @@ def test_files_hold_every_digit_and_where_they_come_from(model, tmp_path):
     with open(tmp_path / "curve.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [float(row["objective"]) for row in rows] == curve.column("objective")
-    of_text = ("nats_per_token", "perplexity")  # no columns of images
+    of_text = {"nats_per_token", "perplexity"}
     assert list(rows[0]) == [name for name in Point.__dataclass_fields__ if name not in of_text]
     document = json.loads((tmp_path / "curve.json").read_text())
     assert document["about"]["versions"]["torch"] == torch.__version__

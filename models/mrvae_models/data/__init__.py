@@ -45,6 +45,7 @@ __all__ = [
     "batches",
     "in_turn",
     "load",
+    "text_files",
 ]
 
 DIGITS = Path(__file__).parent.parent / "data_files" / "mnist6k.npz"

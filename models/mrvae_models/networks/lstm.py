@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..data.vocabulary import END, PAD, START, UNKNOWN
+from ..data.vocabulary import END, PAD, SPECIALS, START, UNKNOWN
 from ..likelihoods import Categorical, Likelihood
 from ..vae import VAEOutput, reparameterise
 from .parts import check_shape, check_sizes
@@ -187,7 +187,7 @@ def lstm(
     likelihood: Categorical. ValueError for another, and for sizes and parts that cannot be.
     """
     shape = check_shape(input_shape)
-    if len(shape) != 2 or shape[1] <= UNKNOWN:
+    if len(shape) != 2 or shape[1] <= len(SPECIALS):
         raise ValueError(
             f"input_shape is {shape}; this network takes text, (longest, vocabulary), e.g. (50, 10000). For images use "
             "the network 'cnn' or 'mlp'"
