@@ -2,7 +2,8 @@
 
     vae = build("cnn", (3, 32, 32), latent=256)
 
-A network is a function of the data's shape that returns a `VAE`; `NETWORKS` is the list of them. To add one, write the
+A network is a function of the data's shape that returns a `VAE`, or for more than one latent vector a module with the
+same face (see `vae.Output` and `hierarchy.Hierarchy`); `NETWORKS` is the list of them. To add one, write the
 function in a file of its own and name it there.
 """
 
@@ -12,18 +13,23 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..likelihoods import Likelihood
 from ..likelihoods import likelihood as likelihood_called
-from ..vae import VAE
 from .cnn import cnn
 from .linear import Centre, linear
 from .mlp import mlp
+from .nvae import nvae
 
-NETWORKS: dict[str, Callable[..., VAE]] = {"linear": linear, "mlp": mlp, "cnn": cnn}
+NETWORKS: dict[str, Callable[..., Any]] = {
+    "linear": linear,
+    "mlp": mlp,
+    "cnn": cnn,
+    "nvae": nvae,
+}
 
-__all__ = ["NETWORKS", "build", "cnn", "linear", "mlp", "start_from"]
+__all__ = ["NETWORKS", "build", "cnn", "linear", "mlp", "nvae", "start_from"]
 
 
 def build(
@@ -34,7 +40,7 @@ def build(
     likelihood: str | Likelihood | None = None,
     sigma: float | None = None,
     **options: Any,
-) -> VAE:
+) -> Any:
     """The network called `name` for data of shape (N, *input_shape).
 
     latent: its dimensions; None takes the network's default. likelihood: "bernoulli", "gaussian" (with `sigma`), an
@@ -55,11 +61,11 @@ def build(
     return network(tuple(input_shape), **{key: value for key, value in given.items() if value is not None}, **options)
 
 
-def start_from(vae: VAE, images: Tensor) -> None:
+def start_from(network: nn.Module, images: Tensor) -> None:
     """Sets what a network takes from its training data, (N, *input_shape), before training: mu of "linear".
 
     Networks without such parts are left as they are.
     """
-    for module in vae.modules():
+    for module in network.modules():
         if isinstance(module, Centre):
             module.start_from(images)
