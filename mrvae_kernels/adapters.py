@@ -385,7 +385,8 @@ def fold_layers(jobs: list[FoldJob]) -> list[dict[str, Tensor | None]]:
     for job, (layer, adapter, gate, shift) in enumerate(jobs):
         parameters = layer._parameters
         for entry in adapter.entries(layer):
-            weight, bias = parameters.get(entry.weight), parameters.get(entry.bias)
+            weight: Tensor | None = parameters.get(entry.weight)
+            bias = parameters.get(entry.bias)
             if weight is None:
                 raise lost(layer, entry.weight)
             if not adapter.stored:

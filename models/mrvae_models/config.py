@@ -25,6 +25,7 @@ FROM_RECIPE: Any = object()
 GATE_KINDS = ("sigmoid", "sqrt", "softplus")
 PRECISIONS = ("32-true", "64-true", "bf16-mixed", "16-mixed", "bf16-true")
 LOGS = ("csv", "tensorboard")
+OPTIMIZERS = ("adam", "adamax", "adamw")
 
 
 def _option(default: Any, help: str, group: str, **details: Any) -> Any:
@@ -72,7 +73,7 @@ class TrainConfig:
         LOGS, "what to log besides the progress line: csv, tensorboard, or none", "run", metavar="LOG", many=True
     )
 
-    network: str = _option("mlp", "network: linear, mlp or cnn", "model", metavar="NAME")
+    network: str = _option("mlp", "network: linear, mlp, cnn or nvae", "model", metavar="NAME")
     latent: int | None = _option(None, "number of latent variables (default: the network's own)", "model", metavar="N")
     likelihood: str | None = _option(
         None,
@@ -128,7 +129,7 @@ class TrainConfig:
     recipe: str = _option(
         FROM_RECIPE,
         "options chosen together, each of which can be given apart: 'ranked' (default; the best of those tried on "
-        "digits), 'linear' (default of that network) or 'paper' (Algorithm 1 and Listing 1 as printed)",
+        "digits), 'linear' and 'hierarchy' (of linear and nvae) or 'paper' (Algorithm 1 and Listing 1 as printed)",
         "recipe",
         choices=tuple(RECIPES),
     )
@@ -183,10 +184,21 @@ class TrainConfig:
     exclude: tuple[str, ...] = _option(
         (), "layers to leave without a gate, by name", "gates", metavar="LAYER", many=True
     )
+    include: tuple[str, ...] = _option(
+        (),
+        "gate only these layers, by name or pattern with *, also those right before a batch norm, whose gate is left "
+        "to the norm otherwise",
+        "gates",
+        metavar="LAYER",
+        many=True,
+    )
 
     epochs: int = _option(FROM_RECIPE, "passes over the training data", "optimisation", metavar="N")
     batch_size: int = _option(128, "examples a step, over all devices together", "optimisation", metavar="N")
-    lr: float = _option(FROM_RECIPE, "learning rate of Adam", "optimisation", metavar="LR", parse=float)
+    optimizer: str = _option(
+        FROM_RECIPE, "optimiser, torch's defaults but for --lr; NVAE's is adamax", "optimisation", choices=OPTIMIZERS
+    )
+    lr: float = _option(FROM_RECIPE, "learning rate", "optimisation", metavar="LR", parse=float)
     gate_lr_factor: float = _option(
         FROM_RECIPE, "learning rate of the gates, as a multiple of --lr", "optimisation", metavar="FACTOR", parse=float
     )
@@ -232,7 +244,7 @@ class TrainConfig:
         for name, value in RECIPES.get(self.recipe, RECIPES["ranked"]).items():  # check() refuses an unknown one
             if getattr(self, name) is FROM_RECIPE:
                 setattr(self, name, dict(value) if isinstance(value, dict) else value)
-        for name in ("log_to", "exclude", "beta_range", "margin"):
+        for name in ("log_to", "exclude", "include", "beta_range", "margin"):
             value = getattr(self, name)
             if isinstance(value, (str, list)):  # JSON has lists only
                 setattr(self, name, (value,) if isinstance(value, str) else tuple(value))

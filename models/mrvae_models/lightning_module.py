@@ -182,7 +182,12 @@ class TrainingModule(pl.LightningModule):
             ]
         else:
             groups = [{"params": list(self.model.parameters()), "lr": config.lr}]
-        optimizer = torch.optim.Adam(groups, lr=config.lr, fused=self._can_fuse())
+        optimizer: torch.optim.Optimizer
+        if config.optimizer == "adamax":
+            optimizer = torch.optim.Adamax(groups, lr=config.lr)  # torch has no fused one
+        else:
+            kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
+            optimizer = kind(groups, lr=config.lr, fused=self._can_fuse())
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor(config, self.steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

@@ -69,6 +69,8 @@ def describe(config: TrainConfig, input_shape: tuple[int, ...]) -> dict[str, Any
         description["beta_range"] = list(config.beta_range)
         description["gates"] = {module: gate_fields(gate, config.gate_init) for module, gate in config.gates.items()}
         description["exclude"] = list(config.exclude)
+        if config.include:
+            description["include"] = list(config.include)
     else:
         description["beta"] = config.beta
     return json.loads(json.dumps(description))
@@ -91,6 +93,7 @@ def build_model(description: Mapping[str, Any]) -> nn.Module:
         gates={part: _gate_spec(spec) for part, spec in description["gates"].items()},
         beta_range=tuple(description["beta_range"]),
         exclude=tuple(description["exclude"]),
+        include=description.get("include"),
     )
 
 

@@ -8,7 +8,7 @@ Groups are numbered from the top, which is drawn first. NVAE's residual posterio
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -72,18 +72,16 @@ class HierarchicalOutput(NamedTuple):
     parameters: Tensor  # (N, *input_shape), of the likelihood
     mean: Tensor  # (N, k), of the posterior less the prior's, given the draws above, groups from the top
     rates: Tensor  # (N, groups), KL of each group in nats
-
-
-Draw = Callable[[Normal, int], Tensor]
-"""A group's z, from its distribution and its number."""
+    noise: Tensor  # (N, k), standard normal, of which z = mean + sigma * noise was drawn
 
 
 class Hierarchy(nn.Module):
     """A VAE of latent groups. A network says how it goes up and down:
 
-        ascend(x) -> features                             what the posteriors need of x
-        descend(features, n, draw) -> parameters, pairs   n examples; pairs of each group's (posterior, prior), or, with
-                                                          features None, (prior, prior); draw gives each z
+        ascend(x) -> features                          what the posteriors need of x
+        descend(features, noise) -> parameters, pairs  z_l = mean + sigma noise_l, noise by group, (N, *shape) each;
+                                                       pairs of each group's (posterior, prior), or (prior, prior),
+                                                       drawn from, where features is None
 
     group_shapes: the shape of each group's z, from the top. `latent` is the number of all latent variables.
     """
@@ -100,16 +98,33 @@ class Hierarchy(nn.Module):
     def ascend(self, x: Tensor) -> Any:
         raise NotImplementedError
 
-    def descend(self, features: Any, n: int, draw: Draw) -> tuple[Tensor, list[tuple[Normal, Normal]]]:
+    def descend(self, features: Any, noise: Sequence[Tensor]) -> tuple[Tensor, list[tuple[Normal, Normal]]]:
         raise NotImplementedError
 
-    def forward(self, x: Tensor) -> HierarchicalOutput:
-        """One draw from the posterior, by torch's global generator. x: (N, *input_shape), else ValueError."""
-        return self._output(x, lambda q, _: q.draw(torch.randn_like(q.mean)))
+    def forward(self, x: Tensor, noise: Tensor | None = None) -> HierarchicalOutput:
+        """One draw from the posterior. x: (N, *input_shape), noise: (N, latent), groups from the top; else ValueError.
+
+        Without noise it is drawn by torch's global generator, in train and in eval mode alike.
+        """
+        if x.shape[1:] != self.input_shape:
+            expected = ", ".join(["N", *map(str, self.input_shape)])
+            raise ValueError(
+                f"x has shape {tuple(x.shape)}; this network was built for ({expected}): "
+                "reshape the data, or build the network with build(name, dataset.input_shape)"
+            )
+        if noise is None:
+            noise = torch.randn(x.shape[0], self.latent, dtype=x.dtype, device=x.device)
+        parameters, pairs = self.descend(self.ascend(x), self._by_group(noise))
+        return HierarchicalOutput(
+            parameters,
+            torch.cat([(q.mean - p.mean).flatten(1) for q, p in pairs], 1),
+            torch.stack([q.kl_from(p).flatten(1).sum(1) for q, p in pairs], 1),
+            noise,
+        )
 
     def at_means(self, x: Tensor) -> HierarchicalOutput:
         """The same with every z the mean of its posterior: no noise."""
-        return self._output(x, lambda q, _: q.mean)
+        return self.forward(x, x.new_zeros(x.shape[0], self.latent))
 
     def reconstruct(self, x: Tensor) -> Tensor:
         """E[x | z] with every z the mean of its posterior, (N, *input_shape), in data space."""
@@ -121,14 +136,7 @@ class Hierarchy(nn.Module):
         noise is standard normal for samples, groups from the top; a hierarchy's z have no fixed distribution of their
         own, as each prior depends on the groups above. Another shape raises ValueError.
         """
-        if noise.dim() != 2 or noise.shape[1] != self.latent:
-            raise ValueError(
-                f"noise has shape {tuple(noise.shape)}; expected (N, {self.latent}), the noise of all groups a row"
-            )
-        parts = noise.split([math.prod(shape) for shape in self.group_shapes], dim=1)
-        return self.descend(
-            None, len(noise), lambda p, group: p.draw(parts[group].unflatten(1, self.group_shapes[group]))
-        )[0]
+        return self.descend(None, self._by_group(noise))[0]
 
     def sample(self, n: int, generator: torch.Generator | None = None, temperature: float = 1.0) -> Tensor:
         """E[x | z] for n draws z from the prior, (n, *input_shape), in data space.
@@ -154,16 +162,10 @@ class Hierarchy(nn.Module):
         mean = products.mean()
         return torch.where(mean > 0, products / mean, torch.ones_like(products))
 
-    def _output(self, x: Tensor, draw: Draw) -> HierarchicalOutput:
-        if x.shape[1:] != self.input_shape:
-            expected = ", ".join(["N", *map(str, self.input_shape)])
+    def _by_group(self, noise: Tensor) -> list[Tensor]:
+        if noise.dim() != 2 or noise.shape[1] != self.latent:
             raise ValueError(
-                f"x has shape {tuple(x.shape)}; this network was built for ({expected}): "
-                "reshape the data, or build the network with build(name, dataset.input_shape)"
+                f"noise has shape {tuple(noise.shape)}; expected (N, {self.latent}), the noise of all groups a row"
             )
-        parameters, pairs = self.descend(self.ascend(x), len(x), draw)
-        return HierarchicalOutput(
-            parameters,
-            torch.cat([(q.mean - p.mean).flatten(1) for q, p in pairs], 1),
-            torch.stack([q.kl_from(p).flatten(1).sum(1) for q, p in pairs], 1),
-        )
+        parts = noise.split([math.prod(shape) for shape in self.group_shapes], dim=1)
+        return [part.unflatten(1, shape) for part, shape in zip(parts, self.group_shapes, strict=True)]

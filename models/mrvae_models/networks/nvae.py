@@ -20,17 +20,21 @@ import mrvae_kernels as mk
 
 from ..likelihoods import Bernoulli, Likelihood
 from .cells import DecoderCell, EncoderCell
-from .hierarchy import Draw, Hierarchy, Normal, Raw
+from .hierarchy import Hierarchy, Normal, Raw
 from .parts import check_shape, check_sizes
 from .regularisers import SpectralNorms, convolution_weights, norm_scales
 
 EXPANSION = 6
 POSTPROCESS_EXPANSION = 3
 
-PAPER_GATING: dict[str, Sequence[str]] = {"include": ("encoder.*", "decoder.*"), "exclude": ("*norm?", "decoder.output")}
+PAPER_GATING: dict[str, tuple[str, ...]] = {
+    "include": ("encoder.*", "decoder.*"),
+    "exclude": ("*norm?", "decoder.output"),
+}
 """For multirate(): the gates that the paper's count of 8,950,118 parameters has. Every convolution and every Linear but
 the output layer has one, 48,436 features; norms have none. multirate()'s own choice gates the norms instead of the
-convolutions right before them, whose gate a batch norm cancels in training where the batch has one beta."""
+convolutions right before them, whose gate a batch norm cancels in training where the batch has one beta. On the command
+line: --include 'encoder.*' 'decoder.*' --exclude '*norm?' decoder.output"""
 
 
 def conv1x1(channels: int, channels_out: int) -> nn.Module:
@@ -141,22 +145,22 @@ class NVAE(Hierarchy):
     def ascend(self, x: Tensor) -> list[Tensor]:
         return self.encoder(F.pad(2 * x - 1, self.margins, value=-1.0))
 
-    def descend(self, features: Any, n: int, draw: Draw) -> tuple[Tensor, list[tuple[Normal, Normal]]]:
-        x, pairs = self.decoder.begin(n), []
-        for group, shape in enumerate(self.group_shapes):
+    def descend(self, features: Any, noise: Sequence[Tensor]) -> tuple[Tensor, list[tuple[Normal, Normal]]]:
+        x, pairs = self.decoder.begin(noise[0].shape[0]), []
+        for group, part in enumerate(noise):
             if group:
                 x = self.decoder.step(group, x)
                 raw = self.decoder.prior(group, x)
                 prior = raw.normal()
             else:
-                raw = Raw(x.new_zeros(n, *shape), x.new_zeros(n, *shape))
-                prior = Normal(raw.mu, torch.ones_like(raw.mu))
+                raw = Raw(torch.zeros_like(part), torch.zeros_like(part))
+                prior = Normal(raw.mu, torch.ones_like(part))
             if features is None:
                 posterior = prior
             else:
                 posterior = raw.residual(self.encoder.posterior(group, features[group], x))
             pairs.append((posterior, prior))
-            x = self.decoder.take_in(group, x, draw(posterior, group))
+            x = self.decoder.take_in(group, x, posterior.draw(part))
         return F.pad(self.decoder(x), [-margin for margin in self.margins]), pairs
 
     def penalty(self) -> Tensor:

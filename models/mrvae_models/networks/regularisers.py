@@ -21,9 +21,9 @@ ITERATIONS = 4
 class SpectralNorms(nn.Module):
     """The sum of the largest singular values of weights, (rows, ...) each, taken as matrices (rows, columns).
 
-    Power iteration from the singular vectors of the last call, which are buffers: u <- W v / |W v|, v <- W^T u / |W^T u|,
-    sigma = u^T W v, through which gradients flow to W. A value is a lower bound that grows to the singular value within
-    some calls. Weights of one shape are one batch. In eval mode the buffers stay.
+    Power iteration from the right singular vectors of the last call, which are buffers: u <- W v / |W v|,
+    v <- W^T u / |W^T u|, and sigma = u^T W v, through which gradients flow to W. A value is a lower bound that grows to
+    the singular value within some calls. Weights of one shape are one batch. In eval mode the buffers stay.
     """
 
     def __init__(self, weights: Sequence[Tensor], iterations: int = ITERATIONS) -> None:
