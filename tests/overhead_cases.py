@@ -10,7 +10,6 @@ from bench.variants import TrainingStep, training_step
 
 CASES: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {
     "tiny": ("mlp", (1, 6, 6), {"latent": 4, "hidden": (24,)}),
-    "tiny-nvae": ("nvae", (1, 6, 6), {"latent": 2, "channels": 4, "groups": 2, "cells": 1, "process_cells": 1}),
     "tiny-cnn": ("cnn", (1, 8, 8), {"latent": 4, "channels": (8, 8)}),
 }
 

@@ -28,7 +28,8 @@ def exact(weights) -> float:
 
 def test_the_sum_comes_to_the_largest_singular_values_and_stays_there():
     torch.manual_seed(0)
-    weights = [torch.randn(*shape, dtype=torch.float64) for shape in ((6, 3, 3, 3), (4, 2, 1, 1), (6, 3, 3, 3), (1, 5, 1, 1))]
+    shapes = ((6, 3, 3, 3), (4, 2, 1, 1), (6, 3, 3, 3), (1, 5, 1, 1))
+    weights = [torch.randn(*shape, dtype=torch.float64) for shape in shapes]
     norms = SpectralNorms(weights).double()
     assert {tuple(buffer.shape) for buffer in norms.buffers()} == {(2, 27), (1, 2), (1, 5)}
     values = [norms(weights).item() for _ in range(60)]
