@@ -1,7 +1,7 @@
 """Whether a training step computes what its gates say, in float64: a variant that does not is refused a time.
 
     y_layer = act(w eta(beta) + c) * layer(x)        hooks on a float64 copy of the plain network
-    z = mean + exp(log_variance / 2) * noise         noise recovered from the step's own output
+    z = mean + exp(log_variance / 2) * noise         noise recovered from the step's own output; a hierarchy gives it
     loss = mean of D + beta R, and its gradients by the network's parameters and by every gate
 
 Held against it are the network's outputs, the loss, all gradients and the running statistics that one step gives, and
@@ -23,15 +23,16 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from mrvae_models.networks.hierarchy import Hierarchy
 from mrvae_models.objectives import beta_vae
-from mrvae_models.vae import VAE, VAEOutput, reparameterise
+from mrvae_models.vae import VAEOutput, reparameterise
 from torch import Tensor, nn
 
 from mrvae_kernels.reference import along, gate_activation
 
 from .gpu_timing import failure
 from .overhead_networks import Gates, channel_axis, eta_of, kind_of
-from .variants import Draw, TrainingStep
+from .variants import Draw, Network, NetworkOutput, TrainingStep
 
 
 class Tolerance(NamedTuple):
@@ -70,7 +71,7 @@ def before(step: TrainingStep) -> Before:
     )
 
 
-def given(step: TrainingStep, draw: Draw) -> tuple[Values, VAEOutput]:
+def given(step: TrainingStep, draw: Draw) -> tuple[Values, NetworkOutput]:
     """What one step on this batch gives, and its output."""
     loss, output = step.run(draw)
     values = {"output: loss": loss.detach(), **_outputs(output)}
@@ -79,7 +80,7 @@ def given(step: TrainingStep, draw: Draw) -> tuple[Values, VAEOutput]:
 
 
 def expected(
-    plain: VAE, start: Before, draw: Draw, shared: bool, noise: Tensor, dtype: torch.dtype = torch.float64,
+    plain: Network, start: Before, draw: Draw, shared: bool, noise: Tensor, dtype: torch.dtype = torch.float64,
     autocast: bool = False,
 ) -> Values:
     """The same from the formula, in plain PyTorch; z is made of this noise."""
@@ -94,9 +95,7 @@ def expected(
         gate = gate_activation(eta_of(beta.to(dtype)).unsqueeze(-1) * weight + bias, kind_of(name))
         network.get_submodule(name).register_forward_hook(_scaling(gate))
     with torch.autocast(draw.x.device.type, torch.bfloat16, enabled=autocast):
-        mean, log_variance = network.encode(draw.x.to(dtype))
-        z = mean + torch.exp(0.5 * log_variance) * noise.to(dtype)
-        output = VAEOutput(network.decode(z), mean, log_variance, z)
+        output = _with_noise(network, draw.x.to(dtype), noise.to(dtype))
         loss = beta_vae(output, draw.x.to(dtype), beta.to(dtype), plain.likelihood).loss
     loss.backward()
     values = {"output: loss": loss.detach(), **_outputs(output)}
@@ -167,8 +166,17 @@ def refusal(step: TrainingStep, references: References | None = None) -> str | N
     return None
 
 
-def _outputs(output: VAEOutput) -> Values:
-    return {f"output: {name}": getattr(output, name).detach() for name in ("parameters", "mean", "log_variance")}
+def _with_noise(network: Network, x: Tensor, noise: Tensor) -> NetworkOutput:
+    if isinstance(network, Hierarchy):
+        return network(x, noise)
+    mean, log_variance = network.encode(x)
+    z = mean + torch.exp(0.5 * log_variance) * noise
+    return VAEOutput(network.decode(z), mean, log_variance, z)
+
+
+def _outputs(output: NetworkOutput) -> Values:
+    names = ("parameters", "mean", "log_variance" if isinstance(output, VAEOutput) else "rates")
+    return {f"output: {name}": getattr(output, name).detach() for name in names}
 
 
 def _statistics(buffers: Values) -> Values:
@@ -186,7 +194,9 @@ def _scaling(gate: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], 
     return scale
 
 
-def _noise(output: VAEOutput) -> Tensor:
+def _noise(output: NetworkOutput) -> Tensor:
+    if not isinstance(output, VAEOutput):
+        return output.noise.detach().double()
     mean, log_variance, z = (value.detach().double() for value in (output.mean, output.log_variance, output.z))
     return (z - mean) * torch.exp(-0.5 * log_variance)
 
@@ -204,7 +214,7 @@ def _by_name(gates: Gates) -> Values:
     }
 
 
-def _wrong_noise(output: VAEOutput) -> str | None:
+def _wrong_noise(output: NetworkOutput) -> str | None:
     """N(0, 1) has mean 0 and variance 1: within six standard errors, and what bfloat16 rounds. The mean square of few
     draws is skew: downwards the factor of ten errors counts."""
     noise = _noise(output)

@@ -129,8 +129,9 @@ class PlainFoldNetwork(nn.Module):
             groups = layer.groups if getattr(layer, "transposed", False) else 0
             weight, bias = self.hyper[name.replace(".", "-")]
             gate = gate_activation(weight * eta + bias, kind_of(name))
-            folded = fold(layer.weight, layer.bias, gate, None, groups)
-            pairs = zip((f"{name}.weight", f"{name}.bias"), folded, strict=True)
+            scaled = "gain" if isinstance(layer, mk.WeightNormConv2d) else "weight"  # the norm would cancel the gate
+            folded = fold(layer.get_parameter(scaled), layer.bias, gate, None, groups)
+            pairs = zip((f"{name}.{scaled}", f"{name}.bias"), folded, strict=True)
             tensors.update((key, value) for key, value in pairs if value is not None)
         return functional_call(self.network, tensors, (x,))
 

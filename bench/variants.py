@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from mrvae_models.networks import build
+from mrvae_models.networks.hierarchy import HierarchicalOutput, Hierarchy
 from mrvae_models.objectives import beta_vae
 from mrvae_models.vae import VAE, VAEOutput
 from torch import Tensor, nn
@@ -21,6 +22,9 @@ from torch import Tensor, nn
 from .gpu_timing import float32_precision
 from .overhead_networks import BETA_RANGE, ONE_A_SAMPLE, Gates, Of, gated_network
 from .timing import peak_memory
+
+Network = VAE | Hierarchy
+NetworkOutput = VAEOutput | HierarchicalOutput
 
 NUMBERS = ("float32", "tf32", "bfloat16")
 DRAWS = 8
@@ -72,7 +76,7 @@ class TrainingStep:
     """
 
     def __init__(
-        self, variant: str, vae: VAE, inputs: list[Draw], compiled: bool = False, graph: bool = False,
+        self, variant: str, vae: Network, inputs: list[Draw], compiled: bool = False, graph: bool = False,
         numbers: str = "float32",
     ) -> None:
         self.device = inputs[0].x.device
@@ -99,7 +103,7 @@ class TrainingStep:
         self.count += 1
         return self.run(self.inputs[self.count % len(self.inputs)])[0]
 
-    def run(self, draw: Draw) -> tuple[Tensor, VAEOutput]:
+    def run(self, draw: Draw) -> tuple[Tensor, NetworkOutput]:
         """One step on this batch: the loss, and what the network gave. Gradients stay until the next step."""
         if not self.graph:
             return self._step(draw)
@@ -107,7 +111,7 @@ class TrainingStep:
             self.recorded = RecordedStep(self, draw)
         return self.recorded.replay(draw)
 
-    def forward(self, draw: Draw) -> VAEOutput:
+    def forward(self, draw: Draw) -> NetworkOutput:
         """The network's output, with beta as this variant takes it."""
         if self.variant == "ungated":
             return self.call(draw.x)
@@ -116,7 +120,7 @@ class TrainingStep:
             return self.call(draw.x, beta=shared if self.shared else draw.each)
         return self.call(draw.x, draw.scalar if self.shared else draw.each)
 
-    def _step(self, draw: Draw) -> tuple[Tensor, VAEOutput]:
+    def _step(self, draw: Draw) -> tuple[Tensor, NetworkOutput]:
         autocast = torch.autocast(self.device.type, torch.bfloat16)
         with autocast if self.numbers == "bfloat16" else contextlib.nullcontext():
             output = self.forward(draw)
@@ -152,7 +156,7 @@ class RecordedStep:
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
             loss, output = step._step(self.draw)
-            self.loss, self.output = loss.detach(), VAEOutput(*(value.detach() for value in output))
+            self.loss, self.output = loss.detach(), type(output)(*(value.detach() for value in output))
         self.peak = torch.cuda.max_memory_allocated(device) - held
         with torch.no_grad():
             for tensor, value in zip(_trained(step), before, strict=True):
@@ -161,7 +165,7 @@ class RecordedStep:
                 for value in state.values():
                     value.zero_()
 
-    def replay(self, draw: Draw) -> tuple[Tensor, VAEOutput]:
+    def replay(self, draw: Draw) -> tuple[Tensor, NetworkOutput]:
         self.draw.x.copy_(draw.x)
         self.draw.scalar.copy_(draw.scalar)
         self.draw.each.copy_(draw.each)

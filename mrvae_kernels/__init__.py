@@ -40,6 +40,7 @@ from .layers import (
 from .measuring import tune, warm_up
 from .multirate import MultiRate, multirate
 from .strategy import override
+from .weight_norm import WeightNormConv2d
 
 __version__ = "0.1.0"
 
@@ -47,7 +48,7 @@ __all__ = [
     "BetaRange", "ConditionalBatchNorm1d", "ConditionalBatchNorm2d", "ConditionalBatchNorm3d", "GateSpec",
     "GatedBatchNorm1d", "GatedBatchNorm2d", "GatedBatchNorm3d", "GatedConv1d", "GatedConv2d", "GatedConv3d",
     "GatedConvTranspose1d", "GatedConvTranspose2d", "GatedConvTranspose3d", "GatedGRU", "GatedGroupNorm",
-    "GatedLSTM", "GatedLayerNorm", "GatedLinear", "MultiRate", "bake", "checkpoint_context", "gate_values",
-    "gated_conv1d", "gated_conv2d", "gated_conv3d", "gated_conv_transpose1d", "gated_conv_transpose2d",
+    "GatedLSTM", "GatedLayerNorm", "GatedLinear", "MultiRate", "WeightNormConv2d", "bake", "checkpoint_context",
+    "gate_values", "gated_conv1d", "gated_conv2d", "gated_conv3d", "gated_conv_transpose1d", "gated_conv_transpose2d",
     "gated_conv_transpose3d", "gated_linear", "multirate", "override", "standardize", "tune", "warm_up",
 ]

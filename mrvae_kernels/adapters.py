@@ -20,6 +20,7 @@ from .gates import GateSpec
 from .recurrent import gated_recurrent, recurrent_rows
 from .reference import along
 from .strategy import Product
+from .weight_norm import WeightNormConv2d
 
 
 class FoldEntry(NamedTuple):
@@ -43,6 +44,9 @@ class Adapter:
 
     product = True
     """Whether strategy chooses between fold and epilogue; norms and recurrent layers always fold for a shared beta."""
+
+    stored = True
+    """Whether the layer computes with its parameters as they stand, so that they can be folded outside of it."""
 
     def features(self, layer: Any) -> int:
         """Gate features of the layer."""
@@ -71,6 +75,13 @@ class Adapter:
     def entries(self, layer: Any) -> list[FoldEntry]:
         """The parameters that folding scales."""
         return [FoldEntry("weight", "bias", slice(None))]
+
+    def weight(self, layer: Any) -> Tensor:
+        """The weight that a product computes with."""
+        return layer.weight
+
+    def settle(self, layer: Any) -> None:
+        """Called when folded tensors have become the parameters of a plain layer."""
 
     def choose(self, layer: Any, x: Tensor) -> str:
         """The strategy for this input and one beta."""
@@ -164,9 +175,24 @@ class ConvolutionAdapter(Adapter):
             x = F.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
             padding = 0
         return self.function(
-            x, layer.weight, layer.bias, gate, shift, layer.stride, padding, layer.dilation, layer.groups, activation,
-            strategy=strategy,
+            x, self.weight(layer), layer.bias, gate, shift, layer.stride, padding, layer.dilation, layer.groups,
+            activation, strategy=strategy,
         )
+
+
+class WeightNormAdapter(ConvolutionAdapter):
+    """WeightNormConv2d: the gate scales the weight that its directions and gains make; baked, it is both again."""
+
+    stored = False
+
+    def direct(self, layer: Any) -> bool:
+        return False
+
+    def weight(self, layer: Any) -> Tensor:
+        return layer.effective_weight()
+
+    def settle(self, layer: Any) -> None:
+        layer.settle()
 
 
 class TransposedConvolutionAdapter(ConvolutionAdapter):
@@ -298,6 +324,7 @@ ADAPTERS: dict[type[nn.Module], Adapter] = {
     nn.Conv1d: ConvolutionAdapter(1),
     nn.Conv2d: ConvolutionAdapter(2),
     nn.Conv3d: ConvolutionAdapter(3),
+    WeightNormConv2d: WeightNormAdapter(2),
     nn.ConvTranspose1d: TransposedConvolutionAdapter(1),
     nn.ConvTranspose2d: TransposedConvolutionAdapter(2),
     nn.ConvTranspose3d: TransposedConvolutionAdapter(3),
@@ -358,9 +385,12 @@ def fold_layers(jobs: list[FoldJob]) -> list[dict[str, Tensor | None]]:
     for job, (layer, adapter, gate, shift) in enumerate(jobs):
         parameters = layer._parameters
         for entry in adapter.entries(layer):
-            weight, bias = parameters.get(entry.weight), parameters.get(entry.bias)
+            weight: Tensor | None = parameters.get(entry.weight)
+            bias = parameters.get(entry.bias)
             if weight is None:
                 raise lost(layer, entry.weight)
+            if not adapter.stored:
+                weight = adapter.weight(layer)
             weights.append(weight.flatten() if entry.flat else weight)
             biases.append(bias.flatten() if entry.flat and bias is not None else bias)
             gates.append(gate if entry.rows == slice(None) else gate[entry.rows])

@@ -202,7 +202,7 @@ def release_sequentials(network: nn.Module) -> None:
 def _base(plain: type[nn.Module]) -> type[Hosted]:
     if plain is nn.Linear:
         return TracedLinear
-    return TracedConvolution if issubclass(plain, _ConvNd) else Hosted
+    return TracedConvolution if issubclass(plain, _ConvNd) and ADAPTERS[plain].stored else Hosted
 
 
 HOSTED: dict[type[nn.Module], type[Hosted]] = {

@@ -200,6 +200,7 @@ def write_folded(layer: nn.Module, folded: dict[str, Tensor | None]) -> None:
             before = layer._parameters[name]
             trainable = True if before is None else before.requires_grad
             setattr(layer, name, nn.Parameter(value.detach().clone(), requires_grad=trainable))
+    ADAPTERS[type(layer)].settle(layer)
 
 
 class GatedLinear(GatedLayer, nn.Linear):

@@ -88,12 +88,14 @@ class Prepared:
 
 
 def folded_together(layer: Hosted) -> bool:
-    """Whether the layer folds with the others, in one operator, and not in its own: norms, and products on a GPU.
+    """Whether the layer folds with the others, in one operator, and not in its own: norms, and products on a GPU whose
+    weight is a parameter as it stands.
 
     Either way has roundings of its own, and a call without a plan, such as the first one after a resumed training, has
     to have those of the others.
     """
-    return not layer.adapter.product or next(layer.parameters()).device.type != "cpu"
+    adapter = layer.adapter
+    return not adapter.product or (adapter.stored and next(layer.parameters()).device.type != "cpu")
 
 
 def can_prepare(layers: Sequence[Hosted], plan: Sequence[str | None]) -> bool:

@@ -33,6 +33,12 @@ def test_the_linear_network_without_biases_is_gated_alike():
         assert refusal(training_step(variant, "linear", (1, 6, 6), 16, latent=4)) is None, variant
 
 
+def test_a_hierarchy_with_weight_norm_is_gated_alike():
+    options = {"latent": 2, "channels": 4, "groups": 2, "cells": 1, "process_cells": 1}
+    for variant in VARIANTS:
+        assert refusal(training_step(variant, "nvae", (1, 6, 6), 16, **options)) is None, variant
+
+
 def test_all_variants_start_from_the_same_gates_and_weights():
     steps = {variant: step_of(variant, "tiny-cnn") for variant in VARIANTS}
     for step in steps.values():

@@ -1,8 +1,10 @@
 """bake_run(): one beta of a trained run as a plain model on disk, in three forms, checked after writing.
 
 OUT/model.safetensors, OUT/config.json   for load_model(): the network's own classes, no gate left
-OUT/model.pt2      torch.export program, x -> (reconstruction, mean, log_variance) at the posterior mean, any batch size
-OUT/decoder.pt2    torch.export program, z -> image, to sample with
+OUT/model.pt2      torch.export program, x -> (reconstruction, mean, log_variance) at the posterior mean, any batch
+                   size; of a hierarchy x -> (reconstruction, mean, rates), every z at its posterior's mean
+OUT/decoder.pt2    torch.export program, z -> image, to sample with: z ~ N(0, I), (N, latent); of a hierarchy the noise
+                   of all its groups, from the top, whose priors the program computes as it goes down
 
 Of text, with OUT/vocabulary.txt: model.pt2 is TeacherForced and decoder.pt2 NextToken of text_programs.py.
 """
@@ -22,6 +24,7 @@ import mrvae_kernels as mk
 
 from .config import TrainConfig
 from .curve import at, calibrated, calibration_batches, recalibration_noise
+from .networks.hierarchy import Hierarchy
 from .networks.lstm import SentenceVAE
 from .run import CONFIG, GATE_CHOICES, GATED, MODEL, VOCABULARY, load_model, replace_file, save_model, write_config
 from .text_programs import NextToken, TeacherForced, example_inputs
@@ -43,21 +46,28 @@ class Baked(NamedTuple):
 
 
 class Reconstruction(nn.Module):
-    """x, (N, *input_shape) -> (E[x | z = mean], mean, log_variance): deterministic, in data space."""
+    """x, (N, *input_shape) -> (E[x | z = mean], mean, log_variance): deterministic, in data space.
 
-    def __init__(self, network: VAE) -> None:
+    A hierarchy's third output is its rates, (N, groups).
+    """
+
+    def __init__(self, network: VAE | Hierarchy) -> None:
         super().__init__()
         self.network = network
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        mean, log_variance = self.network.encode(x)
-        return self.network.likelihood.mean(self.network.decode(mean)), mean, log_variance
+        network = self.network
+        if isinstance(network, Hierarchy):
+            output = network.at_means(x)
+            return network.likelihood.mean(output.parameters), output.mean, output.rates
+        mean, log_variance = network.encode(x)
+        return network.likelihood.mean(network.decode(mean)), mean, log_variance
 
 
 class Generation(nn.Module):
-    """z, (N, latent) -> E[x | z], (N, *input_shape), in data space."""
+    """z, (N, latent) -> E[x | z], (N, *input_shape), in data space; of a hierarchy z is the noise of all groups."""
 
-    def __init__(self, network: VAE) -> None:
+    def __init__(self, network: VAE | Hierarchy) -> None:
         super().__init__()
         self.network = network
 

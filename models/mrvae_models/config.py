@@ -26,6 +26,7 @@ FROM_RECIPE: Any = object()
 GATE_KINDS = ("sigmoid", "sqrt", "softplus")
 PRECISIONS = ("32-true", "64-true", "bf16-mixed", "16-mixed", "bf16-true")
 LOGS = ("csv", "tensorboard")
+OPTIMIZERS = ("adam", "adamax", "adamw")
 
 
 def _option(default: Any, help: str, group: str, **details: Any) -> Any:
@@ -146,8 +147,8 @@ class TrainConfig:
     recipe: str = _option(
         FROM_RECIPE,
         "options chosen together, each of which can be given apart: 'ranked' (default; the best of those tried on "
-        "digits), 'linear' and 'text' (defaults of the networks linear and lstm) or 'paper' (Algorithm 1 and Listing 1 "
-        "as printed)",
+        "digits), 'linear', 'text' and 'hierarchy' (defaults of linear, lstm and nvae) or 'paper' (Algorithm 1 and "
+        "Listing 1 as printed)",
         "recipe",
         choices=tuple(RECIPES),
     )
@@ -217,10 +218,21 @@ class TrainConfig:
         "gates",
         choices=("gated", "conditional"),
     )
+    include: tuple[str, ...] = _option(
+        (),
+        "gate only these layers, by name or pattern with *, also those right before a batch norm, whose gate is left "
+        "to the norm otherwise",
+        "gates",
+        metavar="LAYER",
+        many=True,
+    )
 
     epochs: int = _option(FROM_RECIPE, "passes over the training data", "optimisation", metavar="N")
     batch_size: int = _option(FROM_RECIPE, "examples a step, over all devices together", "optimisation", metavar="N")
-    lr: float = _option(FROM_RECIPE, "learning rate of Adam", "optimisation", metavar="LR", parse=float)
+    optimizer: str = _option(
+        FROM_RECIPE, "optimiser, torch's defaults but for --lr; NVAE's is adamax", "optimisation", choices=OPTIMIZERS
+    )
+    lr: float = _option(FROM_RECIPE, "learning rate", "optimisation", metavar="LR", parse=float)
     gate_lr_factor: float = _option(
         FROM_RECIPE, "learning rate of the gates, as a multiple of --lr", "optimisation", metavar="FACTOR", parse=float
     )
@@ -271,7 +283,7 @@ class TrainConfig:
         for name, value in recipe_options(self.recipe if self.recipe in RECIPES else "ranked").items():
             if getattr(self, name) is FROM_RECIPE:
                 setattr(self, name, dict(value) if isinstance(value, dict) else value)  # check() refuses an unknown one
-        for name in ("log_to", "exclude", "beta_range", "margin"):
+        for name in ("log_to", "exclude", "include", "beta_range", "margin"):
             value = getattr(self, name)
             if isinstance(value, (str, list)):  # JSON has lists only
                 setattr(self, name, (value,) if isinstance(value, str) else tuple(value))

@@ -220,9 +220,7 @@ def measure(model: nn.Module, x: Tensor, beta: float, generator: torch.Generator
 
 def _measure_whole(model: nn.Module, x: Tensor, beta: float, generator: torch.Generator, samples: int) -> Measurement:
     network = plain_network(model)
-    seed = int(torch.randint(2**62, (), generator=generator))
-    with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []), at(model, beta):
-        torch.manual_seed(seed)
+    with _seeded(x.device, generator), at(model, beta):
         outputs = [network(x) for _ in range(samples)]
     return Measurement(
         torch.stack([network.likelihood.distortion(output.parameters, x) for output in outputs]).mean(0),
@@ -293,7 +291,7 @@ class Pictures(NamedTuple):
     betas: list[float]
     originals: Tensor  # (n, C, H, W)
     reconstructions: Tensor  # (b, n, C, H, W), from z ~ q(z | x) with the same noise at every beta
-    samples: Tensor  # (b, m, C, H, W), the same z ~ N(0, I) at every beta
+    samples: Tensor  # (b, m, C, H, W), the same z ~ N(0, I) at every beta; of a hierarchy the same noise
 
 
 def pictures(
@@ -311,15 +309,39 @@ def pictures(
     parameter = next(network.parameters())
     x = chosen.to(parameter)
     reconstructions, drawn = [], []
-    noise = torch.randn(2, count, network.latent, generator=generator).to(parameter)
+    draw = _draw_vae if isinstance(network, VAE) else _draw_whole
+    state = generator.get_state()
     with torch.no_grad(), evaluating(model):
         for beta in betas:
             with calibrated(model, calibration, beta), at(model, beta):
-                mean, log_variance = network.encode(x)
-                z = mean + torch.exp(0.5 * log_variance) * noise[0, : len(x)]
-                reconstructions.append(network.likelihood.mean(network.decode(z)).float().cpu())
-                drawn.append(network.likelihood.mean(network.decode(noise[1])).float().cpu())
+                generator.set_state(state)
+                reconstruction, sample = draw(network, x, count, generator)
+                reconstructions.append(reconstruction.float().cpu())
+                drawn.append(sample.float().cpu())
     return Pictures(list(betas), chosen.cpu(), torch.stack(reconstructions), torch.stack(drawn))
+
+
+def _draw_vae(network: VAE, x: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Reconstructions of x, and `count` samples."""
+    noise = torch.randn(2, count, network.latent, generator=generator).to(x)
+    mean, log_variance = network.encode(x)
+    z = mean + torch.exp(0.5 * log_variance) * noise[0, : len(x)]
+    return network.likelihood.mean(network.decode(z)), network.likelihood.mean(network.decode(noise[1]))
+
+
+def _draw_whole(network: Any, x: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """The same of a network that draws its noise itself."""
+    with _seeded(x.device, generator):
+        return network.likelihood.mean(network(x).parameters), network.sample(count)
+
+
+@contextlib.contextmanager
+def _seeded(device: torch.device, generator: torch.Generator) -> Iterator[None]:
+    """A block in which torch's global generators start from a seed drawn from `generator`; they are put back."""
+    seed = int(torch.randint(2**62, (), generator=generator))
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
 
 
 @contextlib.contextmanager

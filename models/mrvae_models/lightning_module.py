@@ -190,7 +190,12 @@ class TrainingModule(pl.LightningModule):
             ]
         else:
             groups = [{"params": list(self.model.parameters()), "lr": config.lr}]
-        optimizer = torch.optim.Adam(groups, lr=config.lr, fused=self._can_fuse())
+        optimizer: torch.optim.Optimizer
+        if config.optimizer == "adamax":
+            optimizer = torch.optim.Adamax(groups, lr=config.lr)  # torch has no fused one
+        else:
+            kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
+            optimizer = kind(groups, lr=config.lr, fused=self._can_fuse())
         if config.schedule == "plateau":
             self._plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
                 optimizer,

@@ -9,5 +9,6 @@ NETWORK_NAMES = (
     "resnet",
     "tcvae-mlp",
     "tcvae-conv",
+    "nvae",
     "lstm",
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -86,3 +86,14 @@ def sample_beta(
     beta = torch.exp(math.log(a) + uniform * (math.log(b) - math.log(a)))
     beta = beta.clamp(a, b)  # exp and log may step past an end by rounding
     return beta if device is None else beta.to(device)
+
+
+def balanced_rates(network: Any, rates: Tensor, annealed: float) -> Tensor:
+    """The rates to put into the loss while the KL weight is annealed: w_l R_l by group, (N, groups) -> (N, groups).
+
+    annealed: how much of its final value the KL weight has, from 0 to 1; at 1, and for a network without a method
+    `balance(rates) -> weights (groups,)`, they are the rates themselves (NVAE, Appendix A). The rate that is reported
+    stays the unweighted one.
+    """
+    balance = getattr(network, "balance", None)
+    return rates if balance is None or annealed >= 1 else rates * balance(rates)

@@ -77,6 +77,8 @@ def describe(config: TrainConfig, input_shape: tuple[int, ...]) -> dict[str, Any
         description["exclude"] = list(config.exclude)
         chosen = {name: getattr(config, name) for name in GATE_CHOICES}
         description |= {name: value for name, value in chosen.items() if value != GATE_CHOICES[name]}
+        if config.include:
+            description["include"] = list(config.include)
     else:
         description["beta"] = config.beta
     return json.loads(json.dumps(description))
@@ -95,25 +97,27 @@ def build_model(description: Mapping[str, Any]) -> nn.Module:
     if "gates" not in description:
         return network
     chosen = {name: description.get(name, usual) for name, usual in GATE_CHOICES.items()}
+    include, exclude = _choice(network, description["network"], chosen["gated"])
     return mk.multirate(
         network,
         gates={part: _gate_spec(spec) for part, spec in description["gates"].items()},
         beta_range=tuple(description["beta_range"]),
-        exclude=(*description["exclude"], *_ungated(network, description["network"], chosen["gated"])),
+        exclude=(*description["exclude"], *exclude),
+        include=description.get("include", include),
         norms=chosen["norms"],
     )
 
 
-def _ungated(network: nn.Module, name: str, gated: str) -> tuple[str, ...]:
-    """Layers that `gated`, "every" or "paper", leaves without a gate."""
+def _choice(network: nn.Module, name: str, gated: str) -> tuple[tuple[str, ...] | None, tuple[str, ...]]:
+    """Layers to include (None for all) and to exclude by `gated`, "every" or "paper"."""
     if gated == "every":
-        return ()
+        return None, ()
     if gated != "paper":
         raise ValueError(f"gated is {gated!r}; expected 'every' or 'paper'")
     ungated: tuple[str, ...] = getattr(network, "ungated", ())
     if not ungated:
         raise ValueError(f"gated is 'paper', and no choice of layers is known for the network {name!r}: use 'every'")
-    return ungated
+    return getattr(network, "gated_alone", None), ungated
 
 
 def _gate_spec(fields: Mapping[str, Any]) -> mk.GateSpec:

@@ -39,7 +39,7 @@ def count(module: nn.Module) -> int:
 def test_parameters_of_table_1():
     assert count(build("lstm", (50, 10_000))) == 8_821_072
     network = build("lstm", (50, 10_000), deep_heads=True)
-    model = mk.multirate(network, gates={"encoder": "sigmoid", "decoder": "sqrt"}, exclude=network.paper_ungated)
+    model = mk.multirate(network, gates={"encoder": "sigmoid", "decoder": "sqrt"}, exclude=network.ungated)
     assert count(model) == 9_351_632
     assert set(model.gated) == {
         "encoder.lstm",
@@ -53,7 +53,7 @@ def test_parameters_of_table_1():
 def test_without_exclusion_every_layer_but_the_embeddings_is_gated():
     network = small(deep_heads=True)
     model = mk.multirate(network, gates={"encoder": "sigmoid", "decoder": "sqrt"})
-    assert set(network.paper_ungated) <= set(model.gated)
+    assert set(network.ungated) <= set(model.gated)
     assert set(model.left) == {"encoder.embedding", "decoder.embedding"}
 
 

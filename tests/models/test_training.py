@@ -399,6 +399,15 @@ def test_out_that_is_a_file(config):
         run(config)
 
 
+@pytest.mark.parametrize("name", ["adam", "adamax", "adamw"])
+def test_the_optimizer_is_the_one_asked_for(config, name):
+    module, _ = module_of(replace(config, optimizer=name, gate_lr_factor=4.0, lr=0.01))
+    optimizer = module.configure_optimizers()["optimizer"]
+    assert type(optimizer).__name__.lower() == name
+    assert [group["initial_lr"] for group in optimizer.param_groups] == [0.01, 0.04]
+    assert bool(optimizer.param_groups[0].get("fused")) == (name != "adamax")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -431,6 +440,8 @@ def test_out_that_is_a_file(config):
         ({"network": "mpl"}, "network 'mpl' is not known"),
         ({"network_options": {"hiden": 3}}, "has no option 'hiden'"),
         ({"exclude": ("encoder.nothing",)}, "encoder.nothing"),
+        ({"include": ("encoder.nothing",)}, "include names 'encoder.nothing'"),
+        ({"optimizer": "sgd"}, "optimizer is 'sgd'; expected one of adam, adamax, adamw"),
         ({"accelerator": "abacus"}, "abacus"),
     ],
 )

@@ -2,8 +2,9 @@
 
     vae = build("cnn", (3, 32, 32), latent=256)
 
-A network is a function of the data's shape that returns a `VAE`, or a module that is called as one; `NETWORKS` is the
-list of them. To add one, write the function in a file of its own and name it there and in network_names.py.
+A network is a function of the data's shape that returns a `VAE`, or for more than one latent vector, or for text, a
+module with the same face (see `vae.Output`, `hierarchy.Hierarchy` and `lstm.SentenceVAE`); `NETWORKS` is the list of
+them. To add one, write the function in a file of its own and name it there and in network_names.py.
 """
 
 from __future__ import annotations
@@ -21,21 +22,35 @@ from .cnn import cnn
 from .linear import Centre, linear
 from .lstm import lstm
 from .mlp import mlp
+from .nvae import nvae
 from .resnet import resnet
 from .tcvae import tcvae_conv, tcvae_mlp
 
-NETWORKS: dict[str, Callable[..., nn.Module]] = {
+NETWORKS: dict[str, Callable[..., Any]] = {
     "linear": linear,
     "mlp": mlp,
     "cnn": cnn,
     "resnet": resnet,
     "tcvae-mlp": tcvae_mlp,
     "tcvae-conv": tcvae_conv,
+    "nvae": nvae,
     "lstm": lstm,
 }
 """`network_names.NETWORK_NAMES` has the same names."""
 
-__all__ = ["NETWORKS", "build", "cnn", "linear", "lstm", "mlp", "resnet", "start_from", "tcvae_conv", "tcvae_mlp"]
+__all__ = [
+    "NETWORKS",
+    "build",
+    "cnn",
+    "linear",
+    "lstm",
+    "mlp",
+    "nvae",
+    "resnet",
+    "start_from",
+    "tcvae_conv",
+    "tcvae_mlp",
+]
 
 
 def build(
@@ -67,11 +82,11 @@ def build(
     return network(tuple(input_shape), **{key: value for key, value in given.items() if value is not None}, **options)
 
 
-def start_from(vae: nn.Module, images: Rows) -> None:
+def start_from(network: nn.Module, images: Rows) -> None:
     """Sets what a network takes from its training data, (N, *input_shape), before training: mu of "linear".
 
     Networks without such parts are left as they are.
     """
-    for module in vae.modules():
+    for module in network.modules():
         if isinstance(module, Centre):
             module.start_from(images)

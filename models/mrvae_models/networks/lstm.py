@@ -79,7 +79,7 @@ class SentenceVAE(nn.Module):
     The prior is N(0, I). The noise of z comes from torch's global generator, in train and in eval mode alike.
     """
 
-    paper_ungated = ("encoder.mean.0", "encoder.log_variance.0", "decoder.output")
+    ungated = ("encoder.mean.0", "encoder.log_variance.0", "decoder.output")
     """Layers without a gate in the paper's runs: with deep heads, gates on the others alone give Table 1's count."""
 
     def __init__(
@@ -182,7 +182,7 @@ def lstm(
     input_shape: (longest, V), a TextDataset's. LSTMs have one layer and no bias; z makes the decoder's first (h, c) by
     a Linear. dropout: on the decoder's words and states, while training; word_dropout: the part of the decoder's tokens
     that become <unk> then (Bowman et al., 2016). deep_heads: 2H-2H-ReLU-z in place of 2H-z, as the paper's multi-rate
-    network has them. With V = 10,000 there are 8,821,072 parameters, and, deep and gated but for `paper_ungated`,
+    network has them. With V = 10,000 there are 8,821,072 parameters, and, deep and gated but for `ungated`,
     9,351,632 (MR-VAE, Table 1).
     likelihood: Categorical. ValueError for another, and for sizes and parts that cannot be.
     """
