@@ -65,7 +65,7 @@ def config_of(options: argparse.Namespace) -> TrainConfig:
     }
     try:
         if options.resume is None:
-            start = {name: given[name] for name in ("recipe", "network") if name in given}
+            start = {name: given[name] for name in ("recipe", "network", "objective") if name in given}
             if options.config is None:
                 base = TrainConfig(**start)
             else:

@@ -14,7 +14,8 @@ from .curve import has_running_statistics
 from .data import DataError, ImageDataset
 from .options import check_format, read_json
 from .progress import METRICS
-from .run import BEST, CONFIG, CURVE_FILES, LAST, MODEL
+from .run import BEST, CONFIG, CURVE_FILES, LAST, MODEL, plain_network
+from .vae import VAE
 
 TENSORBOARD = "tensorboard"
 
@@ -51,6 +52,22 @@ def check_last_batch(model: nn.Module, n: int, config: TrainConfig) -> None:
         f"network's batch norm cannot train; expected at least 2 in each: {choose}a network without batch norm "
         "(cnn: --set norm=group)"
     )
+
+
+def check_objective(model: nn.Module, n: int, config: TrainConfig) -> None:
+    """ValueError where the objective asks more of the network, or of n training images, than they have."""
+    if config.objective != "beta-tcvae":
+        return
+    if not isinstance(plain_network(model), VAE):
+        raise ValueError(
+            f"objective is 'beta-tcvae' and network {config.network!r}; expected a network with one Gaussian latent "
+            "vector, whose distribution has a total correlation: use --objective beta-vae, or another network"
+        )
+    if config.tcvae_sampling == "stratified" and _has_batch_of_one(n, config.batch_size, _processes(config)):
+        raise ValueError(
+            f"{n} training images in batches of {config.batch_size} leave a batch of 1 example, of which stratified "
+            "sampling can say nothing; expected at least 2 in each: choose another --batch-size"
+        )
 
 
 def _processes(config: TrainConfig) -> int:
