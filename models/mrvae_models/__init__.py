@@ -27,6 +27,7 @@ _MODULE_OF = {
     "train": "training",
     "Curve": "curve",
     "evaluate": "curve",
+    "select_beta": "selection",
 }
 _MODULES = ("curve", "data", "likelihoods", "networks", "objectives", "training", "vae")
 

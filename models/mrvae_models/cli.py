@@ -1,4 +1,4 @@
-"""The `mrvae` command: train, curve, bake, doctor.
+"""The `mrvae` command: train, curve, select, bake, experiment, doctor.
 
 Nothing heavy is imported before the arguments are read, so that --help and a mistyped option answer at once.
 """
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .arguments import parser
+from .commands import experiment, select
 from .config import TrainConfig, changes_of_resume
 from .recipes import RECIPES
 
@@ -30,7 +31,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not options.debug:
         warnings.showwarning = lambda message, *where, **more: print(f"mrvae: warning: {message}", file=sys.stderr)
     try:
-        return {"train": _train, "curve": _curve, "bake": _bake, "doctor": _doctor}[options.command](options)
+        commands = {
+            "train": _train,
+            "curve": _curve,
+            "select": _select,
+            "bake": _bake,
+            "experiment": _experiment,
+            "doctor": _doctor,
+        }
+        return commands[options.command](options)
     except UsageError as error:
         print(f"mrvae {options.command}: {error}", file=sys.stderr)
         return USAGE
@@ -116,7 +125,7 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _curve(options: argparse.Namespace) -> int:
-    from .report import report
+    from .report import points_table, report
 
     curve, written = report(
         options.run,
@@ -130,22 +139,16 @@ def _curve(options: argparse.Namespace) -> int:
         not options.no_images,
         options.out,
     )
-    print(f"{'beta':>8} {'rate':>16} {'distortion':>16} {'D + beta R':>16} {'ELBO':>17}  active units")
-    for p in curve.points:
-        numbers = [
-            (p.rate, p.rate_se),
-            (p.distortion, p.distortion_se),
-            (p.objective, p.objective_se),
-            (p.elbo, p.elbo_se),
-        ]
-        print(
-            f"{p.beta:8.4g} "
-            + "  ".join(f"{value:8.2f} ±{error:5.2f}" for value, error in numbers)
-            + f"  {p.active_units:12d}"
-        )
+    print(points_table(curve.points))
     print(f"nats an image, ± one standard error over {curve.about['evaluation']['examples']} images")
     print("wrote " + ", ".join(str(path) for path in written), file=sys.stderr)
     return 0
+
+
+def _select(options: argparse.Namespace) -> int:
+    if wrong := select.usage_error(options):
+        raise UsageError(wrong)
+    return select.run(options)
 
 
 def _bake(options: argparse.Namespace) -> int:
@@ -161,6 +164,12 @@ def _bake(options: argparse.Namespace) -> int:
         file=sys.stderr,
     )
     return 0
+
+
+def _experiment(options: argparse.Namespace) -> int:
+    if wrong := experiment.usage_error(options):
+        raise UsageError(wrong)
+    return experiment.run(options)
 
 
 def _doctor(options: argparse.Namespace) -> int:

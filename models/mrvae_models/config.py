@@ -204,7 +204,8 @@ class TrainConfig:
         "gate of the layers under a module, as MODULE=KIND; the most specific module counts; kinds: "
         + ", ".join(GATE_KINDS)
         + "; +shift adds a FiLM shift, +ranked starts a sigmoid gate with a threshold in beta for each feature, "
-        "+latent gates the layer's inputs too",
+        "+latent gates the layer's inputs too, +hidden64 makes gates by an MLP with a hidden layer of 64, and +shared "
+        "lets all layers share that layer",
         "gates",
         metavar="MODULE=KIND",
         many=True,

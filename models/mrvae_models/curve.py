@@ -23,6 +23,7 @@ import mrvae_kernels as mk
 
 from .options import read_json
 from .run import plain_network, replace_file, versions, write_json
+from .spacing import log_spaced
 from .vae import VAE, kl_divergences
 
 ACTIVE_VARIANCE = 0.01
@@ -105,15 +106,6 @@ class Curve:
             raise ValueError(f"{path} holds no curve; expected a file that mrvae curve wrote") from None
 
 
-def log_spaced(low: float, high: float, count: int) -> list[float]:
-    """`count` betas from low to high, equally spaced in log beta; the middle of the range for one."""
-    if count == 1:
-        return [math.sqrt(low * high)]
-    # six digits: 0.1 rather than 0.09999999999999998
-    inner = [float(f"{low * (high / low) ** (i / (count - 1)):.6g}") for i in range(1, count - 1)]
-    return [low, *inner, high]
-
-
 def round_betas(low: float, high: float) -> list[float]:
     """1, 2 and 5 times powers of ten within [low, high], and its ends; log-spaced where those are fewer than five."""
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
@@ -145,23 +137,34 @@ def evaluate(
     ValueError for an empty dataset, for betas that are not positive, and for more than one with a plain model.
     """
     images = dataset.examples
-    _check(model, images, betas, batch_size, samples)
-    generator = torch.Generator()
-    points = []
-    with torch.no_grad(), _evaluating(model):
-        for beta in sorted(betas):
-            with calibrated(model, calibration, beta):
-                parts = []
-                for start in range(0, len(images), batch_size):
-                    # one seed a batch: the same noise at every beta, whatever order they come in
-                    generator.manual_seed(seed * 1_000_003 + start)
-                    parts.append(measure(model, images[start : start + batch_size], beta, generator, samples))
-            points.append(
-                _point(beta, Measurement(*(torch.cat(part).double().cpu() for part in zip(*parts, strict=True))))
-            )
+    check(model, images, betas, batch_size, samples)
+    points = [
+        point_of(beta, measure_all(model, images, beta, batch_size, samples, seed, calibration))
+        for beta in sorted(betas)
+    ]
     calibrated_on = 0 if calibration is None else len(calibration)
     details = {"examples": len(images), "samples": samples, "seed": seed, "calibration_examples": calibrated_on}
     return Curve(tuple(points), {**(about or {}), "evaluation": details})
+
+
+def measure_all(
+    model: nn.Module,
+    images: Tensor,
+    beta: float,
+    batch_size: int = 500,
+    samples: int = 1,
+    seed: int = 0,
+    calibration: Tensor | None = None,
+) -> Measurement:
+    """What evaluate() averages, by example: distortion (N,), rate (N,), mean (N, k), in float64 on the CPU."""
+    generator = torch.Generator()
+    parts = []
+    with torch.no_grad(), _evaluating(model), calibrated(model, calibration, beta):
+        for start in range(0, len(images), batch_size):
+            # one seed a batch: the same noise at every beta, whatever order they come in
+            generator.manual_seed(seed * 1_000_003 + start)
+            parts.append(measure(model, images[start : start + batch_size], beta, generator, samples))
+    return Measurement(*(torch.cat(part).double().cpu() for part in zip(*parts, strict=True)))
 
 
 def measure(model: nn.Module, x: Tensor, beta: float, generator: torch.Generator, samples: int = 1) -> Measurement:
@@ -302,7 +305,8 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _check(model: nn.Module, images: Tensor, betas: Sequence[float], batch_size: int, samples: int) -> None:
+def check(model: nn.Module, images: Tensor, betas: Sequence[float], batch_size: int, samples: int) -> None:
+    """ValueError, naming what is wrong, for what no curve can be made of."""
     if len(images) == 0:
         raise ValueError("the dataset is empty; expected at least one example")
     if not betas:
@@ -318,7 +322,8 @@ def _check(model: nn.Module, images: Tensor, betas: Sequence[float], batch_size:
         raise ValueError(f"batch_size is {batch_size} and samples {samples}; expected positive integers")
 
 
-def _point(beta: float, measured: Measurement) -> Point:
+def point_of(beta: float, measured: Measurement) -> Point:
+    """The means and standard errors of what was measured at one beta."""
     distortion, rate, mean = measured
 
     def average(values: Tensor) -> tuple[float, float]:

@@ -58,8 +58,13 @@ def draw(
             top, bottom = cast(Any, figure.subfigures(2, 1, height_ratios=[curves, grid]))
             _curves(top.subplots(1, 3), curve, others or {})
             _images(bottom.subplots(1, 2), images)
-        kind = path.suffix.removeprefix(".") or "png"
-        replace_file(path, lambda temporary: figure.savefig(temporary, format=kind))
+        write_figure(figure, path)
+
+
+def write_figure(figure: Figure, path: Path) -> None:
+    """The figure as PNG, or what the name's ending says; whole or not at all."""
+    kind = path.suffix.removeprefix(".") or "png"
+    replace_file(path, lambda temporary: figure.savefig(temporary, format=kind))
 
 
 def _curves(axes: Sequence[Axes], curve: Curve, others: Mapping[str, Curve]) -> None:
@@ -119,13 +124,13 @@ def _curves(axes: Sequence[Axes], curve: Curve, others: Mapping[str, Curve]) -> 
     active.yaxis.set_major_locator(MaxNLocator(integer=True))
     active.set_ylim(0, 1.1 * max(1, *(max(c.column("active_units")) for c in (curve, *others.values()))))
     for axis in (objective, active):
-        _log_axis(axis, [*betas, *(beta for other in others.values() for beta in other.column("beta"))])
+        log_axis(axis, [*betas, *(beta for other in others.values() for beta in other.column("beta"))])
     if others:
         objective.legend(loc="best")
-    _mark_betas(plane, curve)
+    mark_betas(plane, betas, np.column_stack([curve.column("rate"), curve.column("distortion")]))
 
 
-def _log_axis(axis: Axes, betas: Sequence[float]) -> None:
+def log_axis(axis: Axes, betas: Sequence[float]) -> None:
     """A log axis with plain numbers at powers of ten, and between them where there would be fewer than three."""
     low, high = min(betas) / 1.5, max(betas) * 1.5
     axis.set_xlim(low, high)
@@ -139,8 +144,11 @@ def _log_axis(axis: Axes, betas: Sequence[float]) -> None:
     axis.xaxis.set_minor_formatter(NullFormatter())
 
 
-def _mark_betas(axis: Axes, curve: Curve) -> None:
-    """Write beta beside the points of a plane, as many as fit without touching each other or a point."""
+def mark_betas(axis: Axes, betas: Sequence[float], places: np.ndarray) -> None:
+    """Write beta beside the points of a plane, as many as fit without touching each other or a point.
+
+    places: (betas, 2), in order of beta.
+    """
     figure: Any = axis.figure
     while isinstance(figure, SubFigure):
         figure = figure.figure
@@ -148,16 +156,15 @@ def _mark_betas(axis: Axes, curve: Curve) -> None:
     axis.set_xlim(low, high + 0.12 * (high - low))  # room for the last label
     renderer: Any = figure.canvas.get_renderer()
     figure.draw_without_rendering()
-    points = axis.transData.transform(np.column_stack([curve.column("rate"), curve.column("distortion")]))
+    points = axis.transData.transform(places)
     taken: list[Any] = []
-    count = len(curve.points)
+    count = len(betas)
     # the ends first, then the middle outwards: what is left out lies between two that are there
     order = sorted(range(count), key=lambda i: (i not in (0, count - 1), abs(i - count // 2)))
     for index in order:
-        point = curve.points[index]
         text = axis.annotate(
-            f"$\\beta$ = {point.beta:.3g}" if index in (0, count - 1) else f"{point.beta:.3g}",
-            (point.rate, point.distortion),
+            f"$\\beta$ = {betas[index]:.3g}" if index in (0, count - 1) else f"{betas[index]:.3g}",
+            tuple(places[index]),
             xytext=(5, 4),
             textcoords="offset points",
             fontsize=8,
@@ -174,31 +181,39 @@ def _mark_betas(axis: Axes, curve: Curve) -> None:
 
 def _images(axes: Sequence[Axes], images: Pictures) -> None:
     labels = [rf"$\beta$ = {beta:.3g}" for beta in images.betas]
-    _, _, height, width = images.originals.shape
     total = len(labels) + 1
     blocks = [
         ("Reconstructions of held-out images", [images.originals, *images.reconstructions], ["data", *labels]),
         (r"Samples, the same z at every $\beta$", [*images.samples], labels),
     ]
     for axis, (title, rows, names) in zip(axes, blocks, strict=True):
-        mosaic = np.concatenate([np.concatenate(list(_array(row)), axis=1) for row in rows], axis=0)
-        first = (total - len(rows)) * height  # equal betas of the two blocks stand side by side
-        columns = len(images.originals) * width
-        axis.imshow(
-            np.clip(mosaic, 0, 1).squeeze(-1) if mosaic.shape[-1] == 1 else np.clip(mosaic, 0, 1),
-            cmap="gray",
-            vmin=0,
-            vmax=1,
-            interpolation="nearest",
-            extent=(0, columns, total * height, first),
-        )
-        axis.set_ylim(total * height, 0)
-        axis.set_title(title, y=1 - first / (total * height))
-        axis.set_yticks([first + height * (i + 0.5) for i in range(len(rows))], names)
-        axis.set_xticks([])
-        axis.tick_params(length=0)
-        for spine in axis.spines.values():
-            spine.set_visible(False)
+        mosaic(axis, title, rows, names, total)
+
+
+def mosaic(axis: Axes, title: str, rows: Sequence[Tensor], names: Sequence[str], total: int) -> None:
+    """Rows of images, (n, C, H, W) each, with their names.
+
+    They stand in the lowest of `total` rows, so that rows of the same name line up between axes side by side.
+    """
+    pixels = np.concatenate([np.concatenate(list(_array(row)), axis=1) for row in rows], axis=0)
+    count, _, height, width = rows[0].shape
+    first = (total - len(rows)) * height
+    columns = count * width
+    axis.imshow(
+        np.clip(pixels, 0, 1).squeeze(-1) if pixels.shape[-1] == 1 else np.clip(pixels, 0, 1),
+        cmap="gray",
+        vmin=0,
+        vmax=1,
+        interpolation="nearest",
+        extent=(0, columns, total * height, first),
+    )
+    axis.set_ylim(total * height, 0)
+    axis.set_title(title, y=1 - first / (total * height))
+    axis.set_yticks([first + height * (i + 0.5) for i in range(len(rows))], names)
+    axis.set_xticks([])
+    axis.tick_params(length=0)
+    for spine in axis.spines.values():
+        spine.set_visible(False)
 
 
 def _array(images: Tensor) -> np.ndarray:

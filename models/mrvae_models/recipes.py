@@ -13,6 +13,7 @@ betas weigh more and are drawn beyond the range's end.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 RECIPES: dict[str, dict[str, Any]] = {
@@ -66,9 +67,10 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
 }
 
-GATE_FEATURES = ("shift", "ranked", "latent")
-"""What may follow a gate's kind: a FiLM shift; thresholds in beta, one a feature, to start from; and a ranked sigmoid
-gate on the layer's inputs too, the latent variables where it is the decoder's first."""
+GATE_FEATURES = ("shift", "ranked", "latent", "shared")
+"""What may follow a gate's kind: a FiLM shift; thresholds in beta, one a feature, to start from; a ranked sigmoid gate
+on the layer's inputs too, the latent variables where it is the decoder's first; and, with hidden layers (hidden64, or
+hidden64x64 for two), that all layers share them."""
 
 
 def default_recipe(network: str) -> str:
@@ -79,13 +81,23 @@ def default_recipe(network: str) -> str:
 def gate_fields(text: str, init: str) -> dict[str, Any]:
     """The fields of a GateSpec from "softplus+shift+latent"; ValueError for a word that is none of them."""
     kind, *features = text.split("+")
+    hidden = [feature for feature in features if re.fullmatch(r"hidden[1-9]\d*(x[1-9]\d*)*", feature)]
     for feature in features:
-        if feature not in GATE_FEATURES or features.count(feature) > 1:
-            raise ValueError(f"gate is {text!r}; after its kind it may have +{', +'.join(GATE_FEATURES)}, each once")
+        if (feature not in GATE_FEATURES and feature not in hidden) or features.count(feature) > 1 or len(hidden) > 1:
+            raise ValueError(
+                f"gate is {text!r}; after its kind it may have +{', +'.join(GATE_FEATURES)} and +hidden64, each once"
+            )
     if "ranked" in features and kind != "sigmoid":
         raise ValueError(f"gate is {text!r}; only sigmoid gates can be ranked: sigmoid+ranked")
+    if "shared" in features and not hidden:
+        raise ValueError(f"gate is {text!r}; there is nothing to share without hidden layers: {text}+hidden64")
+    if hidden and {"ranked", "latent"} & set(features):
+        raise ValueError(f"gate is {text!r}; one with hidden layers can be neither ranked nor latent")
     fields: dict[str, Any] = {"kind": kind, "shift": "shift" in features}
     fields["init"] = "ranked" if "ranked" in features else init
     if "latent" in features:
         fields["inputs"] = {"kind": "sigmoid", "init": "ranked"}
+    if hidden:
+        fields["hidden"] = [int(size) for size in hidden[0].removeprefix("hidden").split("x")]
+        fields["shared"] = "shared" in features
     return fields

@@ -13,7 +13,7 @@ import mrvae_kernels as mk
 
 from .baking import source_config
 from .config import TrainConfig
-from .curve import Curve, evaluate, has_running_statistics, pictures, round_betas
+from .curve import Curve, Point, evaluate, has_running_statistics, pictures, round_betas
 from .run import CURVE_FILES, calibration_images, load_model, load_split, plain_network
 
 PICTURED_BETAS = 6
@@ -41,10 +41,10 @@ def report(
     model, document = load_model(run)
     config = source_config(document)
     dataset = load_split(config, split)
-    model = _to(model, device)
+    model = to_device(model, device)
     about = {"run": str(run), "split": split, "config": document["config"], "model": document["model"]}
     settings: dict[str, Any] = {"batch_size": batch_size, "samples": samples, "seed": seed}
-    calibration = _calibration(model, config)
+    calibration = calibration_for(model, config)
     betas = list(betas) if betas else betas_of(document["model"], config)
     curve = evaluate(model, dataset, betas, **settings, calibration=calibration, about=about)
     others: dict[str, Curve] = {}
@@ -53,7 +53,7 @@ def report(
         if isinstance(other, mk.MultiRate):
             raise ValueError(f"{path} has gates; --compare takes runs at one beta, trained with --beta or baked")
         _check_comparable(path, other, its_document, run, model, document)
-        point = evaluate(_to(other, device), dataset, [its_document["model"]["beta"]], **settings)
+        point = evaluate(to_device(other, device), dataset, [its_document["model"]["beta"]], **settings)
         name = "baked" if "baked" in its_document else r"$\beta$-VAEs, one run each"
         others[name] = Curve((*others.get(name, Curve(())).points, *point.points))
     if others:
@@ -68,6 +68,26 @@ def report(
     grid = pictures(model, dataset, _spread(sorted(betas)), PICTURED_IMAGES, seed, calibration) if images else None
     draw(curve, files[2], grid, others)
     return curve, files
+
+
+def points_table(points: Sequence[Point], labels: Sequence[str] | None = None) -> str:
+    """A row a point: beta and, each with one standard error, rate, distortion, D + beta R and ELBO; active units.
+
+    labels: what to write before each row, such as the split that it was measured on.
+    """
+    names = [""] * len(points) if labels is None else list(labels)
+    width = max(map(len, names), default=0)
+    lines = [f"{'':{width}}{'beta':>8} {'rate':>16} {'distortion':>16} {'D + beta R':>16} {'ELBO':>17}  active units"]
+    for name, p in zip(names, points, strict=True):
+        numbers = [
+            (p.rate, p.rate_se),
+            (p.distortion, p.distortion_se),
+            (p.objective, p.objective_se),
+            (p.elbo, p.elbo_se),
+        ]
+        row = "  ".join(f"{value:8.2f} ±{error:5.2f}" for value, error in numbers)
+        lines.append(f"{name:{width}}{p.beta:8.4g} {row}  {p.active_units:12d}")
+    return "\n".join(lines)
 
 
 def _check_comparable(
@@ -107,10 +127,11 @@ def betas_of(description: dict[str, Any], config: TrainConfig) -> list[float]:
 def calibration_of(run: Path) -> Tensor | None:
     """Training images for the running statistics of a run's network, or None when it has none."""
     model, document = load_model(run)
-    return _calibration(model, source_config(document))
+    return calibration_for(model, source_config(document))
 
 
-def _calibration(model: nn.Module, config: TrainConfig) -> Tensor | None:
+def calibration_for(model: nn.Module, config: TrainConfig) -> Tensor | None:
+    """Training images for the running statistics of a multi-rate model, or None when it needs none."""
     if not isinstance(model, mk.MultiRate) or not has_running_statistics(model):
         return None
     return calibration_images(load_split(config, "train"))
@@ -122,7 +143,8 @@ def _spread(betas: Sequence[float]) -> list[float]:
     return [betas[round(i * (len(betas) - 1) / max(1, count - 1))] for i in range(count)]
 
 
-def _to(model: nn.Module, device: str) -> nn.Module:
+def to_device(model: nn.Module, device: str) -> nn.Module:
+    """The model on a device, by torch's name for it; ValueError where this machine has none such."""
     try:
         return model.to(torch.device(device))
     except (RuntimeError, AssertionError) as error:

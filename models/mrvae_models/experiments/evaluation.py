@@ -1,0 +1,121 @@
+"""The numbers of one trained run, by what an experiment asks for: columns of one value a beta."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..closed_form import eigenvalues, expected_linear, linear_optimum
+from ..config import TrainConfig
+from ..curve import Point, at, evaluate, pictures
+from ..objectives import rate
+from ..report import calibration_for
+from ..run import load_split, plain_network, replace_file
+from ..selection import call_metric, metric_called
+from .plan import Evaluation
+
+Columns = dict[str, list[float]]
+
+SAMPLES = "samples.npy"
+"""Of a run's directory: (betas, pictures, C, H, W), by kind "samples"."""
+
+
+def evaluated(
+    config: TrainConfig, model: nn.Module, betas: Sequence[float], evaluation: Evaluation, directory: Path
+) -> Columns:
+    """The columns of one run: for each, a value at every one of `betas`, in their order."""
+    if evaluation.kind not in EVALUATIONS:
+        raise ValueError(f"evaluation {evaluation.kind!r} is not known; expected one of {', '.join(EVALUATIONS)}")
+    return EVALUATIONS[evaluation.kind](config, model, betas, evaluation, directory)
+
+
+def curve_columns(
+    config: TrainConfig, model: nn.Module, betas: Sequence[float], evaluation: Evaluation, directory: Path
+) -> Columns:
+    """Every field of curve.Point, on the test split."""
+    calibration = calibration_for(model, config)
+    curve = evaluate(
+        model, load_split(config, "test"), betas, samples=evaluation.draws, calibration=calibration
+    )
+    return {entry.name: curve.column(entry.name) for entry in fields(Point) if entry.name != "beta"}
+
+
+def _with_metric(
+    config: TrainConfig, model: nn.Module, betas: Sequence[float], evaluation: Evaluation, directory: Path
+) -> Columns:
+    metric = metric_called(evaluation.metric or "")
+    calibration, dataset = calibration_for(model, config), load_split(config, "test")
+    values = [call_metric(metric, model, dataset, beta, calibration) for beta in betas]
+    columns = curve_columns(config, model, betas, evaluation, directory)
+    return {**columns, "metric": [float(value) for value in values]}
+
+
+def _with_samples(
+    config: TrainConfig, model: nn.Module, betas: Sequence[float], evaluation: Evaluation, directory: Path
+) -> Columns:
+    columns = curve_columns(config, model, betas, evaluation, directory)
+    drawn = pictures(
+        model,
+        load_split(config, "test"),
+        betas,
+        evaluation.pictures,
+        calibration=calibration_for(model, config),
+    ).samples.numpy()
+
+    def write(temporary: Path) -> None:
+        with open(temporary, "wb") as file:  # by a name numpy would add its ending
+            np.save(file, drawn)
+
+    replace_file(directory / SAMPLES, write)
+    return columns
+
+
+def _linear(
+    config: TrainConfig, model: nn.Module, betas: Sequence[float], evaluation: Evaluation, directory: Path
+) -> Columns:
+    """Rate, distortion in expectation over z, D + beta R and what the best linear VAE has, on the training images.
+
+    Without the constant d/2 log 2 pi, as the closed form; in float64.
+    """
+    images = load_split(config, "train").examples
+    spectrum = eigenvalues(images)
+    model = model.double()
+    vae: Any = plain_network(model)
+    names = ("rate", "distortion", "objective", "optimal_rate", "optimal_distortion", "optimal_objective")
+    columns: Columns = {name: [] for name in names}
+    for beta in betas:
+        with torch.no_grad(), at(model, beta):
+            mean, log_variance = vae.encode(images.double())
+            offset = vae.decode(torch.zeros(1, vae.latent).double()).flatten(1)
+            weight = (vae.decode(torch.eye(vae.latent).double()).flatten(1) - offset).T
+            distortion = expected_linear(
+                mean, log_variance, weight, offset[0], images.double().flatten(1)
+            ).mean().item()
+            nats = rate(mean, log_variance).mean().item()
+        best = linear_optimum(spectrum, vae.latent, beta)
+        found = (nats, distortion, distortion + beta * nats, *best, best.distortion + beta * best.rate)
+        for name, value in zip(names, found, strict=True):
+            columns[name].append(value)
+    return columns
+
+
+EVALUATIONS: Mapping[str, Callable[..., Columns]] = {
+    "curve": curve_columns,
+    "metric": _with_metric,
+    "samples": _with_samples,
+    "linear": _linear,
+}
+
+
+def check_columns(columns: Columns, name: str) -> None:
+    """ValueError where a value is not finite: a mean over it would hide which run it was. Errors of one may be NaN."""
+    for column, values in columns.items():
+        if not column.endswith("_se") and not all(map(math.isfinite, values)):
+            raise ValueError(f"{column} of run {name} is {values}; expected finite numbers")

@@ -1,0 +1,206 @@
+"""Tables of an experiment, in Markdown, and what they say in a sentence; every figure comes from the rows.
+
+A row is one run at one beta: line, run, seed, beta, and the columns that were evaluated. Means and standard deviations
+are over seeds.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from .plan import MULTIRATE, Run
+
+Row = Mapping[str, Any]
+
+
+def rows_of(runs: Sequence[Run], results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One row a run and beta, in the order of the runs."""
+    return [
+        {
+            "line": run.line,
+            "run": run.name,
+            "seed": run.seed,
+            "beta": beta,
+            **{name: values[i] for name, values in result["columns"].items()},
+        }
+        for run, result in zip(runs, results, strict=True)
+        for i, beta in enumerate(run.betas)
+    ]
+
+
+def by_line(rows: Sequence[Row]) -> dict[str, dict[int, list[Row]]]:
+    """line -> seed -> rows in order of beta; a line of beta-VAEs has a row a run."""
+    found: dict[str, dict[int, list[Row]]] = {}
+    for row in rows:
+        found.setdefault(row["line"], {}).setdefault(row["seed"], []).append(row)
+    return {
+        line: {seed: sorted(its, key=lambda row: row["beta"]) for seed, its in seeds.items()}
+        for line, seeds in found.items()
+    }
+
+
+def along_beta(rows: Sequence[Row], column: str) -> dict[str, dict[float, list[float]]]:
+    """line -> beta -> values of a column, one a seed."""
+    found: dict[str, dict[float, list[float]]] = {}
+    for row in sorted(rows, key=lambda row: row["beta"]):
+        found.setdefault(row["line"], {}).setdefault(row["beta"], []).append(row[column])
+    return {line: found[line] for line in by_line(rows)}  # in the order of the experiment
+
+
+def cell(values: Sequence[float], digits: int = 2) -> str:
+    """Mean, and the standard deviation where there are several."""
+    if not values:
+        return ""
+    spread = f" ({statistics.stdev(values):.{digits}f})" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.{digits}f}{spread}"
+
+
+def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [header, ["---"] * len(header), *lines])
+
+
+def retraining_table(runs: Mapping[str, Mapping[str, Any]], betas: Sequence[float]) -> str:
+    """D + beta R of retraining and of one multi-rate run, a row a beta, the ratio of their means, and its mean.
+
+    runs: "multi-rate" and each beta, as {beta:g} -> seed -> columns (objective, rate), of one value for a beta.
+    """
+    header = ["beta", "retrained", "one multi-rate run", "ratio", "rate: retrained, multi-rate"]
+    lines, ratios = [], []
+    for i, beta in enumerate(betas):
+        plain, multi = runs[f"{beta:g}"].values(), runs[MULTIRATE].values()
+        objectives = [[c["objective"][0] for c in plain], [c["objective"][i] for c in multi]]
+        rates = [statistics.fmean(c["rate"][0] for c in plain), statistics.fmean(c["rate"][i] for c in multi)]
+        ratios.append(statistics.fmean(objectives[1]) / statistics.fmean(objectives[0]))
+        lines.append(
+            [f"{beta:.3g}", *map(cell, objectives), f"{ratios[-1]:.3f}", f"{rates[0]:.2f}, {rates[1]:.2f}"]
+        )
+    return f"{table(header, lines)}\n\nmean ratio {statistics.fmean(ratios):.3f}, worst {max(ratios):.3f}"
+
+
+def ratios(rows: Sequence[Row]) -> str:
+    """retraining_table() of each line of beta-VAEs."""
+    lines = by_line(rows)
+    texts = []
+    for line, seeds in lines.items():
+        if line == MULTIRATE:
+            continue
+        betas = sorted({row["beta"] for its in seeds.values() for row in its})
+        runs: dict[str, dict[str, Any]] = {MULTIRATE: {}}
+        for seed, its in lines[MULTIRATE].items():
+            runs[MULTIRATE][str(seed)] = {name: [row[name] for row in its] for name in ("objective", "rate")}
+        for seed, its in seeds.items():
+            for row in its:
+                columns = {name: [row[name]] for name in ("objective", "rate")}
+                runs.setdefault(f"{row['beta']:g}", {})[str(seed)] = columns
+        texts.append(f"### {line}\n\nD + beta R on the test split, nats an example.\n\n{retraining_table(runs, betas)}")
+    return "\n\n".join(texts)
+
+
+def mean_distortion(points: Sequence[tuple[float, float]], low: float, high: float) -> float:
+    """Area under the rate-distortion curve from rate `low` to `high`, over its width: a mean distortion, nats.
+
+    points: (rate, distortion), joined by straight lines in order of rate. Outside them the last distortion holds.
+    """
+    ordered = sorted(points)
+    rates, distortions = [list(part) for part in zip(*ordered, strict=True)]
+    at = sorted({low, high, *(rate for rate in rates if low < rate < high)})
+    return float(np.trapezoid(np.interp(at, rates, distortions), at) / (high - low))
+
+
+def area(rows: Sequence[Row]) -> str:
+    """Area under each line's curve over the rates that all runs reach, as a mean distortion."""
+    curves = {
+        line: {seed: [(row["rate"], row["distortion"]) for row in its] for seed, its in seeds.items()}
+        for line, seeds in by_line(rows).items()
+    }
+    every = [[rate for rate, _ in points] for seeds in curves.values() for points in seeds.values()]
+    low, high = max(map(min, every)), min(map(max, every))
+    if not low < high:
+        return "The lines have no range of rates in common, so that the areas under them cannot be compared."
+    means = {line: [mean_distortion(points, low, high) for points in seeds.values()] for line, seeds in curves.items()}
+    first = statistics.fmean(next(iter(means.values())))
+    body = [[line, cell(values), f"{statistics.fmean(values) / first:.4f}"] for line, values in means.items()]
+    best = min(means, key=lambda line: statistics.fmean(means[line]))
+    spread = max(statistics.fmean(values) for values in means.values()) / statistics.fmean(means[best]) - 1
+    return (
+        f"Area under the rate-distortion curve from {low:.2f} to {high:.2f} nats, the rates that all runs reach, over "
+        f"its width: the mean distortion at equal rates, in nats.\n\n"
+        f"{table(['line', 'mean distortion', f'over {next(iter(means))}'], body)}\n\n"
+        f"Lowest: {best}; the highest is {100 * spread:.2f} % above it."
+    )
+
+
+def curve(rows: Sequence[Row]) -> str:
+    """Rate, distortion, D + beta R, ELBO and active units, a row a line and beta."""
+    names = ("rate", "distortion", "objective", "elbo", "active_units")
+    columns = {name: along_beta(rows, name) for name in names}
+    body = [
+        [line, f"{beta:.3g}", *(cell(columns[name][line][beta], 1 if name == "active_units" else 2) for name in names)]
+        for line, betas in columns["rate"].items()
+        for beta in betas
+    ]
+    return table(["line", "beta", "rate", "distortion", "D + beta R", "ELBO", "active units"], body)
+
+
+def _column(column: str, title: str, digits: int) -> Callable[[Sequence[Row]], str]:
+    """A table of one column: a row a beta, a column a line, and each line's mean over the betas that all have."""
+
+    def text(rows: Sequence[Row]) -> str:
+        lines = along_beta(rows, column)
+        betas = sorted({beta for its in lines.values() for beta in its})
+        shared = [beta for beta in betas if all(beta in its for its in lines.values())]
+        body = [[f"{beta:.3g}", *(cell(its.get(beta, []), digits) for its in lines.values())] for beta in betas]
+        if shared:
+            means = [statistics.fmean(statistics.fmean(its[beta]) for beta in shared) for its in lines.values()]
+            body.append(["mean", *(f"{mean:.{digits}f}" for mean in means)])
+        return f"{title}\n\n{table(['beta', *lines], body)}"
+
+    return text
+
+
+def optimum(rows: Sequence[Row]) -> str:
+    """Linear VAEs: by how much D + beta R is above the optimum, in per cent."""
+    lines, best = along_beta(rows, "objective"), along_beta(rows, "optimal_objective")
+    excess = {
+        line: {
+            beta: [100 * (value / least - 1) for value, least in zip(values, best[line][beta], strict=True)]
+            for beta, values in its.items()
+        }
+        for line, its in lines.items()
+    }
+    optimal = {beta: values[0] for its in best.values() for beta, values in its.items()}
+    body = [
+        [f"{beta:.3g}", f"{value:.3f}", *(cell(excess[line].get(beta, [])) for line in lines)]
+        for beta, value in sorted(optimal.items())
+    ]
+    said = [
+        f"{line}: on average {statistics.fmean(v for its in excess[line].values() for v in its):.2f} % above the "
+        f"optimum, at worst {max(v for its in excess[line].values() for v in its):.2f} %."
+        for line in lines
+    ]
+    header = ["beta", "optimum (nats)", *(f"{line}, excess (%)" for line in lines)]
+    return "\n\n".join(["D + beta R on the training images, without d/2 log 2 pi.", table(header, body), *said])
+
+
+TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
+    "ratios": ratios,
+    "area": area,
+    "curve": curve,
+    "objective": _column("objective", "D + beta R on the test split, nats an example.", 2),
+    "active_units": _column("active_units", "Active units on the test split.", 1),
+    "metric": _column("metric", "The metric on the test split.", 4),
+    "optimum": optimum,
+}
+
+
+def seconds(value: float) -> str:
+    """A duration to read."""
+    if not math.isfinite(value) or value < 120:
+        return f"{value:.1f} s"
+    return f"{value / 60:.1f} min" if value < 7200 else f"{value / 3600:.1f} h"

@@ -1,0 +1,211 @@
+"""Choosing beta after training: the KL weight at which a multi-rate model has what is wanted of it.
+
+    chosen = select_beta(model, load("digits", split="validation"), "rate", 25.0)
+    chosen.beta, chosen.interval                        # where R(beta) = 25 nats, and its 95 % interval
+
+A quantity q is evaluated on a grid of betas, log-spaced over the range that the model was trained for; between two of
+them the beta with q(beta) = target is found by Brent's method in log beta, and the beta of the best q by Brent's
+bounded search. Every beta sees the same examples and the same noise, so that q is one smooth function of beta.
+
+Along the optimal curve R falls with beta and D rises (MR-VAE, Section 2: -dD/dR = beta); a model that does otherwise is
+told of in `notes`.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import importlib
+import importlib.util
+import inspect
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+import mrvae_kernels as mk
+
+from .curve import ACTIVE_VARIANCE, Measurement, Point, calibrated, check, measure_all, point_of
+from .response import RESAMPLES, Response, crossing, monotonicity, optimum, plateau, uncertainty
+from .spacing import log_spaced
+
+BY_EXAMPLE: dict[str, Callable[[Measurement], Tensor]] = {
+    "rate": lambda measured: measured.rate,
+    "distortion": lambda measured: measured.distortion,
+    "elbo": lambda measured: -(measured.distortion + measured.rate),
+}
+"""Quantities that are means over examples: (N,) of what was measured, in nats."""
+
+COUNTED = "active_units"
+
+GRID = 13
+"""Betas of the first look: four a decade for the default range."""
+
+Metric = Callable[..., float]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """A chosen beta. Quantities in nats an example where they are rates, distortions or ELBOs."""
+
+    quantity: str
+    target: float | None  # None where the best was looked for
+    best: str | None  # "min" or "max" then
+    beta: float
+    interval: tuple[float, float] | None  # of beta: 95 % over resampled examples; of a count, the betas that have it
+    value: float  # of the quantity at beta
+    standard_error: float | None  # of it over examples
+    reach: tuple[float, float]  # lowest and highest value found over the range
+    point: Point  # the whole point of the curve at beta, on the same examples
+    notes: tuple[str, ...]  # what to know before trusting it
+
+
+def select_beta(
+    model: nn.Module,
+    dataset: Any,
+    quantity: str | Metric,
+    target: float | None = None,
+    best: str | None = None,
+    *,
+    beta_range: tuple[float, float] | None = None,
+    grid: int = GRID,
+    resamples: int | None = None,
+    samples: int = 1,
+    batch_size: int = 500,
+    seed: int = 0,
+    calibration: Tensor | None = None,
+) -> Selection:
+    """The beta at which a MultiRate model has `quantity` equal to `target`, or at its best.
+
+    quantity    "rate", "distortion", "elbo" (nats an example), "active_units" (a count), the name of a metric, or a
+                function(model, dataset, beta) -> number
+    target      None looks for the best: `best` is "max" or "min"; an ELBO's best is its highest
+    beta_range  where to look, log-uniformly at `grid` betas first (default: the range that the model was trained for)
+    resamples   of the examples, behind the interval; default RESAMPLES, for a metric 0: each costs an evaluation of the
+                metric at every beta looked at
+    samples, batch_size, seed, calibration: as in curve.evaluate
+
+    A count has one value over an interval of betas: that is the interval, and beta its geometric middle. Where q
+    crosses the target more than once, the crossing with the highest ELBO is taken, and `notes` names the others.
+    Intervals are of the examples' noise alone: another training run has another curve.
+    ValueError for a plain model, for a target out of reach (the message has the interval within reach), for a count
+    that no beta has, and for a quantity that is not finite.
+    """
+    if not isinstance(model, mk.MultiRate):
+        raise ValueError("the model has no gates: it is one point of a curve, and there is no beta to choose")
+    named = quantity if isinstance(quantity, str) else getattr(quantity, "__name__", "the metric")
+    target, best = _wanted(named, target, best)
+    low, high = beta_range or model.beta_range
+    check(model, dataset.examples, [low, high], batch_size, samples)
+    if not low < high or grid < 3:
+        raise ValueError(f"beta_range is ({low:g}, {high:g}) and grid {grid}; expected low < high and at least 3")
+    settings: dict[str, Any] = dict(batch_size=batch_size, samples=samples, seed=seed, calibration=calibration)
+    measured = functools.lru_cache(4)(lambda beta: measure_all(model, dataset.examples, beta, **settings))
+    response = Response(named, _evaluation(model, dataset, quantity, measured, settings), len(dataset.examples))
+    betas = log_spaced(low, high, grid)
+    values = [response(beta) for beta in betas]
+    notes = monotonicity(response, betas, seed)
+    interval: tuple[float, float] | None
+    error: float | None = None
+    also: list[str] = []
+    if all(isinstance(value, int) for value in values):
+        count = target if target is not None else (min if best == "min" else max)(values)
+        beta, interval, more = plateau(response, betas, count)
+    else:
+        if target is not None:
+            beta, more = crossing(response, betas, target, lambda b: BY_EXAMPLE["elbo"](measured(b)).mean().item())
+        else:
+            beta, more = optimum(response, betas, best or "max")
+        draws = (RESAMPLES if named in BY_EXAMPLE else 0) if resamples is None else resamples
+        interval, error, also = uncertainty(response, beta, target, best, draws, seed, (low, high))
+    notes = [*notes, *more, *also]
+    reach = (min(response.found.values()), max(response.found.values()))
+    return Selection(
+        named, target, best, beta, interval, response(beta), error, reach, point_of(beta, measured(beta)), tuple(notes)
+    )
+
+
+def _wanted(quantity: str, target: float | None, best: str | None) -> tuple[float | None, str | None]:
+    """The target or the direction, of which there is one."""
+    if target is None and best is None and quantity == "elbo":
+        best = "max"
+    if (target is None) == (best is None):
+        raise ValueError(f"for {quantity} target is {target} and best {best!r}; expected one of the two")
+    if best is not None and best not in ("min", "max"):
+        raise ValueError(f"best is {best!r}; expected 'min' or 'max'")
+    if target is not None and not math.isfinite(target):
+        raise ValueError(f"the target of {quantity} is {target}; expected a finite number")
+    return target, best
+
+
+def metric_called(name: str) -> Metric:
+    """The function of "file.py:function", or the metric of that name; ValueError when there is none."""
+    file, colon, function = name.rpartition(":")
+    if colon:
+        path = Path(file).expanduser()
+        specification = importlib.util.spec_from_file_location(path.stem, path) if path.exists() else None
+        if specification is None or specification.loader is None:
+            raise ValueError(f"{file!r} of metric {name!r} is no file of Python; expected file.py:function")
+        module = importlib.util.module_from_spec(specification)
+        specification.loader.exec_module(module)
+        if not callable(getattr(module, function, None)):
+            raise ValueError(f"{file} has no function {function!r}; expected function(model, dataset, beta) -> number")
+        return getattr(module, function)
+    try:
+        known: dict[str, Metric] = importlib.import_module(".metrics", __package__).METRICS
+    except ModuleNotFoundError as error:
+        if error.name != f"{__package__}.metrics":
+            raise
+        known = {}
+    if name not in known:
+        raise ValueError(
+            f"metric {name!r} is not known; expected one of {', '.join(sorted(known)) or '(none is installed)'}, or a "
+            "function of your own as file.py:function"
+        )
+    return known[name]
+
+
+def _evaluation(
+    model: nn.Module, dataset: Any, quantity: str | Metric, measured: Callable[[float], Measurement], settings: Any
+) -> Callable[[float, Tensor | None], float]:
+    """(beta, rows or None) -> the quantity on those examples."""
+    if quantity in BY_EXAMPLE:
+        values = functools.cache(lambda beta: BY_EXAMPLE[str(quantity)](measured(beta)))
+        return lambda beta, rows: (values(beta) if rows is None else values(beta)[rows]).mean().item()
+    if quantity == COUNTED:
+        return lambda beta, rows: _active(measured(beta).mean if rows is None else measured(beta).mean[rows])
+    metric = metric_called(quantity) if isinstance(quantity, str) else quantity
+    return lambda beta, rows: call_metric(
+        metric, model, dataset if rows is None else _rows_of(dataset, rows), beta, **settings
+    )
+
+
+def call_metric(
+    metric: Metric, model: nn.Module, dataset: Any, beta: float, calibration: Tensor | None = None, **settings: Any
+) -> float:
+    """metric(model, dataset, beta) with those of the settings that it takes: batch_size, samples, seed, calibration.
+
+    A metric that takes no calibration is called with the running statistics of this beta already set.
+    """
+    accepted = inspect.signature(metric).parameters
+    further = {name: value for name, value in settings.items() if name in accepted}
+    if "calibration" in accepted:
+        return metric(model, dataset, beta, calibration=calibration, **further)
+    with calibrated(model, calibration, beta):
+        return metric(model, dataset, beta, **further)
+
+
+def _active(mean: Tensor) -> int:
+    return int((mean.var(0, correction=0) > ACTIVE_VARIANCE).sum())
+
+
+def _rows_of(dataset: Any, rows: Tensor) -> Any:
+    """The data set with these examples, and their labels where it has any."""
+    part = copy.copy(dataset)
+    part.examples = dataset.examples[rows.to(dataset.examples.device)]
+    if isinstance(getattr(dataset, "labels", None), Tensor):
+        part.labels = dataset.labels[rows.to(dataset.labels.device)]
+    return part
