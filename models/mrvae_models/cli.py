@@ -1,4 +1,4 @@
-"""The `mrvae` command: train, curve, select, bake, experiment, doctor.
+"""The `mrvae` command: train, curve, select, metrics, bake, experiment, doctor.
 
 Nothing heavy is imported before the arguments are read, so that --help and a mistyped option answer at once.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .arguments import parser
-from .commands import experiment, select
+from .commands import experiment, metrics, select
 from .config import TrainConfig, changes_of_resume
 from .recipes import RECIPES
 
@@ -35,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "train": _train,
             "curve": _curve,
             "select": _select,
+            "metrics": _metrics,
             "bake": _bake,
             "experiment": _experiment,
             "doctor": _doctor,
@@ -149,6 +150,12 @@ def _select(options: argparse.Namespace) -> int:
     if wrong := select.usage_error(options):
         raise UsageError(wrong)
     return select.run(options)
+
+
+def _metrics(options: argparse.Namespace) -> int:
+    if wrong := metrics.usage_error(options):
+        raise UsageError(wrong)
+    return metrics.run(options)
 
 
 def _bake(options: argparse.Namespace) -> int:

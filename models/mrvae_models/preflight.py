@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import nn
 
 from .baking import DECODER, PROGRAM
+from .commands import metrics
 from .config import FORMAT, TrainConfig
 from .curve import has_running_statistics
 from .data import DataError, ImageDataset
@@ -98,7 +99,7 @@ def remove_run(directory: Path) -> None:
     Only files that we write, by name; a curve or a baked model only beside or with a config.json of ours.
     """
     if _is_ours(directory):
-        for name in CURVE_FILES:
+        for name in (*CURVE_FILES, *metrics.FILES):
             (directory / name).unlink(missing_ok=True)
         for baked in directory.glob("baked-*"):
             if baked.is_symlink() or not _is_ours(baked):

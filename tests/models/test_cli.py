@@ -46,7 +46,7 @@ def session(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], *([name, "--help"] for name in ("train", "curve", "select", "bake", "doctor"))]
+    "arguments", [["--help"], *([name, "--help"] for name in ("train", "curve", "select", "metrics", "bake", "doctor"))]
 )
 def test_help_answers_within_a_second_and_without_torch(arguments):
     begun = time.process_time_ns(), os.times()

@@ -2,7 +2,7 @@
 
     q(z) = 1/N sum_n q(z | x_n): log q(z_i) = logsumexp_j log q(z_i | x_j) - log N, j = i among them
     rate               = mean_i [log q(z_i | x_i) - log p(z_i)]      = mutual information + marginal KL
-    mutual information = mean_i [log q(z_i | x_i) - log q(z_i)]      I_q(x; z) (Hoffman and Johnson, 2016), at most log N
+    mutual information = mean_i [log q(z_i | x_i) - log q(z_i)]      (Hoffman and Johnson, 2016), at most log N
     marginal KL        = mean_i [log q(z_i) - log p(z_i)]            = total correlation + dimension-wise KL
     total correlation  = mean_i [log q(z_i) - sum_d log q(z_id)]     (Chen et al., 2018, Eqn. 2)
     dimension-wise KL  = mean_i sum_d [log q(z_id) - log p(z_id)]

@@ -15,7 +15,7 @@ from ..vae import VAE
 
 
 class Posteriors(NamedTuple):
-    """q(z | x_n) = N(mean_n, diag exp(log_variance_n)) of N examples, k latent dimensions; float64, the model's device."""
+    """q(z | x_n) = N(mean_n, diag exp(log_variance_n)) of N examples; float64, on the model's device."""
 
     mean: Tensor  # (N, k)
     log_variance: Tensor  # (N, k)
