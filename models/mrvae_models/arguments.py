@@ -7,7 +7,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
-from .commands import data, experiment, select
+from .commands import data, experiment, metrics, select
 from .config import CHANGEABLE, FROM_RECIPE, TrainConfig
 from .options import parse_setting
 from .recipes import RECIPES
@@ -19,6 +19,7 @@ plain network at the beta you choose.
   mrvae train --out runs/digits               one run, all betas, on the embedded handwritten digits
   mrvae curve --run runs/digits               rate, distortion, D + beta R at ten betas: CSV, JSON and PNG
   mrvae select --run runs/digits --rate 25    the beta at which the rate is 25 nats
+  mrvae metrics --run runs/digits --metrics mi iwae    mutual information, likelihood bounds and others along beta
   mrvae bake  --run runs/digits --beta 0.5    the plain network at beta = 0.5, for deployment
   mrvae data                                  public sets by name, and where their files are looked for
   mrvae doctor                                what is installed, and what runs where
@@ -81,6 +82,7 @@ def parser() -> argparse.ArgumentParser:
         ("train", TRAIN, "train one VAE for a range of betas", _add_train),
         ("curve", CURVE, "evaluate a run along beta and draw its rate-distortion curve", _add_curve),
         ("select", select.TEXT, select.HELP, select.add),
+        ("metrics", metrics.TEXT, metrics.HELP, metrics.add),
         ("bake", BAKE, "write the plain network at one beta", _add_bake),
         ("data", data.TEXT, data.HELP, data.add),
         ("experiment", experiment.TEXT, experiment.HELP, experiment.add),

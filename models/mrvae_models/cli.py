@@ -1,4 +1,4 @@
-"""The `mrvae` command: train, curve, select, bake, data, experiment, doctor.
+"""The `mrvae` command: train, curve, select, metrics, bake, data, experiment, doctor.
 
 Nothing heavy is imported before the arguments are read, so that --help and a mistyped option answer at once.
 """
@@ -65,7 +65,7 @@ def config_of(options: argparse.Namespace) -> TrainConfig:
     }
     try:
         if options.resume is None:
-            start = {name: given[name] for name in ("recipe", "network") if name in given}
+            start = {name: given[name] for name in ("recipe", "network", "objective") if name in given}
             if options.config is None:
                 base = TrainConfig(**start)
             else:

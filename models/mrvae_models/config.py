@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .network_names import NETWORK_NAMES
+from .objective_options import OBJECTIVES, TCVAE_SAMPLING, check_objective
 from .options import check_format, check_type, expect, parse_duration, parse_gate, parse_setting, read_json
 from .recipes import RECIPES, default_recipe, gate_fields, recipe_options
 
@@ -183,6 +184,41 @@ class TrainConfig:
         parse=float,
     )
 
+    objective: str = _option(
+        "beta-vae",
+        "what is minimised: beta-vae, D + beta R; or beta-tcvae, D + ALPHA * mutual information + beta * total "
+        "correlation + GAMMA * dimension-wise KL, the rate's three parts",
+        "objective",
+        choices=OBJECTIVES,
+    )
+    tcvae_weights: tuple[float, float] = _option(
+        (1.0, 1.0), "the other two weights of beta-tcvae", "objective", metavar=("ALPHA", "GAMMA"), parse=float
+    )
+    tcvae_sampling: str = _option(
+        "weighted",
+        "how beta-tcvae estimates the aggregate posterior from a batch: minibatch-'weighted' or 'stratified' sampling",
+        "objective",
+        choices=TCVAE_SAMPLING,
+    )
+    free_bits: float = _option(
+        0.0,
+        "nats of each latent variable's (or group's) mean rate that cost nothing more when they shrink",
+        "objective",
+        metavar="NATS",
+        parse=float,
+    )
+    annealing: float = _option(
+        0.0,
+        "part of the run (of each cycle) over which the KL weight in the loss rises linearly from 0 to beta; gates get "
+        "the whole beta all along",
+        "objective",
+        metavar="PART",
+        parse=float,
+    )
+    annealing_cycles: int = _option(
+        1, "number of equal cycles that the annealing is repeated in", "objective", metavar="N"
+    )
+
     gates: dict[str, str] = _option(
         FROM_RECIPE,
         "gate of the layers under a module, as MODULE=KIND; the most specific module counts; kinds: "
@@ -280,10 +316,12 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.recipe is FROM_RECIPE:
             self.recipe = default_recipe(self.network)
+        if self.sample is FROM_RECIPE and self.objective == "beta-tcvae":
+            self.sample = "step"
         for name, value in recipe_options(self.recipe if self.recipe in RECIPES else "ranked").items():
             if getattr(self, name) is FROM_RECIPE:
                 setattr(self, name, dict(value) if isinstance(value, dict) else value)  # check() refuses an unknown one
-        for name in ("log_to", "exclude", "include", "beta_range", "margin"):
+        for name in ("log_to", "exclude", "include", "beta_range", "margin", "tcvae_weights"):
             value = getattr(self, name)
             if isinstance(value, (str, list)):  # JSON has lists only
                 setattr(self, name, (value,) if isinstance(value, str) else tuple(value))
@@ -319,6 +357,7 @@ class TrainConfig:
             self.stratified,
             "false with sample = 'step', which draws one beta only",
         )
+        check_objective(self)
         expect(min(self.margin) >= 1, "margin", self.margin, "two factors of at least 1")
         for name, gate in self.gates.items():
             kind = gate_fields(gate, self.gate_init)["kind"]

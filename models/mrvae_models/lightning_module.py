@@ -13,10 +13,12 @@ from torch import Tensor, nn
 import mrvae_kernels as mk
 
 from .config import TrainConfig
-from .curve import calibrated, log_spaced, measure
+from .curve import at, calibrated, log_spaced, measure
 from .data import Batches
-from .objectives import beta_vae, sample_beta
+from .objectives import Terms, annealing_factor, beta_vae_terms, sample_beta
 from .run import plain_network
+from .total_correlation import beta_tcvae_terms, decompose
+from .vae import Output
 
 LINEAR_PART = 0.3
 """Part of the steps, at the end, over which a linear schedule falls."""
@@ -26,11 +28,11 @@ PLATEAU_PATIENCE, PLATEAU_FACTOR = 2, 0.5
 """A plateau schedule multiplies the learning rate by this after so many validations without a better objective."""
 
 OBJECTIVE = "validation/objective"
-"""What validation minimises: D + beta R on the validation set, averaged over betas of the range."""
+"""What validation minimises: the objective on the validation set, averaged over betas of the range."""
 
 
 class Averages(NamedTuple):
-    """Means over steps, in nats an example; loss is D + beta R, before weight_power."""
+    """Means over steps, in nats an example; loss is the objective, annealed if it is, before weight_power."""
 
     loss: float
     distortion: float
@@ -65,9 +67,15 @@ class TrainingModule(pl.LightningModule):
 
     A step: draw beta, log-uniform over the range (one an example, or one), and minimise mean(D_i + beta_i R_i); with
     `weight_power` p, each example's term is multiplied by (1 + beta_i)^p. A network with a method `penalty` adds what
-    it returns, a scalar (spectral norms, say), to the loss.
+    it returns, a scalar (spectral norms, say), to the loss; one with a method `balance` weighs the rates of its groups
+    while the KL weight is annealed, or the range of betas still grows.
+    With `objective` beta-tcvae the loss is mean(D_i + alpha MI_i + beta TC_i + gamma DWKL_i), one beta a step.
+    Annealing multiplies the KL weights in the loss and nothing else: the gates get beta, and weight_power counts it.
+    Annealing the betas themselves would teach the gates a smaller range, and leave the upper end to the last steps.
     A batch is a tensor of images, (N, *input_shape), or of sentences, (N, T).
-    Validation: D + beta R at `config.validation_betas` betas over the range, averaged, with the same noise each time.
+    Validation: D + beta R at `config.validation_betas` betas over the range, averaged, with the same noise each time,
+    and without annealing or free bits. With beta-tcvae D + alpha MI + beta TC + gamma DWKL, each batch of validation
+    being taken for the whole set: estimates within it, which are too small by the same amount each time.
     """
 
     def __init__(
@@ -119,18 +127,31 @@ class TrainingModule(pl.LightningModule):
         else:
             beta = config.beta
             output = self.model(x)
-        objective = beta_vae(output, x, beta, plain_network(self.model).likelihood)
-        loss = objective.loss
+        terms = self._terms(output, x, beta)
+        unweighted = loss = terms.loss()
         if config.weight_power and isinstance(beta, Tensor):
-            loss = ((1 + beta) ** config.weight_power * (objective.distortion + beta * objective.rate)).mean()
+            loss = terms.loss((1 + beta).expand(len(x)) ** config.weight_power)
         penalty = getattr(plain_network(self.model), "penalty", None)
         if penalty is not None:
             loss = loss + penalty()
         with torch.no_grad():
-            step = torch.stack([objective.loss, objective.distortion.mean(), objective.rate.mean()])
+            step = torch.stack([unweighted, terms.distortion.mean(), terms.rate.mean()])
             self.recent_averages.add(step)
             self.epoch_averages.add(step)
         return loss
+
+    def _terms(self, output: Output, x: Tensor, beta: float | Tensor) -> Terms:
+        """What the step's loss is made of."""
+        config = self.config
+        annealing = annealing_factor(self.global_step, self.steps, config.annealing, config.annealing_cycles)
+        likelihood = plain_network(self.model).likelihood
+        if config.objective == "beta-tcvae":
+            size, sampling = len(self.loader.dataset), config.tcvae_sampling
+            return beta_tcvae_terms(
+                output, x, beta, likelihood, size, *config.tcvae_weights, sampling=sampling, annealing=annealing
+            )
+        balance = getattr(plain_network(self.model), "balance", None) if annealing * self._part_of_range() < 1 else None
+        return beta_vae_terms(output, x, beta, likelihood, config.free_bits, annealing, balance)
 
     def _range_now(self) -> tuple[float, float]:
         """Where betas are drawn from at this step: the whole range once `range_warmup` of the steps are done.
@@ -138,9 +159,11 @@ class TrainingModule(pl.LightningModule):
         Small betas first: what the network learns to keep there is what larger betas then let go of.
         """
         low, high = self.config.sampled_range
+        return low, low * (high / low) ** self._part_of_range()
+
+    def _part_of_range(self) -> float:
         warmup = self.config.range_warmup * self.steps
-        part = min(1.0, (self.global_step + 1) / warmup) if warmup else 1.0
-        return low, low * (high / low) ** part
+        return min(1.0, (self.global_step + 1) / warmup) if warmup else 1.0
 
     @property
     def betas_of_validation(self) -> list[float]:
@@ -155,7 +178,7 @@ class TrainingModule(pl.LightningModule):
         return [OBJECTIVE, *(name.format(quantity) for quantity in ("distortion", "rate") for name in names)]
 
     def on_validation_epoch_start(self) -> None:
-        self._validation = [torch.zeros(len(self.betas_of_validation), 3, dtype=torch.float64, device=self.device)]
+        self._validation = [torch.zeros(len(self.betas_of_validation), 4, dtype=torch.float64, device=self.device)]
 
     def validation_step(self, x: Tensor, batch_idx: int) -> None:
         if batch_idx % self.trainer.world_size != self.global_rank:
@@ -166,16 +189,28 @@ class TrainingModule(pl.LightningModule):
             # one seed a batch: the same noise at every beta and in every epoch
             generator.manual_seed(self.config.seed * 1_000_003 + batch_idx)
             with calibrated(self.model, self._calibration[0], beta):
-                measured = measure(self.model, x, beta, generator)
-            sums.append(torch.stack([measured.distortion.sum(), measured.rate.sum(), measured.rate.new_tensor(len(x))]))
-        self._validation.append(torch.stack(sums).double())  # (betas, 3)
+                distortion, rate, _ = measure(self.model, x, beta, generator)
+                objective = distortion + beta * rate
+                if self.config.objective == "beta-tcvae":
+                    objective = self._tcvae_objective(x, beta, distortion, generator)
+            sums.append(torch.stack([objective.sum(), distortion.sum(), rate.sum(), rate.new_tensor(len(x))]))
+        self._validation.append(torch.stack(sums).double())  # (betas, 4)
+
+    def _tcvae_objective(self, x: Tensor, beta: float, distortion: Tensor, generator: torch.Generator) -> Tensor:
+        """D + alpha MI + beta TC + gamma DWKL of each example, within a batch that is taken for the whole set."""
+        network = plain_network(self.model)
+        with at(self.model, beta):
+            mean, log_variance = network.encode(x)
+        noise = torch.randn(mean.shape, generator=generator).to(mean)
+        parts = decompose(mean + torch.exp(0.5 * log_variance) * noise, mean, log_variance)
+        alpha, gamma = self.config.tcvae_weights
+        return distortion + alpha * parts[0] + beta * parts[1] + gamma * parts[2]
 
     def on_validation_epoch_end(self) -> None:
         sums = torch.stack(self._validation).sum(0)
         sums = self.trainer.strategy.reduce(sums, reduce_op="sum")
-        means = sums[:, :2] / sums[:, 2:]
-        betas = torch.tensor(self.betas_of_validation).to(means)
-        values = [(means[:, 0] + betas * means[:, 1]).mean(), *means[:, 0], *means[:, 1]]
+        means = sums[:, :3] / sums[:, 3:]
+        values = [means[:, 0].mean(), *means[:, 1], *means[:, 2]]
         self.log_dict(dict(zip(self.validation_metrics, (value.float() for value in values), strict=True)))
         if self._plateau is not None:
             self._plateau.step(float(values[0]))

@@ -9,12 +9,14 @@ from pathlib import Path
 from torch import nn
 
 from .baking import DECODER, PROGRAM
+from .commands import metrics
 from .config import FORMAT, TrainConfig
 from .curve import has_running_statistics
 from .data import DataError, InMemory, TextDataset
 from .options import check_format, read_json
 from .progress import METRICS
-from .run import BEST, CONFIG, CURVE_FILES, LAST, MODEL, SENTENCES, VOCABULARY
+from .run import BEST, CONFIG, CURVE_FILES, LAST, MODEL, SENTENCES, VOCABULARY, plain_network
+from .vae import VAE
 
 TENSORBOARD = "tensorboard"
 
@@ -63,6 +65,22 @@ def check_last_batch(model: nn.Module, n: int, config: TrainConfig) -> None:
     )
 
 
+def check_objective(model: nn.Module, n: int, config: TrainConfig) -> None:
+    """ValueError where the objective asks more of the network, or of n training images, than they have."""
+    if config.objective != "beta-tcvae":
+        return
+    if not isinstance(plain_network(model), VAE):
+        raise ValueError(
+            f"objective is 'beta-tcvae' and network {config.network!r}; expected a network with one Gaussian latent "
+            "vector, whose distribution has a total correlation: use --objective beta-vae, or another network"
+        )
+    if config.tcvae_sampling == "stratified" and _has_batch_of_one(n, config.batch_size, _processes(config)):
+        raise ValueError(
+            f"{n} training images in batches of {config.batch_size} leave a batch of 1 example, of which stratified "
+            "sampling can say nothing; expected at least 2 in each: choose another --batch-size"
+        )
+
+
 def _processes(config: TrainConfig) -> int:
     return config.devices * config.num_nodes
 
@@ -91,7 +109,7 @@ def remove_run(directory: Path) -> None:
     Only files that we write, by name; a curve or a baked model only beside or with a config.json of ours.
     """
     if _is_ours(directory):
-        for name in (*CURVE_FILES, SENTENCES):
+        for name in (*CURVE_FILES, SENTENCES, *metrics.FILES):
             (directory / name).unlink(missing_ok=True)
         for baked in directory.glob("baked-*"):
             if baked.is_symlink() or not _is_ours(baked):

@@ -38,7 +38,15 @@ from .config import TrainConfig
 from .data import Batches, InMemory, batches, in_turn
 from .lightning_module import OBJECTIVE, TrainingModule
 from .networks import start_from
-from .preflight import TENSORBOARD, check_free, check_kind, check_last_batch, check_splits, remove_run
+from .preflight import (
+    TENSORBOARD,
+    check_free,
+    check_kind,
+    check_last_batch,
+    check_objective,
+    check_splits,
+    remove_run,
+)
 from .progress import METRICS, MetricsFile, ProgressLine
 from .run import (
     BEST,
@@ -99,6 +107,7 @@ def train(config: TrainConfig, resume: bool = False, force: bool = False, progre
     pl.seed_everything(config.seed, verbose=False)
     model = build_model(description)
     check_last_batch(model, len(train_set), config)
+    check_objective(model, len(train_set), config)
     start_from(plain_network(model), train_set.examples)
     share = config.batch_size // (config.devices * config.num_nodes)
     loader = batches(train_set, share, shuffle=True, seed=config.seed)

@@ -4,12 +4,14 @@ gives for given noise."""
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from mrvae_models.likelihoods import Bernoulli
 from mrvae_models.networks.hierarchy import Hierarchy, Normal, Raw, soft_clamp
-from mrvae_models.objectives import balanced_rates, beta_vae
+from mrvae_models.objectives import beta_vae, beta_vae_terms
 from torch import nn
 from torch.distributions import kl_divergence
 
@@ -137,7 +139,9 @@ def test_balancing_weighs_groups_by_size_and_rate_until_annealing_is_over():
     products = torch.tensor([2 * 2.0, 12 * 5.0])
     torch.testing.assert_close(weights, products / products.mean())
     assert not weights.requires_grad
-    torch.testing.assert_close(balanced_rates(chain, rates, 0.4), rates * weights)
-    assert balanced_rates(chain, rates, 1.0) is rates
-    assert balanced_rates(nn.Identity(), rates, 0.4) is rates
+    output: Any = SimpleNamespace(parameters=torch.zeros(2, 3), rates=rates)
+    x, beta = torch.ones(2, 3), torch.tensor([0.5, 2.0])
+    terms = beta_vae_terms(output, x, beta, Bernoulli(), balance=chain.balance)
+    torch.testing.assert_close(terms.rate, rates.sum(1))
+    torch.testing.assert_close(terms.loss(), (terms.distortion + beta * (rates * weights).sum(1)).mean())
     assert torch.equal(chain.balance(torch.zeros(3, 2)), torch.ones(2))

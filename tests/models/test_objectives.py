@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import pytest
 import torch
 from mrvae_models.likelihoods import Bernoulli
-from mrvae_models.objectives import beta_vae, rate, sample_beta
+from mrvae_models.objectives import Terms, annealing_factor, beta_vae, beta_vae_terms, rate, sample_beta
 from mrvae_models.vae import VAEOutput
 from torch import distributions
 
@@ -112,3 +113,76 @@ def test_mode_errors():
         sample_beta(3, mode="batch")
     with pytest.raises(ValueError, match="stratified"):
         sample_beta(3, mode="step", stratified=True)
+
+
+RATES = torch.tensor([[0.1, 2.0], [0.3, 4.0], [0.2, 0.0], [0.2, 6.0]], dtype=torch.float64)  # means 0.2 and 3
+
+
+class Groups(NamedTuple):
+    """What a hierarchy gives: rates by group, and no one latent vector."""
+
+    parameters: torch.Tensor
+    mean: torch.Tensor
+    rates: torch.Tensor
+
+
+def test_free_bits_hold_each_group_up_to_lambda_on_batch_means():
+    out, x = output()
+    groups = Groups(out.parameters, out.mean, RATES)
+    distortion = Bernoulli().distortion(out.parameters, x).mean()
+    for free_bits, expected in ((0.0, 3.2), (0.1, 3.2), (0.5, 3.5), (4.0, 8.0)):
+        loss, _, rates = beta_vae(groups, x, 2.0, Bernoulli(), free_bits)
+        torch.testing.assert_close(loss, distortion + 2.0 * expected)
+        torch.testing.assert_close(rates, RATES.sum(1))
+
+
+def test_free_bits_with_one_beta_a_sample_compare_prices():
+    out, x = output()
+    beta = torch.tensor([0.1, 1.0, 3.0, 10.0], dtype=torch.float64)
+    loss = beta_vae(Groups(out.parameters, out.mean, RATES), x, beta, Bernoulli(), 0.5).loss
+    paid = [sum(beta[i] * RATES[i, g] for i in range(4)) / 4 for g in range(2)]
+    free = 0.5 * beta.mean()
+    assert paid[0] < free < paid[1]
+    torch.testing.assert_close(loss, Bernoulli().distortion(out.parameters, x).mean() + free + paid[1])
+    same = beta_vae(Groups(out.parameters, out.mean, RATES), x, torch.full((4,), 2.0), Bernoulli(), 0.5).loss
+    torch.testing.assert_close(same, beta_vae(Groups(out.parameters, out.mean, RATES), x, 2.0, Bernoulli(), 0.5).loss)
+
+
+def test_free_bits_stop_the_gradient_of_the_groups_below_lambda_only():
+    rates = RATES.clone().requires_grad_()
+    terms = Terms(torch.zeros(4, dtype=torch.float64), rates, 2.0, 0.5)
+    terms.loss(torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64)).backward()
+    assert rates.grad[:, 0].tolist() == [0.0] * 4
+    torch.testing.assert_close(rates.grad[:, 1], torch.tensor([0.5, 1.0, 1.5, 2.0], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("free_bits", [0.0, 1e-9])
+def test_weights_multiply_each_example(free_bits):
+    distortion, weights = torch.rand(4, dtype=torch.float64), torch.tensor([1.0, 2.0, 0.5, 0.0], dtype=torch.float64)
+    beta = torch.tensor([[0.1], [1.0], [3.0], [10.0]], dtype=torch.float64)
+    loss = Terms(distortion, RATES, beta, free_bits).loss(weights)
+    torch.testing.assert_close(loss, (weights * (distortion + beta[:, 0] * RATES.sum(1))).mean())
+
+
+def test_annealing_multiplies_beta_and_nothing_else():
+    out, x = output()
+    beta = torch.tensor([0.1, 1.0, 3.0, 10.0], dtype=torch.float64)
+    whole, half, none = (beta_vae_terms(out, x, beta, Bernoulli(), annealing=a).loss() for a in (1.0, 0.5, 0.0))
+    torch.testing.assert_close(none, Bernoulli().distortion(out.parameters, x).mean())
+    torch.testing.assert_close(half - none, (whole - none) / 2)
+
+
+def test_linear_annealing_reaches_the_whole_after_its_part_of_the_run():
+    factors = [annealing_factor(step, 100, 0.3) for step in range(101)]
+    assert factors[0] == 0.0 and factors[15] == pytest.approx(0.5) and factors[29] < 1.0
+    assert factors[30:] == [1.0] * 71
+    assert {annealing_factor(step, 100, 0.0) for step in range(100)} == {1.0}
+    assert annealing_factor(99, 100, 1.0) == pytest.approx(0.99)
+
+
+def test_cyclical_annealing_repeats_the_rise_in_every_cycle():
+    factors = [annealing_factor(step, 120, 0.5, 4) for step in range(120)]
+    assert factors[:30] == factors[30:60] == factors[90:]
+    assert factors[0] == 0.0 and factors[14] == pytest.approx(14 / 15) and factors[15:30] == [1.0] * 15
+    odd = [annealing_factor(step, 100, 0.5, 3) for step in range(100)]  # a cycle of 33 1/3 steps
+    assert [step for step in range(1, 100) if odd[step] < odd[step - 1]] == [34, 67]

@@ -7,6 +7,6 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from . import data, experiment, select
+from . import data, experiment, metrics, select
 
-MODULES: dict[str, ModuleType] = {"select": select, "data": data, "experiment": experiment}
+MODULES: dict[str, ModuleType] = {"select": select, "metrics": metrics, "data": data, "experiment": experiment}

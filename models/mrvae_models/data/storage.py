@@ -17,6 +17,9 @@ PACKING = 4096
 class Rows(Protocol):
     """Examples that indexing by a slice or by a tensor of indices gives as tensors: a tensor, or a Compact."""
 
+    @property
+    def shape(self) -> torch.Size: ...
+
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: Any) -> Tensor: ...

@@ -1,0 +1,98 @@
+"""Metrics of a model at one beta, by name.
+
+    METRICS["mi"](model, load("digits", "test"), 0.5)        # 8.93, in METRICS["mi"].unit
+
+A metric is called as metric(model, dataset, beta, **options) and returns a float; its own options have defaults, and
+those that most share are batch_size, seed (the noise is the same at every beta) and calibration (curve.evaluate has
+them). One file a family; a metric of your own is a function of (model, dataset, beta), as "file.py:function" where
+commands take a name.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..curve import Examples, evaluate
+from .area import area_under_curve, area_with_error, common_interval
+from .bound import importance_weighted_bound
+from .digits import frechet_digits
+from .frechet import fid, frechet_distance
+from .gap import mig, mig_discretised
+from .information import dimension_wise_kl, marginal_kl, mutual_information, total_correlation
+from .probes import beta_vae_score, linear_probe
+
+__all__ = [
+    "METRICS",
+    "Metric",
+    "area_under_curve",
+    "area_with_error",
+    "common_interval",
+    "frechet_distance",
+]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric, what it is measured in, which way is better, and a line that says what it is."""
+
+    function: Callable[..., float]
+    unit: str
+    best: str | None  # "min", "max", or None where neither is
+    help: str
+
+    def __call__(self, model: nn.Module, dataset: Any, beta: float, **options: Any) -> float:
+        return self.function(model, dataset, beta, **options)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """The function's: which options it takes."""
+        return inspect.signature(self.function)
+
+
+def active_units(
+    model: nn.Module, dataset: Examples, beta: float, batch_size: int = 500, calibration: Tensor | None = None
+) -> float:
+    """Latent dimensions whose posterior mean varies over the set by more than 0.01 (Burda et al., 2016)."""
+    return float(evaluate(model, dataset, [beta], batch_size, calibration=calibration).points[0].active_units)
+
+
+def _of_curve(name: str) -> Callable[..., float]:
+    def quantity(
+        model: nn.Module,
+        dataset: Examples,
+        beta: float,
+        batch_size: int = 500,
+        samples: int = 1,
+        seed: int = 0,
+        calibration: Tensor | None = None,
+    ) -> float:
+        return getattr(evaluate(model, dataset, [beta], batch_size, samples, seed, calibration).points[0], name)
+
+    return quantity
+
+
+METRICS: dict[str, Metric] = {
+    "rate": Metric(_of_curve("rate"), "nats", None, "rate R, KL(q(z|x) || p(z))"),
+    "distortion": Metric(_of_curve("distortion"), "nats", "min", "distortion D, -log p(x|z)"),
+    "objective": Metric(_of_curve("objective"), "nats", "min", "D + beta R"),
+    "elbo": Metric(_of_curve("elbo"), "nats", "max", "-(D + R)"),
+    "iwae": Metric(importance_weighted_bound, "nats", "max", "importance-weighted bound on log p(x), 100 draws"),
+    "active_units": Metric(active_units, "latent dimensions", None, "latent dimensions in use"),
+    "mi": Metric(mutual_information, "nats", None, "mutual information of x and z"),
+    "marginal_kl": Metric(marginal_kl, "nats", "min", "KL(q(z) || p(z)), q(z) the aggregate posterior"),
+    "tc": Metric(total_correlation, "nats", "min", "total correlation of q(z)"),
+    "dimension_wise_kl": Metric(dimension_wise_kl, "nats", "min", "sum over dimensions of KL(q(z_d) || p(z_d))"),
+    "fid": Metric(fid, "distance squared", "min", "Frechet inception distance; its weights must be there"),
+    "frechet_digits": Metric(
+        frechet_digits, "distance squared", "min", "Frechet distance by a classifier of the embedded digits: no FID"
+    ),
+    "mig": Metric(mig, "of 1", "max", "mutual information gap of Chen et al. (needs factors)"),
+    "mig_discretised": Metric(mig_discretised, "of 1", "max", "disentanglement_lib's MIG (needs factors)"),
+    "beta_vae_score": Metric(beta_vae_score, "of 1", "max", "score of Higgins et al. (needs factors)"),
+    "probe": Metric(linear_probe, "of 1", "max", "accuracy of a linear classifier of labels (needs labels)"),
+}

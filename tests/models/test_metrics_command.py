@@ -1,0 +1,137 @@
+"""`mrvae metrics` and the registry: rows that are the metrics, files, functions of the user's own, errors."""
+
+from __future__ import annotations
+
+import csv
+import inspect
+import json
+import re
+
+import numpy as np
+import pytest
+from mrvae_models.cli import main
+from mrvae_models.commands.metrics import FILES
+from mrvae_models.curve import evaluate
+from mrvae_models.metrics import METRICS
+from mrvae_models.run import load_model, load_split
+from mrvae_models.selection import metric_called
+from mrvae_models.training import TrainConfig, train
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("metrics")
+    generator = np.random.default_rng(0)
+    np.savez(
+        folder / "images.npz",
+        train_images=generator.integers(0, 256, (60, 6, 6), dtype=np.uint8),
+        train_labels=np.arange(60) % 2,
+        test_images=generator.integers(0, 256, (20, 6, 6), dtype=np.uint8),
+        test_labels=np.arange(20) % 2,
+    )
+    config = TrainConfig(
+        data=str(folder / "images.npz"),
+        out=str(folder / "run"),
+        epochs=1,
+        batch_size=9,
+        network_options={"hidden": [12]},
+        latent=3,
+    )
+    return train(config, progress=False).directory
+
+
+def rows_of(run):
+    with open(run / FILES[0], newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_one_row_a_beta_holds_what_the_metrics_return(run, capsys):
+    log = (run / "metrics.csv").read_bytes()
+    own = run / "own.py"
+    own.write_text("def twice(model, dataset, beta):\n    return 2 * beta + len(dataset)\n")
+    names = ["mi", "iwae", "probe", "objective", f"{own}:twice"]
+    assert main(["metrics", "--run", str(run), "--betas", "10", "0.1", "--metrics", *names]) == 0
+    model, _ = load_model(run)
+    config = TrainConfig.load(run / "config.json")
+    test, train_set = load_split(config, "test"), load_split(config, "train")
+    rows = rows_of(run)
+    assert [float(row["beta"]) for row in rows] == [0.1, 10.0]
+    assert list(rows[0]) == ["beta", *names]
+    for row in rows:
+        beta = float(row["beta"])
+        assert float(row["mi"]) == METRICS["mi"](model, test, beta)
+        assert float(row["iwae"]) == METRICS["iwae"](model, test, beta)
+        assert float(row["probe"]) == METRICS["probe"](model, test, beta, train=train_set)
+        assert float(row["objective"]) == evaluate(model, test, [beta]).points[0].objective
+        assert float(row[names[-1]]) == 2 * beta + 20
+    document = json.loads((run / FILES[1]).read_text())
+    assert document["rows"][1]["mi"] == float(rows[1]["mi"])
+    assert document["about"]["units"]["mi"] == "nats" and document["about"]["split"] == "test"
+    assert (run / "metrics.csv").read_bytes() == log  # the log of training stays
+    assert "0.1 " in capsys.readouterr().out
+
+
+def test_options_change_what_they_name(run, tmp_path):
+    arguments = ["metrics", "--run", str(run), "--betas", "1", "--metrics", "mi", "--out", str(tmp_path)]
+    found = []
+    for more in ([], ["--seed", "1"], ["--split", "train"], ["--batch-size", "3"]):
+        assert main([*arguments, *more]) == 0
+        found.append(float(rows_of(tmp_path)[0]["mi"]))
+    assert len(set(found[:3])) == 3
+    assert found[3] == pytest.approx(found[0], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--metrics", "mj"], 1, "metric 'mj' is not known; expected one of active_units, .*file.py:function"),
+        (["--metrics", "mi", "--betas", "0"], 2, "--betas holds 0; expected positive"),
+        (["--metrics", "mi", "--batch-size", "0"], 2, "--batch-size is 0"),
+        (["--metrics", "none.py:f"], 1, "'none.py' of metric 'none.py:f' is no file of Python"),
+        (["--metrics", "mig"], 1, "mig needs a set whose factors are known"),
+        (["--metrics", "mi", "--device", "nowhere"], 1, "device 'nowhere' cannot be used"),
+    ],
+)
+def test_errors_are_one_sentence(run, capsys, arguments, code, message):
+    assert main(["metrics", "--run", str(run), *arguments]) == code
+    error = capsys.readouterr().err
+    assert error.startswith("mrvae metrics: ") and error.count("\n") == 1
+    assert re.search(message, error)
+
+
+def test_a_plain_run_has_its_own_beta_only(run, tmp_path, capsys):
+    config = TrainConfig.load(run / "config.json")
+    plain = train(TrainConfig.from_dict({**config.to_dict(), "out": str(tmp_path), "beta": 0.5}), progress=False)
+    assert main(["metrics", "--run", str(plain.directory), "--metrics", "mi"]) == 0
+    assert [row["beta"] for row in rows_of(plain.directory)] == ["0.5"]
+    assert main(["metrics", "--run", str(plain.directory), "--metrics", "mi", "--betas", "1", "2"]) == 1
+    assert "is of one beta, 0.5; leave out --betas" in capsys.readouterr().err
+
+
+def test_force_removes_what_was_measured_of_the_run_that_it_replaces(run, tmp_path):
+    config = TrainConfig.load(run / "config.json")
+    config = TrainConfig.from_dict({**config.to_dict(), "out": str(tmp_path)})
+    train(config, progress=False)
+    assert main(["metrics", "--run", str(tmp_path), "--metrics", "rate", "--betas", "1"]) == 0
+    assert all((tmp_path / name).exists() for name in FILES)
+    train(config, force=True, progress=False)
+    assert not any((tmp_path / name).exists() for name in FILES)
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_metrics_say_what_they_are_and_share_their_options(name):
+    metric = METRICS[name]
+    assert metric.unit and metric.help and metric.best in ("min", "max", None)
+    assert metric_called(name) is metric
+    parameters = list(inspect.signature(metric).parameters.values())
+    assert [parameter.name for parameter in parameters[:3]] == ["model", "dataset", "beta"]
+    assert all(parameter.default is not inspect.Parameter.empty for parameter in parameters[3:])
+    assert {"batch_size", "calibration"} <= {parameter.name for parameter in parameters}
+
+
+@pytest.mark.parametrize("name", ["rate", "distortion", "elbo", "objective", "active_units"])
+def test_metrics_of_the_curve_are_those_of_the_curve(run, name):
+    model, _ = load_model(run)
+    data = load_split(TrainConfig.load(run / "config.json"), "test")
+    (point,) = evaluate(model, data, [0.3]).points
+    assert METRICS[name](model, data, 0.3) == getattr(point, name)
