@@ -152,6 +152,15 @@ def test_weights_of_other_norms_are_refused():
     for one, other in ((model, gated), (gated, model)):
         with pytest.raises((ValueError, RuntimeError), match="made with|conditional"):
             one.load_state_dict(other.state_dict())
+    first, second = (
+        mk.multirate(
+            nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.BatchNorm1d(4)), "softplus", norms="conditional",
+            exclude=[left],
+        )
+        for left in ("1", "2")
+    )
+    with pytest.raises(ValueError, match=r"made with conditional = \['2'\], this MultiRate has \['1'\]"):
+        second.load_state_dict(first.state_dict())
 
 
 @pytest.mark.parametrize("per_sample", [False, True])
