@@ -62,6 +62,14 @@ def test_one_file_is_divided_by_the_seed(tmp_path):
     assert [len(load(held_out, split)) for split in ("train", "validation", "test")] == [45, 5, 1]
 
 
+def test_the_vocabulary_is_of_the_training_documents_alone(tmp_path):
+    path = folder(tmp_path, corpus=[f"w{i}" for i in range(50)]) / "corpus.txt"
+    train = load(path)
+    assert len(train.vocabulary) == 4 + 40 and not (train.examples == 3).any()
+    with pytest.raises(DataError, match="5 of 5 tokens are not in"):
+        load(path, "test")
+
+
 def test_labels_before_a_tab_are_taken_off(tmp_path):
     path = folder(tmp_path, train=["7\ta b", "1\tc\td", "7\ta"], valid=["3\ta"], test=["1\tb"])
     train, valid = load(path), load(path, "validation")

@@ -7,7 +7,7 @@ import torch
 from mrvae_models.data import DataError, Vocabulary
 from mrvae_models.data.vocabulary import END, PAD, SPECIALS, START, UNKNOWN, padded
 
-DOCUMENTS = [["b", "a", "c"], ["a", "b", "d", "<unk>"], ["a"], ["e", "c", "<unk>"]]
+DOCUMENTS = [["e", "c", "<unk>"], ["a", "b", "d", "<unk>"], ["a"], ["b", "a", "c"]]
 
 
 def test_the_most_frequent_come_first_and_equally_frequent_ones_in_alphabetical_order():
