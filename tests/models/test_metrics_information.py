@@ -42,8 +42,8 @@ def test_gaussian_set_has_the_known_answers():
         "dimension_wise_kl": 0.5 * (diagonal - 1 - diagonal.log()).sum(),
     }
     for name, value in expected.items():
-        found = [METRICS[name](model, data, 1.0, seed=seed) for seed in range(6)]
-        assert sum(found) / 6 == pytest.approx(value.item(), abs=0.03), name
+        found = [METRICS[name](model, data, 1.0, seed=seed) for seed in range(4)]
+        assert sum(found) / 4 == pytest.approx(value.item(), abs=0.03), name
     assert expected["mi"] > 1 and expected["tc"] > 0.09  # the tolerance tells them apart
 
 

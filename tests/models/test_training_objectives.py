@@ -203,3 +203,13 @@ def test_network_and_data_that_have_no_total_correlation_are_refused_before_trai
     with pytest.raises(ValueError, match="leave a batch of 1 example"):
         train(replace(config, batch_size=44, tcvae_sampling="stratified"), progress=False)
     assert not config.directory.exists()
+
+
+def test_annealing_of_a_tcvae_weighs_all_three_parts(config, monkeypatch):
+    module, x = module_of(replace(config, **TCVAE, tcvae_weights=(0.5, 2.0), annealing=0.5))
+    loss, output, kwargs = step_at(monkeypatch, module, x, torch.tensor(3.0), step=10)
+    parts = decompose(output.z, output.mean, output.log_variance, 45)
+    distortion = module.model.network.likelihood.distortion(output.parameters, x)
+    expected = (distortion + 0.2 * (0.5 * parts[0] + 3.0 * parts[1] + 2.0 * parts[2])).mean()
+    torch.testing.assert_close(loss, expected)
+    assert kwargs["beta"] == 3.0
