@@ -45,9 +45,10 @@ def session(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(
-    "arguments", [["--help"], *([name, "--help"] for name in ("train", "curve", "select", "bake", "doctor"))]
-)
+COMMANDS = ("train", "curve", "select", "bake", "experiment", "doctor")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], *([name, "--help"] for name in COMMANDS)])
 def test_help_answers_within_a_second_and_without_torch(arguments):
     begun = time.process_time_ns(), os.times()
     done = command(*arguments)
