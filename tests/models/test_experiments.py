@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 from mrvae_models import training
 from mrvae_models.arguments import parser
+from mrvae_models.baking import bake_run
 from mrvae_models.cli import config_of, main
 from mrvae_models.closed_form import eigenvalues, linear_optimum
 from mrvae_models.config import TrainConfig
@@ -31,6 +32,7 @@ from mrvae_models.experiments.command_lines import command_of
 from mrvae_models.experiments.execution import configured, execute, execute_one
 from mrvae_models.experiments.plan import MULTIRATE, Evaluation, Run, Settings, multirate, retrained
 from mrvae_models.experiments.tables import TABLES, area, mean_distortion, ratios
+from mrvae_models.recipes import gate_fields
 from mrvae_models.run import load_model
 from PIL import Image
 
@@ -336,3 +338,30 @@ def test_runs_have_names_of_their_own():
     assert len({run.name for run in runs}) == len(runs) == 14
     assert runs[-1].name == "retrained-kl-annealed-beta-10-1" and runs[-1].options["annealing"] == 0.3
     assert Path(runs[0].name).name == runs[0].name
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("sigmoid+hidden", "each once"),
+        ("sigmoid+hidden0", "each once"),
+        ("sigmoid+hidden8x", "each once"),
+        ("sigmoid+hidden8+hidden16", "each once"),
+        ("sigmoid+shared", "nothing to share without hidden layers"),
+        ("sigmoid+ranked+hidden8", "neither ranked nor latent"),
+        ("softplus+latent+hidden8", "neither ranked nor latent"),
+    ],
+)
+def test_gates_with_hidden_layers_are_checked(text, message):
+    assert gate_fields("sqrt+hidden64x32+shared+shift", "open") == {
+        "kind": "sqrt", "shift": True, "init": "open", "hidden": [64, 32], "shared": True,
+    }
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(recipe="paper", gates={"encoder": text}).check()
+
+
+def test_gates_with_hidden_layers_are_baked(tmp_path):
+    gates = {"encoder": "sigmoid+hidden8+shared", "decoder": "sqrt+hidden8+shared"}
+    options = {**TINY, "recipe": "paper", "gates": gates, "seed": 0}
+    execute_one(tmp_path, Run("line", 0, options, (1.0,)), Evaluation(draws=1))
+    assert bake_run(tmp_path, 0.3).difference < 1e-5

@@ -123,7 +123,7 @@ def run(options: argparse.Namespace) -> int:
         options=options_of(experiment, {**given, **dict(options.option)}, options.full, options.small),
         baselines=tuple(options.baselines or experiment.baselines),
     )
-    evaluation = experiment.evaluation
+    evaluation = (experiment.full_evaluation if options.full else None) or experiment.evaluation
     if options.metric is not None:
         evaluation = dataclasses.replace(evaluation, metric=options.metric)
     if options.small:

@@ -33,6 +33,8 @@ def evaluated(
     """The columns of one run: for each, a value at every one of `betas`, in their order."""
     if evaluation.kind not in EVALUATIONS:
         raise ValueError(f"evaluation {evaluation.kind!r} is not known; expected one of {', '.join(EVALUATIONS)}")
+    trained_on_gpu = config.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+    model = model.to("cuda" if trained_on_gpu else "cpu")
     return EVALUATIONS[evaluation.kind](config, model, betas, evaluation, directory)
 
 
@@ -51,7 +53,7 @@ def _with_metric(
     config: TrainConfig, model: nn.Module, betas: Sequence[float], evaluation: Evaluation, directory: Path
 ) -> Columns:
     metric = metric_called(evaluation.metric or "")
-    calibration, dataset = calibration_for(model, config), load_split(config, "test")
+    calibration, dataset = calibration_for(model, config), load_split(config, evaluation.split)
     values = [call_metric(metric, model, dataset, beta, calibration) for beta in betas]
     columns = curve_columns(config, model, betas, evaluation, directory)
     return {**columns, "metric": [float(value) for value in values]}
@@ -86,7 +88,7 @@ def _linear(
     """
     images = load_split(config, "train").examples[:]  # a tensor, where large sets are packed in memory
     spectrum = eigenvalues(images)
-    model = model.double()
+    model = model.cpu().double()  # a float64 covariance of all images: no work for a GPU
     vae: Any = plain_network(model)
     names = ("rate", "distortion", "objective", "optimal_rate", "optimal_distortion", "optimal_objective")
     columns: Columns = {name: [] for name in names}

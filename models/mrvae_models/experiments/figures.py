@@ -169,8 +169,8 @@ def _samples(figure: Figure, experiment: Experiment, rows: Sequence[Row], out: P
     count = min(PICTURED_BETAS, len(betas))
     chosen = [betas[round(i * (len(betas) - 1) / max(1, count - 1))] for i in range(count)]
     images = next(iter(blocks.values()))[chosen[0]]
-    width = 9.0 / len(blocks)
-    figure.set_size_inches(10.0, 0.6 + count * width / len(images) * images.shape[2] / images.shape[3])
+    width = 10.0 / len(blocks) - 0.7  # inches, the names of the betas stand before it
+    figure.set_size_inches(10.0, 0.4 + count * width / len(images) * images.shape[2] / images.shape[3])
     axes = figure.subplots(1, len(blocks), squeeze=False)[0]
     names = [rf"$\beta$ = {beta:.3g}" for beta in chosen]
     for axis, (line, block) in zip(axes, blocks.items(), strict=True):

@@ -111,7 +111,7 @@ def _compared(experiment: Experiment, runs: Sequence[Run], results: Sequence[Map
     evaluation = experiment.evaluation
     measured = {
         "linear": "rate and expected distortion on the training split",
-        "metric": f"the metric {evaluation.metric} and the curve on the test split",
+        "metric": f"the metric {evaluation.metric} on the {evaluation.split} split, the curve on the test split",
     }.get(evaluation.kind, "the curve on the test split")
     draws = "" if evaluation.kind == "linear" else f", {counted(evaluation.draws, 'draw')} of z an example"
     text = (

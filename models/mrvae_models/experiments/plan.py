@@ -39,12 +39,14 @@ class Evaluation:
     kind     "curve"; "metric": the metric besides; "samples": images from the prior besides; "linear": in place of it,
              rate and expected distortion on the training split, and the closed form's
     metric   name of a metric, or file.py:function
+    split    examples that the metric is of: "test", or "all" of a set that is not divided
     draws    of z an example that a distortion averages over
     pictures samples a beta
     """
 
     kind: str = "curve"
     metric: str | None = None
+    split: str = "test"
     draws: int = 8
     pictures: int = 10
 
@@ -74,6 +76,7 @@ class Experiment:
     figure: str
     tables: tuple[str, ...]
     evaluation: Evaluation = Evaluation()
+    full_evaluation: Evaluation | None = None  # of the paper's size, where it is another
     options: Mapping[str, Any] = field(default_factory=dict)
     full: Mapping[str, Any] = field(default_factory=dict)  # the paper's size
     small: Mapping[str, Any] = field(default_factory=dict)

@@ -195,7 +195,7 @@ TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
     "curve": curve,
     "objective": _column("objective", "D + beta R on the test split, nats an example.", 2),
     "active_units": _column("active_units", "Active units on the test split.", 1),
-    "metric": _column("metric", "The metric on the test split.", 4),
+    "metric": _column("metric", "The metric, a row a beta.", 4),
     "optimum": optimum,
 }
 
