@@ -159,8 +159,10 @@ def test_a_baked_run_speaks_for_itself(run):
     torch.testing.assert_close(log_p, network.logits(x, mean).log_softmax(-1))
     step = torch.export.load(baked / DECODER).module()
     token, state, said = torch.full((1,), START), (torch.zeros(1, 8), torch.zeros(1, 8)), []
-    for _ in range(5):  # greedy, as generate() has it
+    forced = network.logits(network.reconstruct(x[:1]), mean[:1]).log_softmax(-1)
+    for place in range(5):  # greedy, as generate() has it
         log_p, *state = step(token, mean[:1], *state)
+        torch.testing.assert_close(log_p, forced[:, place])
         log_p[:, :2] = -math.inf
         token = log_p.argmax(1)
         said.append(token.item())
