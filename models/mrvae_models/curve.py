@@ -88,10 +88,15 @@ class Curve:
         """One quantity at all betas."""
         return [getattr(point, name) for point in self.points]
 
+    @property
+    def quantities(self) -> list[str]:
+        """Names of what the points have: the fields of Point, those of text where they are of text."""
+        names = [entry.name for entry in fields(Point)]
+        return [name for name in names if any(value is not None for value in self.column(name))]
+
     def write_csv(self, path: str | Path) -> None:
         """One row a beta, columns as in Point without those that no point has, numbers with all their digits."""
-        names = [entry.name for entry in fields(Point)]
-        names = [name for name in names if any(value is not None for value in self.column(name))]
+        names = self.quantities
 
         def write(temporary: Path) -> None:
             with open(temporary, "w", newline="", encoding="utf-8") as file:

@@ -213,4 +213,4 @@ def test_in_turn_gives_every_sentence_in_batches_that_fit():
         assert max(map(len, parts)) == largest
         assert all(len(x) == 1 or x.numel() * 44 <= numbers for x in parts)
     images = load(split="test")
-    assert torch.cat(in_turn(images, 300)).equal(images.examples)
+    assert torch.cat(list(in_turn(images, 300))).equal(images.examples)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import nn
 
 from ..closed_form import eigenvalues, expected_linear, linear_optimum
 from ..config import TrainConfig
-from ..curve import Point, at, evaluate, pictures
+from ..curve import at, evaluate, pictures
 from ..objectives import rate
 from ..report import calibration_for
 from ..run import load_split, plain_network, replace_file
@@ -41,12 +40,12 @@ def evaluated(
 def curve_columns(
     config: TrainConfig, model: nn.Module, betas: Sequence[float], evaluation: Evaluation, directory: Path
 ) -> Columns:
-    """Every field of curve.Point, on the test split."""
+    """Every quantity of curve.Point, on the test split."""
     calibration = calibration_for(model, config)
     curve = evaluate(
         model, load_split(config, "test"), betas, samples=evaluation.draws, calibration=calibration
     )
-    return {entry.name: curve.column(entry.name) for entry in fields(Point) if entry.name != "beta"}
+    return {name: curve.column(name) for name in curve.quantities if name != "beta"}
 
 
 def _with_metric(
