@@ -26,7 +26,7 @@ from mrvae_models.closed_form import eigenvalues, linear_optimum
 from mrvae_models.config import TrainConfig
 from mrvae_models.curve import evaluate
 from mrvae_models.data import load
-from mrvae_models.experiments import execution, launchers
+from mrvae_models.experiments import execution, launchers, recipe_study
 from mrvae_models.experiments.catalogue import EXPERIMENTS, options_of
 from mrvae_models.experiments.command_lines import command_of
 from mrvae_models.experiments.execution import configured, execute, execute_one
@@ -133,6 +133,29 @@ def test_gates(tmp_path, name, lines):
         assert affine < two_shared < two and two_shared < five
     else:
         assert sizes == [sizes[0]] * 4 + [2 * sizes[0]] * 2, "FiLM has a shift for every gate"
+
+
+def test_the_study_changes_one_thing_of_the_recipe_at_a_time(tmp_path):
+    rows, page = small(tmp_path, "recipe")
+    runs = {run["line"]: run["config"] for run in json.loads((tmp_path / "config.json").read_text())["runs"]}
+    recipe = runs[recipe_study.RECIPE]
+    assert recipe["recipe"] == "ranked" and set(runs) == {"retrained", *recipe_study.VARIANTS}
+    for line, changed in recipe_study.VARIANTS.items():
+        differ = {name for name in recipe if runs[line][name] != recipe[name]} - {"out"}
+        if "recipe" in changed:
+            assert "recipe" in differ and runs[line]["epochs"] == recipe["epochs"]
+        else:
+            assert differ == set(changed), line
+    objective = {(row["line"], row["beta"]): float(row["objective"]) for row in rows}
+    ratios = [objective["no shifts", beta] / objective["retrained", beta] for beta in ("0.01", "10.0")]
+    cells = [f"{ratio:.3f}" for ratio in ratios] + [f"{statistics.fmean(ratios):.4f}", f"{max(ratios):.3f}"]
+    assert f"| no shifts | {' | '.join(cells)} |" in page and "Reproduces" not in page
+    over = {
+        line: [objective[line, beta] / objective["retrained", beta] for beta in ("0.01", "10.0")]
+        for line in recipe_study.VARIANTS
+    }
+    lowest, evenest = (min(over, key=lambda line: by(over[line])) for by in (statistics.fmean, max))
+    assert f"Lowest mean: {lowest}. Lowest largest ratio: {evenest}." in page
 
 
 def test_linear_is_held_to_its_closed_form(tmp_path):

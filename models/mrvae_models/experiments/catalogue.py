@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from . import recipe_study
 from .plan import Evaluation, Experiment, Run, Settings, multirate, retrained
 
 RESNET = {"network": "resnet", "recipe": "paper", "gated": "paper", "epochs": 200}
@@ -176,6 +177,17 @@ _LIST = [
         options={"network": "linear"},
         full={"data": "mnist"},
         baselines=("constant",),
+    ),
+    Experiment(
+        "recipe",
+        "a study of the default recipe",
+        "What each part of the default recipe is good for: one changed at a time, against retraining at every beta.",
+        recipe_study.runs,
+        "against",
+        ("against",),
+        full={"network": "mlp", "data": "mnist", "binarize": "fixed", "epochs": 8, "batch_size": 64},
+        baselines=("constant",),
+        of_paper=False,
     ),
 ]
 

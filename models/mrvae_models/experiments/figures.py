@@ -18,7 +18,7 @@ from matplotlib.ticker import MaxNLocator
 from ..plot import BASELINES, LINE, STYLE, log_axis, mark_betas, mosaic, write_figure
 from .evaluation import SAMPLES
 from .plan import MULTIRATE, Experiment
-from .tables import Row, along_beta, by_line
+from .tables import Row, along_beta, by_line, over_retraining
 
 MARKERS = "oDs^v<>"
 BETA = r"KL weight $\beta$"
@@ -177,6 +177,24 @@ def _samples(figure: Figure, experiment: Experiment, rows: Sequence[Row], out: P
         mosaic(axis, line, [block[beta] for beta in chosen], names, count)
 
 
+def _against(figure: Figure, experiment: Experiment, rows: Sequence[Row], out: Path) -> None:
+    """A cell a line and beta: by how many per cent D + beta R is above retraining's."""
+    betas, ratios = over_retraining(rows)
+    excess = 100 * (np.array(list(ratios.values())) - 1)
+    figure.set_size_inches(10.0, 1.2 + 0.27 * len(ratios))
+    axis = figure.subplots()
+    reach = 5.0  # per cent: beyond it the colour says no more than "lost"
+    image = axis.imshow(excess, cmap="RdBu_r", vmin=-reach, vmax=reach, aspect="auto")
+    for (i, j), value in np.ndenumerate(excess):
+        colour = "white" if abs(value) > 0.7 * reach else "black"
+        axis.text(j, i, f"{value:+.1f}", ha="center", va="center", color=colour, fontsize=7)
+    axis.set_xticks(range(len(betas)), [f"{beta:.3g}" for beta in betas])
+    axis.set_yticks(range(len(ratios)), list(ratios))
+    axis.grid(False)
+    axis.set(title=r"D + $\beta$R above retraining's (%)", xlabel=BETA)
+    figure.colorbar(image, ax=axis, extend="both", shrink=0.8)
+
+
 FIGURES: dict[str, Callable[[Figure, Experiment, Sequence[Row], Path], None]] = {
     "plane": _plane,
     "objective": _objective,
@@ -185,4 +203,5 @@ FIGURES: dict[str, Callable[[Figure, Experiment, Sequence[Row], Path], None]] = 
     "ranges": _ranges,
     "linear": _linear,
     "samples": _samples,
+    "against": _against,
 }

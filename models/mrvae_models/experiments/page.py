@@ -73,7 +73,8 @@ def _text(
 ) -> str:
     parts = [
         f"# {experiment.name}",
-        f"{experiment.question} Reproduces {experiment.shows} of Bae et al., 2022.",
+        experiment.question
+        + (f" Reproduces {experiment.shows} of Bae et al., 2022." if experiment.of_paper else ""),
         f"![{experiment.name}]({PICTURE})",
         "Means over seeds, with standard deviations in parentheses and as error bars.\n"
         if len({run.seed for run in runs}) > 1

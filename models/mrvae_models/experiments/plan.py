@@ -70,7 +70,7 @@ class Experiment:
     """An experiment: `runs(settings)` are its runs; tables and figure are names in tables.py and figures.py."""
 
     name: str
-    shows: str  # the figure of the MR-VAE paper
+    shows: str  # the figure of the MR-VAE paper, or what else
     question: str
     runs: Callable[[Settings], list[Run]]
     figure: str
@@ -83,6 +83,7 @@ class Experiment:
     seeds: tuple[int, ...] = (0, 1, 2)
     baselines: tuple[str, ...] = ()
     note: str = ""
+    of_paper: bool = True
 
 
 BASELINES: dict[str, tuple[str, dict[str, Any]]] = {

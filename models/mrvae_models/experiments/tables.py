@@ -102,6 +102,33 @@ def ratios(rows: Sequence[Row]) -> str:
     return "\n\n".join(texts)
 
 
+def over_retraining(rows: Sequence[Row]) -> tuple[list[float], dict[str, list[float]]]:
+    """betas, and line -> D + beta R over that of the first line, the beta-VAEs, by beta; ratios of means over seeds."""
+    means = {
+        line: {beta: statistics.fmean(values) for beta, values in its.items()}
+        for line, its in along_beta(rows, "objective").items()
+    }
+    first, *others = means
+    betas = sorted(means[first])
+    return betas, {line: [means[line][beta] / means[first][beta] for beta in betas] for line in others}
+
+
+def against(rows: Sequence[Row]) -> str:
+    """over_retraining(), a row a line, with its mean and its largest ratio; and the lines that are best by either."""
+    betas, ratios_of = over_retraining(rows)
+    body = [
+        [line, *(f"{ratio:.3f}" for ratio in its), f"{statistics.fmean(its):.4f}", f"{max(its):.3f}"]
+        for line, its in ratios_of.items()
+    ]
+    best = min(ratios_of, key=lambda line: statistics.fmean(ratios_of[line]))
+    evenest = min(ratios_of, key=lambda line: max(ratios_of[line]))
+    return (
+        f"D + beta R on the test split over that of {next(iter(along_beta(rows, 'objective')))}, by beta.\n\n"
+        f"{table(['line', *(f'{beta:.3g}' for beta in betas), 'mean', 'largest'], body)}\n\n"
+        f"Lowest mean: {best}. Lowest largest ratio: {evenest}."
+    )
+
+
 def mean_distortion(points: Sequence[tuple[float, float]], low: float, high: float) -> float:
     """Area under the rate-distortion curve from rate `low` to `high`, over its width: a mean distortion, nats.
 
@@ -191,6 +218,7 @@ def optimum(rows: Sequence[Row]) -> str:
 
 TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
     "ratios": ratios,
+    "against": against,
     "area": area,
     "curve": curve,
     "objective": _column("objective", "D + beta R on the test split, nats an example.", 2),
