@@ -189,7 +189,8 @@ class MultiRate(Recorded):
         """A call as torch.compile and torch.export see it: see `traced`."""
         override = strategy.current()
         if override.backend not in (None, "reference") or override.strategy == "fused":
-            return self._call(beta, None, args, kwargs)
+            with self._lend_norms(beta):
+                return self._call(beta, None, args, kwargs)
         self._check_layers()
         values = [*self._traced_bank(beta), *self._norm_values(beta)]
         self._calls.append(TracedGates(values, override.strategy, torch.compiler.is_exporting()))
