@@ -26,21 +26,21 @@ def beginnings(model: mk.MultiRate, x: Tensor, beta: float = 0.5) -> tuple[Begin
 
     RuntimeError where the call's plan is not one that is prepared."""
     model(x, beta=beta)
-    key, plan = next(iter(model._prepared.items()), (None, None))
+    key, plan = next(iter(model._plans.prepared.items()), (None, None))
     if plan is None:
         raise RuntimeError("calls of this network are not prepared: a layer folds parts of its parameters")
 
     def prepared() -> Sequence[Share]:
-        if not model._begin(plan, (x,), beta):
+        if not model._plans.begin(plan, (x,), beta):
             raise RuntimeError("the prepared plan refused the call that it was made for")
         layers = model._hosts()
         plan.hand_out(layers)
         shares = [layer._share for layer in layers]
         plan.take_back(layers)
-        model._stage.gates = None
+        model._plans.stage.gates = None
         return shares
 
-    return prepared, lambda: model._shares(beta, key)
+    return prepared, lambda: model._plans.shares(model._gates(beta), key)
 
 
 def gradients(shares: Sequence[Share]) -> None:

@@ -23,7 +23,8 @@ def checkpoint_context(model: Any) -> Contexts:
     def contexts() -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
         layers = model._hosts() + ([] if model.conditional is None else model.conditional.places.hosted())
         shares, directs = [layer._share for layer in layers], [layer._direct for layer in layers]
-        gates = None if model._stage is None else model._stage.gates
+        stage = model._plans.stage
+        gates = None if stage is None else stage.gates
         if shares[0] is None and gates is None:
             raise RuntimeError(
                 "checkpoint_context(model) was used outside a forward of that model; there is no beta to keep"
@@ -32,15 +33,15 @@ def checkpoint_context(model: Any) -> Contexts:
         @contextlib.contextmanager
         def again() -> Iterator[None]:
             with lend(layers, shares):
-                if model._stage is None:
+                if stage is None:
                     yield
                     return
-                before = model._stage.gates, [layer._direct for layer in layers]
+                before = stage.gates, [layer._direct for layer in layers]
                 try:
-                    _set(model._stage, layers, gates, directs)
+                    _set(stage, layers, gates, directs)
                     yield
                 finally:
-                    _set(model._stage, layers, *before)
+                    _set(stage, layers, *before)
 
         return contextlib.nullcontext(), again()
 

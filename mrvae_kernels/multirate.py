@@ -17,12 +17,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import functional, measurements, ops, reference, strategy, traced
-from .adapters import ADAPTERS, Adapter, FoldJob, fold_layers
+from . import functional, measurements, reference, strategy, traced
+from .adapters import ADAPTERS, Adapter
 from .backends import inside_transform
 from .gates import (
     DEFAULT_BETA_RANGE,
-    KINDS,
     Beta,
     BetaRange,
     GateNetwork,
@@ -33,7 +32,6 @@ from .gates import (
 from .hosted_norms import ConditionalNorms
 from .hosting import (
     HOSTED,
-    HOSTED_TYPES,
     Hosted,
     Share,
     TracedGates,
@@ -44,7 +42,7 @@ from .hosting import (
 from .layers import Recorded
 from .ops.shortcuts import core
 from .places import Places
-from .prepared import Prepared, can_prepare, folded_together
+from .plans import LayerGates, Plans
 from .recalibration import recalibrate
 from .selection import Gates, select
 
@@ -66,14 +64,6 @@ class BankRows(NamedTuple):
     size: int
     kind: str
     init: str
-
-
-class LayerGates(NamedTuple):
-    """A layer's gate, (C,) or (N, C), its shift or None, and the gate on its inputs or None."""
-
-    gate: Tensor
-    shift: Tensor | None
-    inputs: Tensor | None
 
 
 class MultiRate(Recorded):
@@ -133,16 +123,10 @@ class MultiRate(Recorded):
         self.conditional = ConditionalNorms(self, selection.conditional) if selection.conditional else None
         places = {(row.name, row.role): i for i, row in enumerate(rows)}
         self._layout = [(places.get((e.name, "shifts")), places.get((e.name, "inputs"))) for e in self._entries]
-        self._unplanned = tuple(None if entry.adapter.product else "fold" for entry in self._entries)
         self._turn = Turn()
         self._places = Places(self, [entry.name for entry in self._entries])
         self._tell_layers()
-        self._plans: dict[Any, tuple[str | None, ...]] = {}
-        self._prepared: dict[Any, Prepared] = {}
-        self._installed: Prepared | None = None  # the plan that the layers hold parts of
-        self._made_under: Any = None
-        self._version = self._lent = 0
-        self._raise_stage()
+        self._plans = self._no_plans()
         host_sequentials(network, self._places.layers)
 
     def _add_gates(self, like: Tensor) -> None:
@@ -180,12 +164,12 @@ class MultiRate(Recorded):
 
     def _run(self, beta: Beta, args: Any, kwargs: Any) -> Any:
         with self._turn.lock:  # while another thread's call runs, the layers hold that call's gates
-            installed, made_under = self._installed, (strategy.current(), measurements.generation)
-            if installed is None or made_under != self._made_under or not self._begin(installed, args, beta):
-                key = self._key(beta, args)
-                in_use = self._lent or (self._stage is not None and self._stage.gates is not None)  # the layers
-                found = None if in_use else self._prepared.get(key)
-                if found is None or not self._begin(self._install(found), args, beta):
+            plans, under = self._plans, (strategy.current(), measurements.generation)
+            installed = plans.installed
+            if installed is None or under != plans.installed_under or not plans.begin(installed, args, beta):
+                key = plans.key(beta, args)
+                found = plans.find(key)
+                if found is None or not plans.begin(plans.install(found), args, beta):
                     return self._call(beta, key, args, kwargs)
                 installed = found
             try:
@@ -199,13 +183,14 @@ class MultiRate(Recorded):
                 finally:
                     installed.take_back(layers)
             finally:
-                self._stage.gates = None
+                plans.stage.gates = None
 
     def _trace(self, beta: Beta, args: Any, kwargs: Any) -> Any:
         """A call as torch.compile and torch.export see it: see `traced`."""
         override = strategy.current()
         if override.backend not in (None, "reference") or override.strategy == "fused":
-            return self._call(beta, None, args, kwargs)
+            with self._lend_norms(beta):
+                return self._call(beta, None, args, kwargs)
         self._check_layers()
         values = [*self._traced_bank(beta), *self._norm_values(beta)]
         self._calls.append(TracedGates(values, override.strategy, torch.compiler.is_exporting()))
@@ -229,42 +214,13 @@ class MultiRate(Recorded):
         traced.announce()
         self._hosts()
 
-    def _begin(self, prepared: Prepared, args: Any, beta: Beta) -> bool:
-        """Whether this is a call that the plan is for; then its gates are on the stage."""
-        places = self._places
-        if places.layers[0].__dict__.get("_stage") is not self._stage:  # a shallow copy has made these layers its own
-            self._raise_stage()
-            self._forget()
-            return False
-        return (
-            not self._lent and places.network_stays()
-            and prepared.begin(args, beta, places.locations, HOSTED_TYPES, places.holders, self._parameters)
-        )
-
-    def _install(self, prepared: Prepared) -> Prepared:
-        if self._installed is not prepared:
-            prepared.install(self._hosts())
-            self._installed = prepared
-        self._made_under = (strategy.current(), measurements.generation)
-        return prepared
-
-    def _key(self, beta: Beta, args: Any) -> Any:
-        """What a plan depends on; None where none is made."""
-        if _saving_is_hooked() or inside_transform():
-            return None
-        if self._stage is not None and self._stage.version != self._version:  # a layer's stride or padding was changed
-            self._forget()
-        per_sample = (beta.dim() if isinstance(beta, Tensor) else not isinstance(beta, (int, float))) != 0
-        shapes = tuple(tuple(value.shape) if isinstance(value, Tensor) else None for value in args)
-        return (per_sample, shapes, strategy.current(), measurements.generation)
-
     def _call(self, beta: Beta, key: Any, args: Any, kwargs: Any) -> Any:
         """Without a plan that is ready."""
-        shares, network = self._shares(beta, key), self.network
+        shares, network = self._plans.shares(self._gates(beta), key), self.network
         with self._lend(shares):
             result = network(*args, **kwargs)
-        if key is not None and key not in self._plans and (shares[0].gate.dim() == 2) == key[0]:
-            self._remember(key)
+        if key is not None:
+            self._plans.remember(key, shares[0].gate, self.beta_range)
         return result
 
     @contextmanager
@@ -274,7 +230,7 @@ class MultiRate(Recorded):
         For one beta, give a number or a 0-d tensor; for one a sample, every call in the block takes that batch size.
         Other threads that call the model wait for the block's end.
         """
-        with self._turn.lock, self._lend_norms(beta), self._lend(self._shares(beta, None)):
+        with self._turn.lock, self._lend_norms(beta), self._lend(self._plans.shares(self._gates(beta), None)):
             yield self
 
     @contextmanager
@@ -299,11 +255,11 @@ class MultiRate(Recorded):
     def _lend(self, shares: Sequence[Share]) -> Iterator[None]:
         """Within the block the layers hold these shares, and a call of the model leaves them as they are."""
         with lend(self._hosts(), shares):
-            self._lent += 1
+            self._plans.lent += 1
             try:
                 yield
             finally:
-                self._lent -= 1
+                self._plans.lent -= 1
 
     def gate_values(self, beta: Beta) -> dict[str, Tensor]:
         """Layer name -> g at beta, (C,) or (N, C); shifts under "<name>.shift", input gates under "<name>.inputs".
@@ -368,7 +324,7 @@ class MultiRate(Recorded):
 
     def _eta(self, beta: Beta, device: torch.device, dtype: torch.dtype) -> Tensor:
         """eta of the betas, with the bits that a plan made ready has."""
-        plans = self._stage is not None and device.type == "cpu" and isinstance(beta, Tensor)
+        plans = self._plans.stage is not None and device.type == "cpu" and isinstance(beta, Tensor)
         if plans and not torch.compiler.is_compiling() and not inside_transform():
             eta: Tensor | None = core().standardized(beta, *self.beta_range, dtype == torch.float64)
             if eta is not None:
@@ -387,81 +343,23 @@ class MultiRate(Recorded):
         """The gated layers, as the network holds them now."""
         return self._places.hosted()
 
-    def _shares(self, beta: Beta, key: Any) -> list[Share]:
-        """Each layer's gate, and its folded parameters where the plan for these input shapes folds it."""
-        gates = self._gates(beta)
-        plan: Sequence[str | None] = self._unplanned
-        if gates[0].gate.dim() == 2:
-            plan = self._plan_per_sample(gates[0].gate.device)
-        elif key is not None:
-            plan = self._plans.get(key, self._unplanned)
-        shares = [
-            Share(g.gate, g.shift, None, how, g.inputs) for g, how in zip(gates, plan, strict=True)
-        ]
-        layers = self._hosts()
-        folding = [i for i, how in enumerate(plan) if how == "fold" and folded_together(layers[i])]
-        if folding:
-            jobs = [FoldJob(layers[i], self._entries[i].adapter, gates[i].gate, gates[i].shift) for i in folding]
-            for i, folded in zip(folding, fold_layers(jobs), strict=True):
-                shares[i] = Share(gates[i].gate, gates[i].shift, folded, None, gates[i].inputs)
-        return shares
-
-    def _plan_per_sample(self, device: torch.device) -> Sequence[str | None]:
-        """The compiled core has one way on the CPU, "epilogue", or an error for another that was asked for."""
-        known = not torch.compiler.is_compiling() and device.type == "cpu" and self._runs_compiled("epilogue")
-        return (strategy.choose_strategy(0, 0, True) if known else None,) * len(self._entries)
-
-    def _runs_compiled(self, *operators: str) -> bool:
-        weight = self._parameters["gate_weight"]
-        return weight is not None and all(
-            strategy.choose_backend(weight.device, weight.dtype, operator) == "cpp" for operator in operators
-        )
-
-    def _remember(self, key: Any) -> None:
-        """Plan for inputs of these shapes: each layer's strategy, so that next time those that fold do so together."""
-        if len(self._plans) > 32:
-            self._forget()
-        layers = self._hosts()
-        plan: tuple[str | None, ...]
-        per_sample, shapes, *_ = key
-        if per_sample:
-            plan = tuple(
-                how if entry.adapter.product else None
-                for entry, how in zip(self._entries, self._plan_per_sample(next(self.parameters()).device), strict=True)
-            )
-        else:
-            plan = tuple(
-                (layer._last_strategy or "epilogue") if entry.adapter.product else "fold"
-                for layer, entry in zip(layers, self._entries, strict=True)
-            )
-        self._plans[key] = plan
-        if self._runs_compiled("gates", "fold", "epilogue") and can_prepare(layers, plan):
-            kinds = tuple(map(KINDS.index, self._kinds))
-            self._prepared[key] = Prepared(
-                self._stage, per_sample, shapes, self.beta_range, layers, plan, self._layout, self._sizes, kinds
-            )
-
-    def _forget(self) -> None:
-        """Make plans anew."""
-        self._plans.clear()
-        self._prepared.clear()
-        self._installed = None
-        self._version = 0 if self._stage is None else self._stage.version
-
     def _apply(self, *args: Any, **kwargs: Any) -> MultiRate:
         """`.to()`, `.half()` and the like: another device or dtype makes other plans."""
-        self._forget()
+        self._plans.forget()
         return super()._apply(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy or a pickle makes its own plans."""
-        own: dict[str, Any] = {"_plans": {}, "_prepared": {}, "_installed": None, "_stage": None, "_calls": []}
-        return {**self.__dict__, **own, "_version": 0, "_lent": 0}
+        return {**self.__dict__, "_plans": None, "_calls": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._raise_stage()
+        self._plans = self._no_plans()
         self._tell_layers()
+
+    def _no_plans(self) -> Plans:
+        adapters = [entry.adapter for entry in self._entries]
+        return Plans(adapters, self._layout, self._sizes, self._kinds, self._places, self._parameters)
 
     def _tell_layers(self) -> None:
         """Where each layer finds its gates in calls that torch.compile traces."""
@@ -472,12 +370,6 @@ class MultiRate(Recorded):
             layer.__dict__.update(_calls=self._calls, _slices=slices)
         if self.conditional is not None:
             self.conditional.tell(self._calls, len(self._rows))
-
-    def _raise_stage(self) -> None:
-        """A stage, which the gated layers know: they tell it of another stride and the like."""
-        self._stage: Any = core().Stage() if ops.EXTENSION else None
-        for layer in self._places.layers:
-            layer.__dict__["_stage"] = self._stage
 
 
 def multirate(
@@ -502,9 +394,3 @@ def multirate(
     goes past the gate, and `bake` would differ there.
     """
     return MultiRate(network, gates, beta_range, include, exclude, norms)
-
-
-def _saving_is_hooked() -> bool:
-    """Whether hooks pack saved tensors, as in torch.utils.checkpoint: a recomputation must then save what the forward
-    saved, in the same order, so that it must not follow a plan made in between."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None

@@ -41,8 +41,8 @@ def select(
     gates maps module names to gates; the longest name that is the layer's own or a parent's counts, "" is the whole
     network. include and exclude are names (of layers or parents) or patterns with *; a layer named in include that
     cannot be gated, a name that matches nothing, and a layer or parameter used twice are ValueErrors.
-    norms: "gated", or "conditional": batch norms that would be gated become conditional, and the products before them
-    are gated, as in the authors' networks.
+    norms: "gated", or "conditional": batch norms that a gate is chosen for become conditional instead, and the products
+    before them are gated, as in the authors' networks.
     """
     if norms not in NORMS:
         raise ValueError(f"norms is {norms!r}; expected one of {', '.join(NORMS)}")
@@ -96,7 +96,11 @@ def select(
         raise ValueError(f"nothing to gate in this {type(network).__name__}: {reasons}")
     _refuse_sharing(network, {*gated, *conditional})
     if norms == "conditional" and not conditional:
-        raise ValueError(f"norms is 'conditional', and no batch norm of this {type(network).__name__} would be gated")
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in left.items() if isinstance(names[name], _BatchNorm))
+        raise ValueError(
+            f"norms is 'conditional', and no batch norm of this {type(network).__name__} can be: "
+            f"{reasons or 'it has none with an affine'}"
+        )
     return Selection(gated, left, conditional)
 
 
@@ -157,8 +161,8 @@ def _refusal(module: nn.Module, spec: GateSpec, norms: str) -> str | None:
         return "a lazy layer without its sizes yet: run the network once first"
     if computed := next((e.weight for e in adapter.entries(module) if e.weight not in module._parameters), None):
         return f"its {computed} is not a parameter of its own but computed (weight_norm, spectral_norm, pruning)"
-    if norms == "conditional" and type(module) in CONDITIONAL and (reason := CONDITIONAL_ADAPTER.refusal(module)):
-        return reason
+    if norms == "conditional" and type(module) in CONDITIONAL:
+        return CONDITIONAL_ADAPTER.refusal(module)  # s and t take no part in the spec
     return refusal(module, spec)
 
 

@@ -27,7 +27,9 @@ class WeightNormConv2d(nn.Conv2d):
 
     def effective_weight(self) -> Tensor:
         """gain_i v_i / |v_i|, differentiable in both."""
-        scale = self.gain / _norms(self.weight).clamp_min(torch.finfo(self.weight.dtype).tiny)
+        norms = _norms(self.weight)
+        scale = self.gain / norms.clamp_min(torch.finfo(norms.dtype).tiny)
+        scale = scale.where(norms > 0, 0)  # gain / tiny overflows, and inf * 0 is NaN
         return self.weight * scale[:, None, None, None]
 
     def settle(self) -> None:

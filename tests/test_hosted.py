@@ -60,7 +60,7 @@ def seen(model: mk.MultiRate, x: Tensor, beta: Any) -> mk.MultiRate:
     """The model after two calls: its plan is made and handed out."""
     for _ in range(2):
         model(x, beta=beta)
-    assert model._installed is not None
+    assert model._plans.installed is not None
     return model
 
 

@@ -155,9 +155,9 @@ class Padding(nn.Module):
 
 def test_a_padding_that_forward_sets_counts_in_this_very_call():
     model, x = seen(gated(Padding()), pictures(), 0.3), pictures()
-    installed = model._installed
+    installed = model._plans.installed
     close(model(x, beta=0.3), fresh(model, x, beta=0.3))
-    assert model._installed is installed  # the same padding again is no change
+    assert model._plans.installed is installed  # the same padding again is no change
     for reach in (1, 2, 0):
         model.network.reach = reach
         for _ in range(3):

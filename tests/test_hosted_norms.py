@@ -182,6 +182,14 @@ def test_compiled_whole_it_agrees(per_sample):
             torch.testing.assert_close(ours, other)
 
 
+def test_compiled_whole_on_a_backend_that_was_asked_for():
+    model, x = build().eval(), images()
+    for backend in ("cpp", "reference"):
+        with mk.override(backend=backend):
+            found = torch.compile(model, fullgraph=True, backend="eager")(x, beta=0.3)
+        torch.testing.assert_close(found, model(x, beta=0.3))
+
+
 def test_checkpointed_inside():
     model, x = build().eval(), images()
     expected = torch.autograd.grad(model(x, beta=0.3).square().sum(), list(model.parameters()))
@@ -205,11 +213,20 @@ def test_exclude_and_include_choose_among_the_norms_too():
     assert model.conditional.names == ("body.1",)
 
 
+def test_gates_on_inputs_are_the_products_matter():
+    spec = mk.GateSpec("softplus", inputs=mk.GateSpec("sigmoid"))
+    model = mk.multirate(Network(), spec, norms="conditional")
+    assert model.conditional.names == ("body.1", "norm") and model.left == {}
+    assert set(model.inputs) == {"body.0", "body.4", "last"}
+
+
 def test_what_cannot_be_is_refused():
     with pytest.raises(ValueError, match="norms is 'none'; expected one of gated, conditional"):
         mk.multirate(Network(), "softplus", norms="none")
     with pytest.raises(ValueError, match="'conditional', and no batch norm of this Sequential"):
         mk.multirate(nn.Sequential(nn.Linear(2, 2)), "softplus", norms="conditional")
+    with pytest.raises(ValueError, match="no batch norm of this Sequential can be: 1: excluded"):
+        mk.multirate(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)), "softplus", exclude=["1"], norms="conditional")
     with pytest.raises(ValueError, match="'0' and '2' are one and the same layer"):
         norm = nn.BatchNorm1d(2)
         mk.multirate(nn.Sequential(norm, nn.Linear(2, 2), norm), "softplus", norms="conditional")

@@ -55,7 +55,7 @@ def test_warm_up_of_a_frozen_network_runs_forward_only(monkeypatch):
 
 def test_warm_up_follows_the_plan_that_its_first_run_makes(monkeypatch):
     model, plans = network(), []
-    model.network.register_forward_hook(lambda *_: plans.append(len(model._plans)))
+    model.network.register_forward_hook(lambda *_: plans.append(len(model._plans.made)))
     grad, backwards = torch.autograd.grad, []
     monkeypatch.setattr(torch.autograd, "grad", lambda *args, **kwargs: backwards.append(1) or grad(*args, **kwargs))
     mk.warm_up(model, torch.rand(2, 1, 4, 4, device=DEVICE), beta=0.5)

@@ -130,7 +130,7 @@ def test_the_plan_gives_what_no_plan_gives_for_any_order_of_batches_and_override
         (1, None),
     ]:
         x, fresh = images(count), copy.deepcopy(model)
-        fresh._plans = {}
+        fresh._plans.forget()
         with mk.override(strategy=strategy):
             expected = fresh(x, beta=0.3)
             for _ in range(2):
@@ -148,12 +148,12 @@ def test_the_plan_is_what_the_cost_model_says():
     for strategy in ("fold", "epilogue"):
         with mk.override(strategy=strategy):
             model(images(), beta=0.3)
-            plan = list(model._plans.values())[-1]
+            plan = list(model._plans.made.values())[-1]
             for entry, how in zip(model._entries, plan, strict=True):
                 assert how == (strategy if entry.adapter.product else "fold"), entry.name
     for count in range(1, 60):
         model(images(count), beta=0.3)
-    assert len(model._plans) <= 33, "the cache of plans grows without bound"
+    assert len(model._plans.made) <= 33, "the cache of plans grows without bound"
 
 
 def test_fold_for_one_beta_a_sample_is_refused_not_ignored(backend):

@@ -55,10 +55,10 @@ def test_same_bits_as_the_operators_one_by_one(gates, dtype, frozen):
 def check_same_bits(prepared: mk.MultiRate, separate: mk.MultiRate, x: torch.Tensor) -> None:
     for model in (prepared, separate):
         model(x, beta=0.3)
-    assert prepared._prepared and set(next(iter(prepared._plans.values()))) == {"fold"}
+    assert prepared._plans.prepared and set(next(iter(prepared._plans.made.values()))) == {"fold"}
     for beta in (0.3, 2.0):
-        separate._prepared.clear()
-        separate._installed = None
+        separate._plans.prepared.clear()
+        separate._plans.installed = None
         assert all(torch.equal(*pair) for pair in zip(step(prepared, x, beta), step(separate, x, beta), strict=True))
 
 
@@ -68,7 +68,7 @@ def test_same_bits_with_and_without_a_plan():
     with mk.override(strategy="fold"):
         model = mk.multirate(nn.Sequential(nn.Linear(96, 160)), gates=mk.GateSpec("softplus", inputs="sigmoid"))
         first = step(model, x, 0.3)
-        assert model._prepared
+        assert model._plans.prepared
         shares = []
         model.network[0].register_forward_pre_hook(lambda layer, _: shares.append(layer._share))
         assert all(torch.equal(*pair) for pair in zip(first, step(model, x, 0.3), strict=True))
@@ -80,7 +80,7 @@ def test_without_a_gradient():
     x = torch.randn(3, 2, 6, 6)
     with torch.no_grad():
         first = model(x, beta=0.3)
-        assert model._prepared
+        assert model._plans.prepared
         assert torch.equal(model(x, beta=0.3), first) and not model(x, beta=0.3).requires_grad
 
 
@@ -88,7 +88,7 @@ def test_a_plan_without_folds():
     model = mk.multirate(nn.Sequential(nn.Linear(30, 40)), gates="sigmoid")
     x = torch.randn(2, 30)
     first = model(x, beta=0.3)
-    assert model._prepared and torch.equal(model(x, beta=0.3), first)
+    assert model._plans.prepared and torch.equal(model(x, beta=0.3), first)
     with torch.no_grad():
         assert torch.equal(model(x, beta=0.3), first)
 
@@ -97,10 +97,10 @@ def test_what_cannot_be_prepared_runs_all_the_same():
     model = mk.multirate(nn.LSTM(3, 4), gates="sigmoid")
     x = torch.randn(5, 2, 3)
     assert torch.equal(model(x, beta=0.3)[0], model(x, beta=0.3)[0])
-    assert model._plans and not model._prepared
+    assert model._plans.made and not model._plans.prepared
     affine = mk.multirate(nn.Sequential(nn.LayerNorm((2, 3))), gates="sigmoid")
     affine(torch.randn(4, 2, 3), beta=0.3)
-    assert affine._plans and not affine._prepared
+    assert affine._plans.made and not affine._plans.prepared
 
 
 def test_other_parameters_in_place_of_those_of_the_first_step():
@@ -109,7 +109,7 @@ def test_other_parameters_in_place_of_those_of_the_first_step():
     model(x, beta=0.3)
     model.network[0].weight = nn.Parameter(torch.zeros_like(model.network[0].weight))
     model.network[0].bias = None
-    assert model._prepared and not model(x, beta=0.3).any()
+    assert model._plans.prepared and not model(x, beta=0.3).any()
 
 
 def operands() -> tuple:
@@ -186,7 +186,7 @@ def test_a_layer_that_is_parametrized_afterwards_is_named(rows):
     x = torch.randn(rows, 2, 9, 9)
     with mk.override(strategy="fold"):
         model(x, beta=0.3)
-        assert model._prepared
+        assert model._plans.prepared
         with pytest.warns(FutureWarning):
             nn.utils.weight_norm(model.network[0])
         for beta in (0.3, torch.tensor(0.3)):

@@ -269,7 +269,7 @@ def test_as_without_a_plan():
     x, beta = batch()
     model(x, beta=beta)
     found = gradients(model(x, beta=beta), leaves(model, x))
-    model._prepared.clear()
+    model._plans.prepared.clear()
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):  # a call that takes no plan
         y = model(x, beta=beta)
     for value, other in zip(found, gradients(y, leaves(model, x)), strict=True):

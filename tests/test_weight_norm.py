@@ -110,6 +110,18 @@ def test_a_filter_whose_gate_is_zero_bakes_to_zero():
     assert relative_error(plain(x), model(x, beta=1.0)) < 1e-13
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_a_filter_without_a_direction_is_zero_whatever_its_gain(dtype):
+    normed = mk.WeightNormConv2d(4, 6, 3, dtype=dtype)
+    with torch.no_grad():
+        normed.weight[0] = 0
+        normed.gain.fill_(100)  # over the least number of the dtype it is infinite
+    weight = normed.effective_weight()
+    assert weight.isfinite().all() and not weight[0].any() and weight[1].any()
+    weight.square().sum().backward()
+    assert normed.gain.grad.isfinite().all() and normed.weight.grad.isfinite().all()
+
+
 def test_it_trains_copies_compiles_and_exports():
     model = gated(GateSpec("softplus", shift=True)).float()
     x = torch.randn(5, 4, 7, 5)

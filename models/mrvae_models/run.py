@@ -116,7 +116,10 @@ def _choice(network: nn.Module, name: str, gated: str) -> tuple[tuple[str, ...] 
         raise ValueError(f"gated is {gated!r}; expected 'every' or 'paper'")
     ungated: tuple[str, ...] = getattr(network, "ungated", ())
     if not ungated:
-        raise ValueError(f"gated is 'paper', and no choice of layers is known for the network {name!r}: use 'every'")
+        raise ValueError(
+            f"gated is 'paper', and no choice of layers is known for the network {name!r} with these "
+            "options: use 'every', or the options of the paper's network, which its docstring names"
+        )
     return getattr(network, "gated_alone", None), ungated
 
 

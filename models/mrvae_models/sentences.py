@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -95,6 +96,5 @@ def _by_beta(betas: Sequence[float], said: Sequence[str]) -> list[str]:
 
 def _escaped(sentence: str) -> str:
     """So that Markdown shows the tokens as they are; "(nothing)" for an empty sentence."""
-    for mark in "\\`*_<>[]#|":
-        sentence = sentence.replace(mark, f"\\{mark}")
-    return sentence or "(nothing)"
+    sentence = re.sub(r"[\\`*_<>\[\]#|&~]", r"\\\g<0>", sentence)
+    return re.sub(r"^(\d*)([-+.)])", r"\1\\\2", sentence) or "(nothing)"  # what would begin a list

@@ -27,6 +27,9 @@ SMALL = {
 """Options that make a network of digits small, by its name."""
 LARGE = "tcvae-conv"
 """Takes images of 64x64 only."""
+HIERARCHY, TEXT = "nvae", "lstm"
+TINY = {"channels": 4, "groups": 2, "cells": 1, "process_cells": 1}
+"""Options that make the hierarchy small."""
 
 
 def parameters(model: nn.Module) -> int:
@@ -88,7 +91,7 @@ def test_a_description_without_the_choices_is_one_of_every_layer_and_gated_norms
 
 
 @pytest.mark.parametrize("norms", ["gated", "conditional"])
-@pytest.mark.parametrize("name", [name for name in NETWORKS if default_recipe(name) in ("ranked", "linear")])
+@pytest.mark.parametrize("name", [name for name in NETWORKS if name not in (HIERARCHY, TEXT)])
 def test_the_default_recipe_gates_all_it_should(name, norms):
     shape = (1, 64, 64) if name == LARGE else (1, 28, 28)
     convolutional = name in ("cnn", LARGE)
@@ -114,6 +117,34 @@ def test_the_default_recipe_gates_all_it_should(name, norms):
         assert all("batch normalisation" in reason for reason in model.left.values())
     else:
         assert set(model.gated) == layers and not model.left
+
+
+@pytest.mark.parametrize("norms", ["gated", "conditional"])
+def test_the_default_recipe_gates_a_hierarchy_but_for_what_a_batch_norm_follows(norms):
+    model = described(HIERARCHY, (1, 28, 28), network_options=dict(TINY), norms=norms)
+    kinds = {name: type(module) for name, module in model.network.named_modules() if module._parameters}
+    norm = {name for name, kind in kinds.items() if issubclass(kind, nn.BatchNorm2d)}
+    followed = {name for name, reason in model.left.items() if "batch normalisation" in reason}
+    assert set(model.left) == followed | {"decoder"}  # the learned start of the decoder
+    assert len(norm) > 20
+    if norms == "gated":
+        assert norm < set(model.gated) and followed
+    else:
+        assert set(model.conditional.names) == norm and not followed
+    assert set(kinds) == set(model.gated) | set(model.left) | norm
+
+
+@pytest.mark.parametrize("deep", [False, True])
+def test_the_default_recipe_gates_text_but_for_embeddings_and_the_words_themselves(deep):
+    options = {"embedding": 5, "hidden": 6, "deep_heads": deep}
+    model = described(TEXT, (7, 30), network_options=options)
+    assert set(model.left) == {"encoder.embedding", "decoder.embedding", "decoder.output"}
+    if deep:
+        left = set(described(TEXT, (7, 30), network_options=options, gated="paper").left)
+        assert left == {"encoder.embedding", "decoder.embedding", *model.network.ungated}
+    else:
+        with pytest.raises(ValueError, match="'paper', and no choice of layers .* 'lstm' with these options"):
+            described(TEXT, (7, 30), network_options=options, gated="paper")
 
 
 @pytest.mark.parametrize(

@@ -75,6 +75,15 @@ def test_the_kl_is_zero_at_the_prior_and_its_gradient_that_of_torch():
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
+def test_small_kls_have_the_digits_of_float32():
+    """A group that is all but collapsed: r^2 - 1 and log r cancel to the second order."""
+    log_ratio = 1e-4 * torch.linspace(-1, 1, 1001, dtype=torch.float64)
+    zero, one = torch.zeros(1001), torch.ones(1001)
+    q = Normal(zero, log_ratio.exp().float())
+    expected = Normal(zero.double(), q.sigma.double()).kl_from(Normal(zero.double(), one.double())).sum()
+    assert q.kl_from(Normal(zero, one)).sum().item() == pytest.approx(expected.item(), rel=1e-4)
+
+
 def test_half_precision_kls_are_computed_in_float32():
     kl = Normal(torch.ones(3).half(), torch.full((3,), 0.01).half()).kl_from(
         Normal(torch.zeros(3).half(), torch.ones(3).half())

@@ -67,6 +67,14 @@ def test_the_penalty_of_nvae_is_of_all_its_convolutions_and_batch_norms():
     assert all(m.weight.grad is not None for m in network.modules() if isinstance(m, (nn.Conv2d, nn.BatchNorm2d)))
 
 
+def test_autocast_leaves_the_norms_as_they_are():
+    weights = [torch.randn(16, 16, 3, 3, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    norms = SpectralNorms(weights).eval()
+    expected = norms(weights)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(norms(weights), expected)
+
+
 def test_gating_and_copying_leave_the_penalty_as_it_is():
     network = tiny()
     for _ in range(3):

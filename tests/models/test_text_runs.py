@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from markdown_it import MarkdownIt
 from mrvae_models import TrainConfig, train
 from mrvae_models.baking import DECODER, PROGRAM, bake_run
 from mrvae_models.checkpoint import read_checkpoint
@@ -19,7 +20,7 @@ from mrvae_models.data import TextDataset, Vocabulary, load
 from mrvae_models.data.vocabulary import END, START
 from mrvae_models.lightning_module import PLATEAU
 from mrvae_models.run import LAST, load_model, load_split
-from mrvae_models.sentences import sentences
+from mrvae_models.sentences import Sentences, sentences, write_sentences
 from mrvae_models.training import TrainingInterrupted
 
 BETAS = (0.01, 0.3, 10.0)
@@ -54,6 +55,16 @@ def test_the_recipe_of_text_is_the_default_of_the_lstm():
     for wrong in ({"warmup": 0.1}, {"vocabulary_size": 4}, {"max_length": 1}, {"min_count": 0}):
         with pytest.raises(ValueError, match=f"{next(iter(wrong))} is"):
             TrainConfig(network="lstm", **wrong).check()
+
+
+def test_markdown_shows_sentences_as_they_are(tmp_path):
+    said = ["a &lt; &amp; b", "~~x~~ y", "- a", "+", "1. c", "12) d", "! [a](b)", "<unk> * _ `q` \\ # |", "1 - 2 ."]
+    shown = Sentences([1.0], said, [said], [said], [said])
+    write_sentences(tmp_path / "sentences.md", Curve(()), shown)
+    tokens = MarkdownIt("commonmark").enable("strikethrough").parse((tmp_path / "sentences.md").read_text())
+    lines = ["".join(part.content for part in token.children) for token in tokens if token.type == "inline"]
+    for text in said:
+        assert [line.removeprefix("1: ") for line in lines].count(text) == 4, text
 
 
 def test_every_layer_that_the_recipe_names_is_gated(run):

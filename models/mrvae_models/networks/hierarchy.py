@@ -37,8 +37,8 @@ class Normal(NamedTuple):
         """
         mean, sigma = full_precision(self.mean), full_precision(self.sigma)
         prior_mean, prior_sigma = full_precision(prior.mean), full_precision(prior.sigma)
-        ratio = sigma / prior_sigma
-        return 0.5 * (((mean - prior_mean) / prior_sigma).square() + ratio.square() - 1) - ratio.log()
+        log_ratio = (sigma / prior_sigma).log()
+        return 0.5 * (((mean - prior_mean) / prior_sigma).square() + torch.expm1(2 * log_ratio)) - log_ratio
 
 
 class Raw(NamedTuple):

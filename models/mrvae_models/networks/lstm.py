@@ -12,6 +12,9 @@ from ..likelihoods import Categorical, Likelihood
 from ..vae import VAEOutput, reparameterise
 from .parts import check_shape, check_sizes
 
+UNGATED = ("encoder.mean.0", "encoder.log_variance.0", "decoder.output")
+"""With deep heads, as the paper has them; gates on all other layers give Table 1's count."""
+
 State = tuple[Tensor, Tensor]
 """h and c of an LSTM of one layer, each (1, N, hidden)."""
 
@@ -77,14 +80,12 @@ class SentenceVAE(nn.Module):
 
     input_shape: (longest, V): sentences are generated up to `longest` tokens; V is the size of the vocabulary.
     The prior is N(0, I). The noise of z comes from torch's global generator, in train and in eval mode alike.
+    ungated: names of the layers without a gate in the paper's runs (`--gated paper`), () if not known.
     """
-
-    ungated = ("encoder.mean.0", "encoder.log_variance.0", "decoder.output")
-    """Layers without a gate in the paper's runs: with deep heads, gates on the others alone give Table 1's count."""
 
     def __init__(
         self, encoder: SentenceEncoder, decoder: SentenceDecoder, likelihood: Likelihood, latent: int,
-        input_shape: tuple[int, ...],
+        input_shape: tuple[int, ...], ungated: tuple[str, ...] = (),
     ) -> None:
         super().__init__()
         self.encoder = encoder
@@ -92,6 +93,7 @@ class SentenceVAE(nn.Module):
         self.likelihood = likelihood
         self.latent = latent
         self.input_shape = input_shape
+        self.ungated = ungated
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(mean, log_variance) of q(z | x), each (N, latent). ValueError unless x is (N, T), int64, T at least 1."""
@@ -204,4 +206,5 @@ def lstm(
         likelihood or Categorical(PAD),
         latent,
         shape,
+        UNGATED if deep_heads else (),
     )
