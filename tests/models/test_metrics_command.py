@@ -6,13 +6,16 @@ import csv
 import inspect
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from mrvae_models.cli import main
 from mrvae_models.commands.metrics import FILES
 from mrvae_models.curve import evaluate
+from mrvae_models.data import load
 from mrvae_models.metrics import METRICS
+from mrvae_models.report import report
 from mrvae_models.run import load_model, load_split
 from mrvae_models.selection import metric_called
 from mrvae_models.training import TrainConfig, train
@@ -135,3 +138,45 @@ def test_metrics_of_the_curve_are_those_of_the_curve(run, name):
     data = load_split(TrainConfig.load(run / "config.json"), "test")
     (point,) = evaluate(model, data, [0.3]).points
     assert METRICS[name](model, data, 0.3) == getattr(point, name)
+
+
+@pytest.fixture(scope="module")
+def sprites(tmp_path_factory):
+    """A run on a grid of 3 x 2 x 2 x 2 x 2 sprites."""
+    config = TrainConfig(
+        data="dsprites-generated:1,3,20,16,16",
+        out=str(tmp_path_factory.mktemp("sprites") / "run"),
+        epochs=1,
+        batch_size=8,
+        network_options={"hidden": [12]},
+        latent=3,
+        train_on="all",
+    )
+    return train(config, progress=False).directory
+
+
+def test_mig_is_of_the_whole_grid_where_all_is_asked_for(sprites, tmp_path):
+    arguments = ["metrics", "--run", str(sprites), "--betas", "1", "--metrics", "mig", "--out", str(tmp_path)]
+    assert main([*arguments, "--split", "all"]) == 0
+    model, _ = load_model(sprites)
+    whole = load("dsprites-generated:1,3,20,16,16", "all")
+    assert len(whole) == 48
+    assert float(rows_of(tmp_path)[0]["mig"]) == METRICS["mig"](model, whole, 1.0)
+    assert json.loads((tmp_path / FILES[1]).read_text())["about"]["examples"] == 48
+
+
+def test_all_of_a_divided_set_is_refused(run, capsys):
+    assert main(["metrics", "--run", str(run), "--metrics", "mi", "--split", "all"]) == 1
+    assert "split 'all' is for a set that is not divided" in capsys.readouterr().err
+
+
+def test_the_train_split_of_a_dynamic_run_is_measured_as_drawn_once(run, tmp_path):
+    config = TrainConfig.from_dict({**TrainConfig.load(run / "config.json").to_dict(), "out": str(tmp_path)})
+    config = replace(config, binarize="dynamic")
+    model = train(config, progress=False).model
+    assert main(["metrics", "--run", str(tmp_path), "--betas", "1", "--metrics", "distortion", "--split", "train"]) == 0
+    drawn = load_split(replace(config, binarize="fixed"), "train")  # the same draw, and no probabilities
+    assert set(drawn.examples.unique().tolist()) == {0.0, 1.0}
+    assert float(rows_of(tmp_path)[0]["distortion"]) == METRICS["distortion"](model, drawn, 1.0)
+    curve, _ = report(tmp_path, [1.0], split="train", images=False, out=tmp_path / "curve")
+    assert curve.points[0].distortion == METRICS["distortion"](model, drawn, 1.0)

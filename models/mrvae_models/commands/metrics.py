@@ -30,6 +30,7 @@ metrics:
 examples:
   mrvae metrics --run runs/digits --metrics mi iwae probe
   mrvae metrics --run runs/digits --metrics frechet_digits --betas 0.01 0.1 1 10
+  mrvae metrics --run runs/sprites --metrics mig --split all --device cuda
   mrvae metrics --run runs/digits --metrics mine.py:sharpness
 """
 
@@ -47,9 +48,10 @@ def add(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument(
         "--split",
-        choices=("train", "validation", "test"),
+        choices=("train", "validation", "test", "all"),
         default="test",
-        help="examples to measure on (default: test); probe is fitted on the training ones",
+        help="examples to measure on (default: test); all: of a set that is not divided, such as dsprites, on whose "
+        "whole grid of factors mig is defined; probe is fitted on the training ones",
     )
     command.add_argument("--batch-size", metavar="N", type=int, default=500, help="examples at a time (default: 500)")
     command.add_argument(

@@ -41,19 +41,22 @@ def evaluated(
 def curve_columns(
     config: TrainConfig, model: nn.Module, betas: Sequence[float], evaluation: Evaluation, directory: Path
 ) -> Columns:
-    """Every field of curve.Point, on the test split."""
+    """Every field of curve.Point, on the test split; those of text alone are left out of images."""
     calibration = calibration_for(model, config)
     curve = evaluate(
         model, load_split(config, "test"), betas, samples=evaluation.draws, calibration=calibration
     )
-    return {entry.name: curve.column(entry.name) for entry in fields(Point) if entry.name != "beta"}
+    columns = {entry.name: curve.column(entry.name) for entry in fields(Point) if entry.name != "beta"}
+    return {name: values for name, values in columns.items() if None not in values}
 
 
 def _with_metric(
     config: TrainConfig, model: nn.Module, betas: Sequence[float], evaluation: Evaluation, directory: Path
 ) -> Columns:
     metric = metric_called(evaluation.metric or "")
-    calibration, dataset = calibration_for(model, config), load_split(config, evaluation.split)
+    calibration, dataset = calibration_for(model, config), load_split(config, "test")
+    if evaluation.split == "all" and getattr(dataset, "factors", None) is not None:
+        dataset = load_split(config, "all")
     values = [call_metric(metric, model, dataset, beta, calibration) for beta in betas]
     columns = curve_columns(config, model, betas, evaluation, directory)
     return {**columns, "metric": [float(value) for value in values]}
