@@ -155,6 +155,24 @@ def sprites(tmp_path_factory):
     return train(config, progress=False).directory
 
 
+def test_a_probe_is_not_tested_on_what_it_is_fitted_on(tmp_path):
+    """Codes of as many dimensions as examples tell any labels of the examples that the probe is fitted on."""
+    generator = np.random.default_rng(0)
+    images, labels = generator.integers(0, 256, (60, 6, 6), dtype=np.uint8), generator.integers(0, 2, 60)
+    np.savez(tmp_path / "images.npz", images=images, labels=labels)
+    config = TrainConfig(data=str(tmp_path / "images.npz"), epochs=1, batch_size=20, latent=60, beta=0.01)
+    for train_on, split in (("train", "all"), ("all", "test"), ("all", "all"), ("train", "test")):
+        out = tmp_path / f"{train_on}-{split}"
+        model = train(replace(config, train_on=train_on, out=str(out)), progress=False).model
+        assert main(["metrics", "--run", str(out), "--metrics", "probe", "--split", split]) == 0
+        found = float(rows_of(out)[0]["probe"])
+        if (train_on, split) == ("train", "test"):
+            expected = METRICS["probe"](model, load_split(config, "test"), 0.01, train=load_split(config, "train"))
+        else:
+            expected = METRICS["probe"](model, load_split(config, split), 0.01)
+        assert found == expected < 0.95
+
+
 def test_mig_is_of_the_whole_grid_where_all_is_asked_for(sprites, tmp_path):
     arguments = ["metrics", "--run", str(sprites), "--betas", "1", "--metrics", "mig", "--out", str(tmp_path)]
     assert main([*arguments, "--split", "all"]) == 0

@@ -103,6 +103,14 @@ def test_digit_features_are_made_once_and_kept(features, tmp_path, monkeypatch):
         digit_features()
 
 
+def test_digit_features_that_cannot_be_kept_are_used_all_the_same(tmp_path, monkeypatch):
+    made = digits.DigitFeatures()
+    monkeypatch.setattr(digits, "trained_digit_features", lambda: made)
+    (tmp_path / "file").touch()
+    with pytest.warns(UserWarning, match="cannot be written .*trained at every call"):
+        assert digit_features(tmp_path / "file" / "features") is made
+
+
 def test_fid_without_its_weights_says_what_to_put_where(tmp_path, monkeypatch):
     model, data = build("mlp", (1, 8, 8), 4, hidden=(12,)), SimpleNamespace(examples=torch.rand(5, 1, 8, 8))
     monkeypatch.setenv("MRVAE_CACHE", str(tmp_path))
