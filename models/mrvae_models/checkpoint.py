@@ -16,6 +16,7 @@ import time
 import warnings
 import zipfile
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -99,10 +100,15 @@ def _refused(error: pickle.UnpicklingError) -> str:
 def check_checkpoint(
     checkpoint: Mapping[str, Any], description: Mapping[str, Any], config: TrainConfig, path: Path
 ) -> None:
-    """CheckpointError unless the checkpoint was saved by a run of this model and of these options."""
+    """CheckpointError unless the checkpoint was saved by a run of this model and of these options.
+
+    An option that did not exist yet when it was saved had its default.
+    """
     saved = checkpoint[KEY]
+    known = {entry.name for entry in fields(TrainConfig)}
+    defaults = TrainConfig(**{name: value for name, value in saved["config"].items() if name in known}).to_dict()
     wanted = {**{k: v for k, v in config.to_dict().items() if k not in CHANGEABLE}, **description}
-    held = {**{k: v for k, v in saved["config"].items() if k not in CHANGEABLE}, **saved["model"]}
+    held = {**{k: v for k, v in {**defaults, **saved["config"]}.items() if k not in CHANGEABLE}, **saved["model"]}
     different = sorted(key for key in {*wanted, *held} if wanted.get(key) != held.get(key))
     if different:
         raise CheckpointError(

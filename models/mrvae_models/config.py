@@ -130,6 +130,13 @@ class TrainConfig:
         None, "of text: keep the first N tokens of a document, </s> included (default: all)", "data", metavar="N"
     )
     data_seed: int = _option(0, "seed of the validation split and of fixed binarisation", "data", metavar="N")
+    train_on: str = _option(
+        "train",
+        "examples to train on: the 'train' split, or 'all' of a set that is not divided, as beta-TCVAEs are on "
+        "dsprites; validation and test are then parts of what was trained on",
+        "data",
+        choices=("train", "all"),
+    )
 
     beta_range: tuple[float, float] = _option(
         (0.01, 10.0),

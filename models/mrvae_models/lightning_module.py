@@ -75,7 +75,8 @@ class TrainingModule(pl.LightningModule):
     A batch is a tensor of images, (N, *input_shape), or of sentences, (N, T).
     Validation: D + beta R at `config.validation_betas` betas over the range, averaged, with the same noise each time,
     and without annealing or free bits. With beta-tcvae D + alpha MI + beta TC + gamma DWKL, each batch of validation
-    being taken for the whole set: estimates within it, which are too small by the same amount each time.
+    being taken for the whole set: of the mutual information it shows the log of its size at most, and what is beyond
+    counts as total correlation.
     """
 
     def __init__(

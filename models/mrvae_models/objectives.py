@@ -66,7 +66,7 @@ def beta_vae(
     another length, and a beta that is not positive and finite. Values of a tensor on a GPU, or under torch.compile, are
     not looked at: that would wait for the device at every step.
 
-    free_bits lambda, in nats (Kingma et al., 2016, Appendix C.8): mean D + beta sum_g max(lambda, mean_i KL_ig), g the
+    free_bits lambda, in nats (Kingma et al., 2016): mean D + beta sum_g max(lambda, mean_i KL_ig), g the
     latent dimensions or groups of `output.rates`; below lambda a latent variable costs no less, so nothing pushes it
     out. With one beta a sample, what is compared is the price: max(lambda mean_i beta_i, mean_i beta_i KL_ig).
     """

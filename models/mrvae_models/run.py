@@ -143,11 +143,14 @@ def _fit_options(network: str, options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: fit(name, value) for name, value in options.items()}
 
 
-def load_split(config: TrainConfig, split: str, run: Path | None = None) -> ImageDataset | TextDataset:
-    """One split of the run's data. Only training draws dynamic binarisation anew; other splits are drawn once.
+def load_split(
+    config: TrainConfig, split: str, run: Path | None = None, anew: bool = False
+) -> ImageDataset | TextDataset:
+    """One split of the run's data; "train" is what it is trained on, with train_on = "all" the whole set.
 
     run: the directory of a run that is there already, whose vocabulary text is read with; FileNotFoundError where it
     has none: one built of the data again may number other tokens.
+    anew: dynamic binarisation draws at every access, for training; without it every split is drawn once.
     """
     vocabulary: str | Path | None = config.vocabulary
     if run is not None and text_files(config.data):
@@ -155,7 +158,8 @@ def load_split(config: TrainConfig, split: str, run: Path | None = None) -> Imag
         if not vocabulary.exists():
             raise FileNotFoundError(f"{vocabulary} does not exist; expected the file written with the run: restore it")
     options = TextOptions(vocabulary, config.vocabulary_size, config.min_count, config.max_length)
-    binarize = "fixed" if config.binarize == "dynamic" and split != "train" else config.binarize
+    binarize = "fixed" if config.binarize == "dynamic" and not anew else config.binarize
+    split = config.train_on if split == "train" else split
     return load(config.data, split, binarize, config.data_seed, config.layout, config.resize, options)
 
 

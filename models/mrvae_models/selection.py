@@ -204,9 +204,9 @@ def _active(mean: Tensor) -> int:
 
 
 def _rows_of(dataset: Any, rows: Tensor) -> Any:
-    """The data set with these examples, and their labels and lengths where it has any."""
+    """The data set with these examples, and their labels, lengths and factors where it has any."""
     part = copy.copy(dataset)
-    for name in ("examples", "labels", "lengths"):
+    for name in ("examples", "labels", "lengths", "factors"):
         of_each = getattr(dataset, name, None)
         if of_each is not None:
             setattr(part, name, of_each[rows.to(of_each.device)])

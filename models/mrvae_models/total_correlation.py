@@ -43,9 +43,9 @@ def log_weights(
     dataset_size N = None: the batch is the whole set, every weight is 1 / M and q(z_i) is exact.
     "weighted" (Chen et al., Eqn. 3): 1 / (N M) everywhere. Biased low: its expectation leaves out the batches
     without x_i.
-    "stratified" (Appendix C.2): x_i, from which z_i was drawn, weighs 1 / N as it does in q(z_i); the other M - 1 share
-    (N - 1) / N. Unbiased over batches drawn without replacement, given x_i. The paper gives one of the others a weight
-    of its own; here all are alike, the mean over the choice of that one: the same expectation, less variance.
+    "stratified" (their appendix): x_i, from which z_i was drawn, weighs 1 / N as it does in q(z_i); the other M - 1
+    share (N - 1) / N. Unbiased over batches drawn without replacement, given x_i. The paper gives one of the others a
+    weight of its own; here all are alike, the mean over the choice of that one: the same expectation, less variance.
     """
     if sampling not in TCVAE_SAMPLING:
         raise ValueError(f"sampling is {sampling!r}; expected one of {', '.join(TCVAE_SAMPLING)}")

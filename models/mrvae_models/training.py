@@ -100,7 +100,7 @@ def train(config: TrainConfig, resume: bool = False, force: bool = False, progre
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     kept = directory if resume else None
-    train_set, validation_set = load_split(config, "train", kept), load_split(config, "validation", kept)
+    train_set, validation_set = load_split(config, "train", kept, anew=True), load_split(config, "validation", kept)
     check_splits(train_set, validation_set, config.data)
     check_kind(train_set, config)
     description = describe(config, train_set.input_shape)

@@ -248,6 +248,43 @@ def test_resuming_a_finished_run_changes_nothing(config):
     assert result.steps == 4 * STEPS_PER_EPOCH
 
 
+SINCE_0_1_0 = (
+    "objective tcvae_weights tcvae_sampling free_bits annealing annealing_cycles gated norms include optimizer "
+    "vocabulary vocabulary_size min_count max_length train_on"
+).split()
+"""Options that a checkpoint of the first release does not have."""
+
+
+@pytest.mark.parametrize("change", [{}, {"beta": 0.5}])
+def test_a_run_from_before_some_options_existed_resumes_with_their_defaults(config, tmp_path, change):
+    config = replace(config, **change)
+    whole = replace(config, out=str(tmp_path / "whole"))
+    run(whole)
+    with pytest.raises(TrainingInterrupted):
+        run(replace(config, max_time=1e-6))
+    path = config.directory / LAST
+    saved, document = read_checkpoint(path), read_json(config.directory / CONFIG)
+    for options in (saved[KEY]["config"], document["config"]):
+        for name in SINCE_0_1_0:
+            del options[name]
+    torch.save(saved, path)
+    write_json(config.directory / CONFIG, document)
+    old = TrainConfig.load(config.directory / CONFIG)
+    assert replace(old, max_time=None) == config
+    run(replace(old, max_time=None), resume=True)
+    assert_same_bits(config.out, whole.out)
+
+
+def test_an_option_that_only_the_checkpoint_knows_is_named(config):
+    config = replace(config, epochs=1, warmup=0.0)
+    run(config)
+    saved = read_checkpoint(config.directory / LAST)
+    saved[KEY]["config"]["of_tomorrow"] = 3
+    torch.save(saved, config.directory / LAST)
+    with pytest.raises(CheckpointError, match="of_tomorrow is 3 there and None here"):
+        run(config, resume=True)
+
+
 def test_more_epochs_continue_a_finished_run(config):
     run(config)
     result = run(replace(config, epochs=5), resume=True)

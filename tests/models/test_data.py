@@ -77,6 +77,11 @@ def test_layouts_and_types_of_arrays(tmp_path, array, shape):
     assert multiset(whole) == multiset(torch.from_numpy(expected.astype(np.float32)).reshape(20, *shape))
 
 
+def test_tensors_of_bfloat16_which_numpy_does_not_know():
+    images = torch.rand(20, 3, 5, 5).bfloat16()
+    assert torch.equal(load(images, "all").examples, images.float())
+
+
 def test_arrays_in_memory_and_ambiguous_layouts():
     array = pictures(20, 3, 8, 3)
     with pytest.raises(DataError, match=r"\(20, 3, 8, 3\).*layout='NCHW'"):

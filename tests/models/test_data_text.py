@@ -44,6 +44,14 @@ def test_a_folder_gives_its_splits_with_the_vocabulary_of_train(tmp_path):
     assert train[0].tolist() == train.examples[0, : train.lengths[0]].tolist()
 
 
+def test_the_name_of_a_public_set_is_no_folder_of_text(root, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder(tmp_path / "mnist", train=["a b"] * 9)
+    assert isinstance(load("./mnist"), TextDataset)
+    with pytest.raises(DataError, match="mnist: not found in .*put there train-images"):
+        load("mnist")
+
+
 @pytest.mark.parametrize("names", [("training", "val", "testing"), ("yahoo.train", "yahoo.validation", "yahoo.test")])
 def test_other_usual_names(tmp_path, names):
     path = folder(tmp_path, **dict(zip(names, (["a b"] * 3, ["b"], ["a a"]), strict=True)))

@@ -29,9 +29,11 @@ from mrvae_models.data import load
 from mrvae_models.experiments import execution, launchers, recipe_study
 from mrvae_models.experiments.catalogue import EXPERIMENTS, options_of
 from mrvae_models.experiments.command_lines import command_of
+from mrvae_models.experiments.evaluation import evaluated
 from mrvae_models.experiments.execution import configured, execute, execute_one
 from mrvae_models.experiments.plan import MULTIRATE, Evaluation, Run, Settings, multirate, retrained
 from mrvae_models.experiments.tables import TABLES, area, mean_distortion, ratios
+from mrvae_models.networks import build
 from mrvae_models.recipes import gate_fields
 from mrvae_models.run import load_model
 from PIL import Image
@@ -100,6 +102,17 @@ def test_metrics_along_beta(tmp_path, name, monkeypatch):
     rows, page = small(tmp_path, name, "--baselines", "constant", "--metric", f"{file}:metric")
     assert numbers(rows, MULTIRATE, "metric") == numbers(rows, "retrained", "metric") == [1000.1, 1010.0]
     assert "| 0.1 | 1000.1000 | 1000.1000 |" in page and f"metric {file}:metric" in page
+
+
+@pytest.mark.parametrize(("data", "examples"), [("dsprites-generated:1,3,20,16,16", 48), ("digits", 1000)])
+def test_mig_is_of_the_whole_grid_and_of_the_test_split_where_there_is_none(tmp_path, data, examples):
+    file = tmp_path / "mine.py"
+    file.write_text("def metric(model, dataset, beta):\n    return len(dataset)\n")
+    model = build("mlp", load(data, "test").input_shape, 3, hidden=(4,))
+    evaluation = dataclasses.replace(EXPERIMENTS["mig"].evaluation, metric=f"{file}:metric", draws=1)
+    columns = evaluated(TrainConfig(data=data, accelerator="cpu"), model, [1.0], evaluation, tmp_path)
+    assert columns["metric"] == [examples]
+    assert options_of(EXPERIMENTS["mig"], {}, full=True, small=False)["train_on"] == "all"
 
 
 def test_samples_are_of_the_same_latent_variables(tmp_path):

@@ -12,7 +12,6 @@ from mrvae_models.config import TrainConfig
 from mrvae_models.networks import NETWORKS, build
 from mrvae_models.networks.stack import ResidualBlock
 from mrvae_models.objectives import beta_vae, sample_beta
-from mrvae_models.recipes import default_recipe
 from mrvae_models.run import build_model, describe
 from torch import Tensor, nn
 

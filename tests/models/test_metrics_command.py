@@ -6,13 +6,16 @@ import csv
 import inspect
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from mrvae_models.cli import main
 from mrvae_models.commands.metrics import FILES
 from mrvae_models.curve import evaluate
+from mrvae_models.data import load
 from mrvae_models.metrics import METRICS
+from mrvae_models.report import report
 from mrvae_models.run import load_model, load_split
 from mrvae_models.selection import metric_called
 from mrvae_models.training import TrainConfig, train
@@ -135,3 +138,63 @@ def test_metrics_of_the_curve_are_those_of_the_curve(run, name):
     data = load_split(TrainConfig.load(run / "config.json"), "test")
     (point,) = evaluate(model, data, [0.3]).points
     assert METRICS[name](model, data, 0.3) == getattr(point, name)
+
+
+@pytest.fixture(scope="module")
+def sprites(tmp_path_factory):
+    """A run on a grid of 3 x 2 x 2 x 2 x 2 sprites."""
+    config = TrainConfig(
+        data="dsprites-generated:1,3,20,16,16",
+        out=str(tmp_path_factory.mktemp("sprites") / "run"),
+        epochs=1,
+        batch_size=8,
+        network_options={"hidden": [12]},
+        latent=3,
+        train_on="all",
+    )
+    return train(config, progress=False).directory
+
+
+def test_a_probe_is_not_tested_on_what_it_is_fitted_on(tmp_path):
+    """Codes of as many dimensions as examples tell any labels of the examples that the probe is fitted on."""
+    generator = np.random.default_rng(0)
+    images, labels = generator.integers(0, 256, (60, 6, 6), dtype=np.uint8), generator.integers(0, 2, 60)
+    np.savez(tmp_path / "images.npz", images=images, labels=labels)
+    config = TrainConfig(data=str(tmp_path / "images.npz"), epochs=1, batch_size=20, latent=60, beta=0.01)
+    for train_on, split in (("train", "all"), ("all", "test"), ("all", "all"), ("train", "test")):
+        out = tmp_path / f"{train_on}-{split}"
+        model = train(replace(config, train_on=train_on, out=str(out)), progress=False).model
+        assert main(["metrics", "--run", str(out), "--metrics", "probe", "--split", split]) == 0
+        found = float(rows_of(out)[0]["probe"])
+        if (train_on, split) == ("train", "test"):
+            expected = METRICS["probe"](model, load_split(config, "test"), 0.01, train=load_split(config, "train"))
+        else:
+            expected = METRICS["probe"](model, load_split(config, split), 0.01)
+        assert found == expected < 0.95
+
+
+def test_mig_is_of_the_whole_grid_where_all_is_asked_for(sprites, tmp_path):
+    arguments = ["metrics", "--run", str(sprites), "--betas", "1", "--metrics", "mig", "--out", str(tmp_path)]
+    assert main([*arguments, "--split", "all"]) == 0
+    model, _ = load_model(sprites)
+    whole = load("dsprites-generated:1,3,20,16,16", "all")
+    assert len(whole) == 48
+    assert float(rows_of(tmp_path)[0]["mig"]) == METRICS["mig"](model, whole, 1.0)
+    assert json.loads((tmp_path / FILES[1]).read_text())["about"]["examples"] == 48
+
+
+def test_all_of_a_divided_set_is_refused(run, capsys):
+    assert main(["metrics", "--run", str(run), "--metrics", "mi", "--split", "all"]) == 1
+    assert "split 'all' is for a set that is not divided" in capsys.readouterr().err
+
+
+def test_the_train_split_of_a_dynamic_run_is_measured_as_drawn_once(run, tmp_path):
+    config = TrainConfig.from_dict({**TrainConfig.load(run / "config.json").to_dict(), "out": str(tmp_path)})
+    config = replace(config, binarize="dynamic")
+    model = train(config, progress=False).model
+    assert main(["metrics", "--run", str(tmp_path), "--betas", "1", "--metrics", "distortion", "--split", "train"]) == 0
+    drawn = load_split(replace(config, binarize="fixed"), "train")  # the same draw, and no probabilities
+    assert set(drawn.examples.unique().tolist()) == {0.0, 1.0}
+    assert float(rows_of(tmp_path)[0]["distortion"]) == METRICS["distortion"](model, drawn, 1.0)
+    curve, _ = report(tmp_path, [1.0], split="train", images=False, out=tmp_path / "curve")
+    assert curve.points[0].distortion == METRICS["distortion"](model, drawn, 1.0)

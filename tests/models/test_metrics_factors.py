@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 
 import pytest
 import torch
@@ -117,6 +118,14 @@ def test_probe_reads_what_is_linear_in_the_codes():
     _, train = coded(mean[:150], 0.0, labels=labels[:150])
     _, test = coded(mean[150:], 0.0, labels=(labels[150:] + 1) % 3)  # every label wrong: it must be these that count
     assert METRICS["probe"](model, test, 1.0, train=train) == 0.0
+
+
+@pytest.mark.parametrize("name", ["probe", "beta_vae_score", "mig_discretised"])
+def test_without_scikit_learn_they_say_what_to_install_before_any_work(name, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    wanted = rf"{name} needs the package scikit-learn: pip install 'mrvae-kernels\[metrics\]'"
+    with pytest.raises(ModuleNotFoundError, match=wanted):
+        METRICS[name](None, None, 1.0)
 
 
 def test_sets_without_factors_or_labels_are_refused():

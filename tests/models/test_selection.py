@@ -260,3 +260,11 @@ def test_the_command_takes_a_function_of_a_file(run, tmp_path, capsys):
     assert main(arguments) == 2 and "needs one of --target VALUE and --best" in capsys.readouterr().err
     assert main([*arguments[:3], "--elbo", "--best", "min"]) == 2 and "belong to --metric" in capsys.readouterr().err
     assert main([*arguments[:3], "--rate", "1e6"]) == 1 and "out of reach" in capsys.readouterr().err
+
+
+def test_rows_of_a_set_keep_their_factors_and_labels():
+    whole = SimpleNamespace(examples=torch.rand(6, 2), labels=torch.arange(6), factors=torch.arange(12).view(6, 2))
+    rows = torch.tensor([4, 4, 1])
+    part = selection._rows_of(whole, rows)
+    assert part.labels.tolist() == [4, 4, 1] and part.factors.tolist() == [[8, 9], [8, 9], [2, 3]]
+    assert torch.equal(part.examples, whole.examples[rows]) and len(whole.factors) == 6

@@ -314,7 +314,7 @@ def test_batch_norm_is_recalibrated_for_validation_and_left_alone(config, tmp_pa
 
 
 def test_calibration_images_are_the_datasets_own(config):
-    data = load_split(replace(config, binarize="dynamic"), "train")
+    data = load_split(replace(config, binarize="dynamic"), "train", anew=True)
     images = calibration_images(data)
     assert len(images) == 81
     assert set(images.unique().tolist()) <= {0.0, 1.0}
@@ -324,9 +324,21 @@ def test_calibration_images_are_the_datasets_own(config):
 
 def test_dynamic_binarisation_is_for_training_only(config):
     config = replace(config, binarize="dynamic")
-    assert load_split(config, "train").binarize == "dynamic"
+    assert load_split(config, "train", anew=True).binarize == "dynamic"
+    assert set(load_split(config, "train").examples.unique().tolist()) == {0.0, 1.0}
     assert set(load_split(config, "test").examples.unique().tolist()) == {0.0, 1.0}
     assert torch.equal(load_split(config, "test").examples, load_split(config, "test").examples)
+
+
+def test_train_on_all_is_the_whole_of_an_undivided_set(config):
+    config = replace(config, data="dsprites-generated:1,3,20,16,16", train_on="all", binarize="dynamic", latent=3)
+    whole, part = (load_split(replace(config, train_on=name), "train", anew=True) for name in ("all", "train"))
+    assert (len(whole), len(part)) == (48, 40) and whole.binarize == "dynamic"
+    assert [len(load_split(config, split)) for split in ("validation", "test")] == [4, 4]
+    result = run(replace(config, epochs=1, batch_size=12, validate_every=1))
+    assert result.steps == 4
+    with pytest.raises(DataError, match="split 'all' is for a set that is not divided"):
+        run(replace(config, data="digits"), force=True)
 
 
 def test_a_run_is_not_overwritten_unless_forced(config):

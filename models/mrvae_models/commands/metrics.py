@@ -30,6 +30,7 @@ metrics:
 examples:
   mrvae metrics --run runs/digits --metrics mi iwae probe
   mrvae metrics --run runs/digits --metrics frechet_digits --betas 0.01 0.1 1 10
+  mrvae metrics --run runs/sprites --metrics mig --split all --device cuda
   mrvae metrics --run runs/digits --metrics mine.py:sharpness
 """
 
@@ -47,9 +48,11 @@ def add(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument(
         "--split",
-        choices=("train", "validation", "test"),
+        choices=("train", "validation", "test", "all"),
         default="test",
-        help="examples to measure on (default: test); probe is fitted on the training ones",
+        help="examples to measure on (default: test); all: of a set that is not divided, such as dsprites, on whose "
+        "whole grid of factors mig is defined; probe is fitted on the training ones, or, where they are among the "
+        "examples, on four fifths of these",
     )
     command.add_argument("--batch-size", metavar="N", type=int, default=500, help="examples at a time (default: 500)")
     command.add_argument(
@@ -92,6 +95,8 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError(
             f"{options.run} is of one beta, {document['model']['beta']:g}; leave out --betas, or give a multi-rate run"
         )
+    if "all" in (options.split, config.train_on):
+        settings.pop("train", None)  # it holds what is measured on; without it probe holds out a fifth of that
     rows: list[dict[str, float]] = []
     width = [max(len(name), 12) for name in functions]
     print(f"{'beta':>8} " + " ".join(f"{name:>{w}}" for name, w in zip(functions, width, strict=True)))

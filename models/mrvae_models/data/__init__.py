@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from . import amat, arrays, celeba, cifar, dsprites, folder, hub, idx, omniglot, public, svhn, text
@@ -108,7 +109,8 @@ def load(
 
 def text_files(source: Any) -> dict[str, Path]:
     """The text files of a source by split; {} where it holds images."""
-    is_path = isinstance(source, (str, os.PathLike)) and not str(source).startswith("hf:") and str(source) != "digits"
+    named = str(source) == "digits" or str(source).startswith("hf:") or public.is_public(source)
+    is_path = isinstance(source, (str, os.PathLike)) and not named
     return text.files(Path(source).expanduser()) if is_path else {}
 
 
@@ -122,7 +124,10 @@ def _sets(source: Any, resize: int | tuple[int, int] | None) -> Sets:
     _refuse_resize(resize)
     if isinstance(source, (str, os.PathLike)):
         return arrays.sets(DIGITS)
-    array = source.detach().cpu().numpy() if isinstance(source, Tensor) else np.asarray(source)
+    if isinstance(source, Tensor):
+        source = source.detach().cpu()
+        source = (source.float() if source.dtype == torch.bfloat16 else source).numpy()  # numpy has no bfloat16
+    array = np.asarray(source)
     return {"all": lambda: Raw(array, None, "the array")}
 
 

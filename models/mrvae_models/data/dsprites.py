@@ -5,7 +5,7 @@
 
 `every` thins out the grid: (1, 2, 4, 4, 4) keeps every second scale and every fourth orientation and position; its
 factors are numbered anew, from 0. One undivided set, of which `load` takes a tenth each for validation and test; train
-on "all" for the set-up of Chen et al. (2018), which the MR-VAE paper follows.
+on "all" (`mrvae train --train-on all`) for the set-up of Chen et al. (2018), which the MR-VAE paper follows.
 """
 
 from __future__ import annotations

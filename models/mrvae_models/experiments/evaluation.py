@@ -52,7 +52,9 @@ def _with_metric(
     config: TrainConfig, model: nn.Module, betas: Sequence[float], evaluation: Evaluation, directory: Path
 ) -> Columns:
     metric = metric_called(evaluation.metric or "")
-    calibration, dataset = calibration_for(model, config), load_split(config, evaluation.split)
+    calibration, dataset = calibration_for(model, config), load_split(config, "test")
+    if evaluation.split == "all" and getattr(dataset, "factors", None) is not None:
+        dataset = load_split(config, "all")
     values = [call_metric(metric, model, dataset, beta, calibration) for beta in betas]
     columns = curve_columns(config, model, betas, evaluation, directory)
     return {**columns, "metric": [float(value) for value in values]}

@@ -39,7 +39,7 @@ class Evaluation:
     kind     "curve"; "metric": the metric besides; "samples": images from the prior besides; "linear": in place of it,
              rate and expected distortion on the training split, and the closed form's
     metric   name of a metric, or file.py:function
-    split    examples that the metric is of: "test", or "all" of a set that is not divided
+    split    examples that the metric is of: "test"; or "all", of a set with factors, and its test split of any other
     draws    of z an example that a distortion averages over
     pictures samples a beta
     """

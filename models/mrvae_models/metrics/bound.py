@@ -1,4 +1,4 @@
-"""The importance-weighted bound on log p(x) (Burda et al., 2016, Eqn. 8)."""
+"""The importance-weighted bound on log p(x) (Burda et al., 2016)."""
 
 from __future__ import annotations
 

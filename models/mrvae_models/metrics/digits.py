@@ -5,6 +5,7 @@ Its distance is called frechet_digits, never FID: another network, another scale
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -63,7 +64,7 @@ def trained_digit_features() -> DigitFeatures:
 def digit_features(path: str | Path | None = None) -> DigitFeatures:
     """The trained features from a file (default: FILE in the cache folder), which is made where it does not exist.
 
-    ValueError for a file that holds something else.
+    ValueError for a file that holds something else; a warning where none can be made.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file, save_file
@@ -71,7 +72,10 @@ def digit_features(path: str | Path | None = None) -> DigitFeatures:
     path = cache_folder() / FILE if path is None else Path(path)
     if not path.exists():
         network = trained_digit_features()
-        replace_file(path, lambda temporary: save_file(network.state_dict(), temporary))
+        try:
+            replace_file(path, lambda temporary: save_file(network.state_dict(), temporary))
+        except OSError as error:
+            warnings.warn(f"{path}: cannot be written ({error}); the features are trained at every call", stacklevel=2)
         return network
     network = DigitFeatures()
     try:

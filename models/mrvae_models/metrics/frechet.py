@@ -19,6 +19,7 @@ from mrvae_kernels import measurements
 
 from ..curve import Examples
 from .posteriors import example_batches, ready
+from .requirements import need
 
 INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
 """The weights of the original FID, as torch-fidelity publishes them."""
@@ -57,16 +58,10 @@ class Inception(nn.Module):
                 f"releases of torch-fidelity (nothing is downloaded by itself); MRVAE_INCEPTION names another file; "
                 + advice
             )
+        need("torch_fidelity", "FID", f"; {advice}")  # it has Inception's layers
         from torchmetrics.image.fid import FrechetInceptionDistance
 
-        try:
-            whole = FrechetInceptionDistance(2048, feature_extractor_weights_path=str(path))
-        except ModuleNotFoundError:
-            raise ModuleNotFoundError(
-                "FID needs the package torch-fidelity, which has Inception's layers: pip install torch-fidelity; "
-                + advice
-            ) from None
-        self.network = whole.inception
+        self.network = FrechetInceptionDistance(2048, feature_extractor_weights_path=str(path)).inception
 
     def forward(self, images: Tensor) -> Tensor:
         colour = images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images

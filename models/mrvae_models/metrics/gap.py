@@ -14,6 +14,7 @@ from ..options import expect
 from .factors import factors_of
 from .information import log_aggregate
 from .posteriors import Posteriors, posteriors
+from .requirements import need
 
 SAMPLES = 10_000
 BINS = 20
@@ -35,7 +36,7 @@ def marginal_entropies(over: Posteriors, z: Tensor) -> Tensor:
 
 
 def factor_information(over: Posteriors, classes: Tensor, samples: int = SAMPLES, seed: int = 0) -> Tensor:
-    """I(z_d; v_f) / H(v_f), (k, F), at least 0, with z_d of q(z | x), not of its mean (Chen et al., 2018, Section 4).
+    """I(z_d; v_f) / H(v_f), (k, F), at least 0, with z_d of q(z | x), not of its mean (Chen et al., 2018).
 
     I = H(z_d) - sum_values p(value) H(z_d | v = value), p the part of the examples (N, F) of `classes` with it; each
     entropy over all examples concerned, at z of `samples` of them, drawn without replacement (all, where there are
@@ -68,7 +69,7 @@ def mig(
     seed: int = 0,
     calibration: Tensor | None = None,
 ) -> float:
-    """The authors' MIG (Chen et al., 2018): information of z ~ q(z | x) on a factor, per the factor's entropy.
+    """The authors' MIG (Chen et al., 2018, Eqn. 6): information of z ~ q(z | x) on a factor, per the factor's entropy.
 
     As in their code the shape of dSprites is left out, and entropies come from 10,000 samples. From 0 to 1.
     It is defined on the full grid of factors, whose entropy is the log of their size; a part of the grid estimates it.
@@ -83,10 +84,8 @@ def mig(
 
 def discretised_information(mean: Tensor, classes: Tensor, bins: int = BINS) -> Tensor:
     """I(bin of mean_d; v_f) / H(v_f), (k, F): codes cut into `bins` equal intervals between their extremes."""
-    try:
-        from sklearn.metrics import mutual_info_score
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError("mig_discretised needs scikit-learn: pip install scikit-learn") from None
+    from sklearn.metrics import mutual_info_score
+
     columns = []
     for values in classes.cpu().T.numpy():
         entropy = mutual_info_score(values, values)
@@ -113,8 +112,9 @@ def mig_discretised(
     """disentanglement_lib's MIG (Locatello et al., 2019): posterior means in 20 bins, information per factor entropy.
 
     Of `examples` of the set, drawn without replacement (all, where there are fewer), with all factors of two values or
-    more.
+    more. ModuleNotFoundError without scikit-learn.
     """
+    need("sklearn", "mig_discretised")
     expect(examples >= 2, "examples", examples, "2 or more")
     expect(bins >= 2, "bins", bins, "2 or more")
     factors = factors_of(dataset, leave_out, "mig_discretised")

@@ -4,7 +4,7 @@
     rate               = mean_i [log q(z_i | x_i) - log p(z_i)]      = mutual information + marginal KL
     mutual information = mean_i [log q(z_i | x_i) - log q(z_i)]      (Hoffman and Johnson, 2016), at most log N
     marginal KL        = mean_i [log q(z_i) - log p(z_i)]            = total correlation + dimension-wise KL
-    total correlation  = mean_i [log q(z_i) - sum_d log q(z_id)]     (Chen et al., 2018, Eqn. 2)
+    total correlation  = mean_i [log q(z_i) - sum_d log q(z_id)]     (Chen et al., 2018)
     dimension-wise KL  = mean_i sum_d [log q(z_id) - log p(z_id)]
 
 One draw z_i ~ q(z | x_i) an example. A mutual information near log N says that the set is too small to measure it.

@@ -13,18 +13,17 @@ from torch import Tensor, nn
 from ..options import expect
 from .factors import factors_of
 from .posteriors import posteriors
+from .requirements import need
 
 TEST_PART = 0.2
 
 
 def accuracy(train_codes: Tensor, train_classes: Tensor, test_codes: Tensor, test_classes: Tensor) -> float:
     """Part of the test rows that a linear classifier, fitted on the training rows, gets right; (n, k) and (n,) each."""
-    try:
-        from sklearn.linear_model import LogisticRegression
-        from sklearn.pipeline import make_pipeline
-        from sklearn.preprocessing import StandardScaler
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError("probe and beta_vae_score need scikit-learn: pip install scikit-learn") from None
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
     classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
     classifier.fit(train_codes.cpu().numpy(), train_classes.cpu().numpy())
     return float(classifier.score(test_codes.cpu().numpy(), test_classes.cpu().numpy()))
@@ -56,8 +55,10 @@ def linear_probe(
     """Accuracy on `dataset` of a linear classifier of labels from codes, fitted on `train`, 0 to 1.
 
     Without `train`, a fifth of the set is held out by `seed` and tested on, and the classifier fitted on the rest.
-    ValueError for a set without labels, and for fewer than 5 examples to split.
+    ValueError for a set without labels, and for fewer than 5 examples to split; ModuleNotFoundError without
+    scikit-learn.
     """
+    need("sklearn", "probe")
     labels = labels_of(dataset)
     codes = posteriors(model, dataset, beta, batch_size, calibration, "the probe").mean
     if train is not None:
@@ -108,9 +109,10 @@ def beta_vae_score(
 ) -> float:
     """Accuracy in telling, from mean |code - code'| over pairs of images, which factor the pairs share, 0 to 1.
 
-    Higgins et al. (2017), Section 3. votes: training rows of the linear classifier; half as many, drawn apart, test it.
-    ValueError for a set without factors, or with one only.
+    Higgins et al. (2017). votes: training rows of the linear classifier; half as many, drawn apart, test it.
+    ValueError for a set without factors, or with one only; ModuleNotFoundError without scikit-learn.
     """
+    need("sklearn", "beta_vae_score")
     expect(votes >= 10, "votes", votes, "10 or more")
     expect(pairs >= 1, "pairs", pairs, "a positive integer")
     factors = factors_of(dataset, leave_out, "beta_vae_score")
