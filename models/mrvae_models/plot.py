@@ -13,10 +13,12 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure, SubFigure
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator, NullFormatter
 from torch import Tensor
 
-from .curve import Curve, Pictures
+from .curve import Curve
+from .pictures import Pictures
 from .run import replace_file
 
 STYLE: Any = {
@@ -122,7 +124,8 @@ def _curves(axes: Sequence[Axes], curve: Curve, others: Mapping[str, Curve]) -> 
             )
         axis.margins(0.08)
     active.yaxis.set_major_locator(MaxNLocator(integer=True))
-    active.set_ylim(0, 1.1 * max(1, *(max(c.column("active_units")) for c in (curve, *others.values()))))
+    most = max(1, *(max(c.column("active_units")) for c in (curve, *others.values())))
+    active.set_ylim(-0.05 * most, 1.1 * most)  # points at 0 are drawn whole
     for axis in (objective, active):
         log_axis(axis, [*betas, *(beta for other in others.values() for beta in other.column("beta"))])
     if others:
@@ -169,6 +172,8 @@ def mark_betas(axis: Axes, betas: Sequence[float], places: np.ndarray) -> None:
             textcoords="offset points",
             fontsize=8,
             color="#333333",
+            path_effects=[withStroke(linewidth=2.2, foreground="white")],  # lines and error bars run below it
+            zorder=5,
         )
         box = text.get_window_extent(renderer).padded(2)
         if any(box.overlaps(other) for other in taken) or any(

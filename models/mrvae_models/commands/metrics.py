@@ -74,18 +74,18 @@ def run(options: argparse.Namespace) -> int:
     if wrong := usage_error(options):
         raise UsageError(wrong)
     from ..baking import source_config
-    from ..report import betas_of, calibration_for, to_device
-    from ..run import load_model, load_split, replace_file, versions, write_json
+    from ..report import betas_of, calibration_for, dataset_for, to_device
+    from ..run import load_model, replace_file, versions, write_json
     from ..selection import call_metric, metric_called
 
     functions = {name: metric_called(name) for name in options.metrics}  # a mistyped one before anything heavy
     model, document = load_model(options.run)
     config = source_config(document)
     model = to_device(model, options.device)
-    dataset = load_split(config, options.split)
+    dataset = dataset_for(model, config, options.split, options.run)
     settings: dict[str, Any] = {"batch_size": options.batch_size, "seed": options.seed}
     if "probe" in functions and options.split != "train":
-        settings["train"] = load_split(config, "train")
+        settings["train"] = dataset_for(model, config, "train", options.run)
     calibration = calibration_for(model, config)
     betas = betas_of(document["model"], config) if options.betas is None else sorted(set(options.betas))
     if "beta" in document["model"] and betas != [document["model"]["beta"]]:

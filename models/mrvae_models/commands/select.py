@@ -91,8 +91,8 @@ def run(options: argparse.Namespace) -> int:
         raise UsageError(wrong)
     from ..baking import bake_run, source_config
     from ..curve import evaluate
-    from ..report import calibration_for, points_table, to_device
-    from ..run import load_model, load_split, versions, write_json
+    from ..report import calibration_for, dataset_for, points_table, to_device
+    from ..run import load_model, versions, write_json
     from ..selection import select_beta
 
     model, document = load_model(options.run)
@@ -105,7 +105,7 @@ def run(options: argparse.Namespace) -> int:
     quantity, target, best = _wanted(options)
     chosen = select_beta(
         model,
-        load_split(config, options.split),
+        dataset_for(model, config, options.split, options.run),
         quantity,
         target,
         best,
@@ -115,7 +115,8 @@ def run(options: argparse.Namespace) -> int:
     )
     points = {options.split: chosen.point}
     if options.split != "test":
-        (points["test"],) = evaluate(model, load_split(config, "test"), [chosen.beta], **settings).points
+        test_set = dataset_for(model, config, "test", options.run)
+        (points["test"],) = evaluate(model, test_set, [chosen.beta], **settings).points
     baked = None
     if options.bake:
         out = None if options.out is None else options.out / f"baked-{chosen.beta:g}"

@@ -14,8 +14,9 @@ from torch import nn
 
 from ..closed_form import eigenvalues, expected_linear, linear_optimum
 from ..config import TrainConfig
-from ..curve import Point, at, evaluate, pictures
+from ..curve import Point, at, evaluate
 from ..objectives import rate
+from ..pictures import pictures
 from ..report import calibration_for
 from ..run import load_split, plain_network, replace_file
 from ..selection import call_metric, metric_called
