@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code: 0, 1 for an error, 2 for wrong usage, 130 when interrupted."""
     options = parser().parse_args(argv)
     if not options.debug:
-        warnings.showwarning = lambda message, *where, **more: print(f"mrvae: warning: {message}", file=sys.stderr)
+        warnings.showwarning = _warn_once()
     try:
         commands = {"train": _train, "curve": _curve, "bake": _bake, "doctor": _doctor}
         commands |= {name: module.run for name, module in MODULES.items()}
@@ -50,6 +50,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"mrvae {options.command}: {_sentence(error)}", file=sys.stderr)
         return ERROR
+
+
+def _warn_once() -> Callable[..., None]:
+    """What shows a warning in one line, and each once."""
+    shown: set[str] = set()
+
+    def show(message: Warning | str, *where: Any, **more: Any) -> None:
+        if str(message) not in shown:
+            shown.add(str(message))
+            print(f"mrvae: warning: {message}", file=sys.stderr)
+
+    return show
 
 
 def _sentence(error: Exception) -> str:

@@ -88,10 +88,14 @@ class Curve:
         """One quantity at all betas."""
         return [getattr(point, name) for point in self.points]
 
-    def write_csv(self, path: str | Path) -> None:
-        """One row a beta, columns as in Point without those that no point has, numbers with all their digits."""
+    def names(self) -> list[str]:
+        """The quantities of Point, without those that no point has: images have no perplexity."""
         names = [entry.name for entry in fields(Point)]
-        names = [name for name in names if any(value is not None for value in self.column(name))]
+        return [name for name in names if any(value is not None for value in self.column(name))]
+
+    def write_csv(self, path: str | Path) -> None:
+        """One row a beta, columns as in names(), numbers with all their digits."""
+        names = self.names()
 
         def write(temporary: Path) -> None:
             with open(temporary, "w", newline="", encoding="utf-8") as file:

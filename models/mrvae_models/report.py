@@ -48,6 +48,7 @@ def report(
     about = {"run": str(run), "split": split, "config": document["config"], "model": document["model"]}
     settings: dict[str, Any] = {"batch_size": batch_size, "samples": samples, "seed": seed}
     calibration = calibration_for(model, config)
+    check_betas(run, document["model"], betas)
     betas = list(betas) if betas else betas_of(document["model"], config)
     curve = evaluate(model, dataset, betas, **settings, calibration=calibration, about=about)
     others: dict[str, Curve] = {}
@@ -153,6 +154,14 @@ def dataset_for(model: nn.Module, config: TrainConfig, split: str, run: Path) ->
                 "with the run: restore it"
             )
     return dataset
+
+
+def check_betas(run: Path, description: dict[str, Any], betas: Sequence[float] | None) -> None:
+    """ValueError for other betas than its own of a plain model, whose numbers would pass for those of another model."""
+    if betas and "beta" in description and set(betas) != {description["beta"]}:
+        raise ValueError(
+            f"{run} is of one beta, {description['beta']:g}; leave out --betas, or give a multi-rate run"
+        )
 
 
 def calibration_of(run: Path) -> Tensor | None:

@@ -75,6 +75,10 @@ def usage_error(options: argparse.Namespace) -> str | None:
     for name in ("samples", "batch_size"):
         if getattr(options, name) < 1:
             return f"--{name.replace('_', '-')} is {getattr(options, name)}; expected a positive integer"
+    if options.grid < 3:
+        return f"--grid is {options.grid}; expected at least 3, the ends of the range and one between"
+    if options.resamples is not None and (options.resamples < 0 or options.resamples == 1):
+        return f"--resamples is {options.resamples}; expected 0 for no interval, or at least 2"
     return None
 
 
