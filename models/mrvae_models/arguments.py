@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import textwrap
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from .commands import data, experiment, metrics, select
 from .config import CHANGEABLE, FROM_RECIPE, TrainConfig
@@ -22,6 +23,7 @@ plain network at the beta you choose.
   mrvae metrics --run runs/digits --metrics mi iwae    mutual information, likelihood bounds and others along beta
   mrvae bake  --run runs/digits --beta 0.5    the plain network at beta = 0.5, for deployment
   mrvae data                                  public sets by name, and where their files are looked for
+  mrvae experiment --list                     the experiments of the MR-VAE paper, each repeated by one command
   mrvae doctor                                what is installed, and what runs where
 """
 
@@ -74,9 +76,25 @@ example:
 EPILOG = "exit codes: 0 done, 1 error, 2 wrong usage, 130 interrupted (and resumable)"
 
 
+class _Parser(argparse.ArgumentParser):
+    """One that says what is wrong in one line, and leaves the list of all options to --help."""
+
+    def error(self, message: str) -> NoReturn:
+        if message.startswith("unrecognized arguments"):
+            message += " (after a COMMAND, --help lists those that it takes)"
+        self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """One that breaks lines at spaces only: a name with a hyphen, such as of a network, stays whole."""
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False, break_long_words=False)
+
+
 def parser() -> argparse.ArgumentParser:
     """The whole command line; the options of `train` come from TrainConfig."""
-    top = _parser(argparse.ArgumentParser, "mrvae", DESCRIPTION)
+    top = _parser(_Parser, "mrvae", DESCRIPTION)
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, text, help, add in (
         ("train", TRAIN, "train one VAE for a range of betas", _add_train),
@@ -99,7 +117,7 @@ def _parser(make: Any, name: str, description: str, **more: Any) -> argparse.Arg
         name,
         description=description,
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_Help,
         allow_abbrev=False,
         **more,
     )

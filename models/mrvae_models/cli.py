@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,18 @@ from .recipes import recipe_options
 
 ERROR, USAGE, INTERRUPTED = 1, 2, 130
 
+OF_MANY_BETAS = frozenset(
+    ("beta_range", "validation_betas", "sample", "stratified", "margin", "range_warmup", "weight_power")
+    + ("gates", "gate_init", "gate_lr_factor", "exclude", "include", "gated", "norms")
+)
+"""Options that say nothing to a run at one beta."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code: 0, 1 for an error, 2 for wrong usage, 130 when interrupted."""
     options = parser().parse_args(argv)
     if not options.debug:
-        warnings.showwarning = lambda message, *where, **more: print(f"mrvae: warning: {message}", file=sys.stderr)
+        warnings.showwarning = _warn_once()
     try:
         commands = {"train": _train, "curve": _curve, "bake": _bake, "doctor": _doctor}
         commands |= {name: module.run for name, module in MODULES.items()}
@@ -44,6 +50,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"mrvae {options.command}: {_sentence(error)}", file=sys.stderr)
         return ERROR
+
+
+def _warn_once() -> Callable[..., None]:
+    """What shows a warning in one line, and each once."""
+    shown: set[str] = set()
+
+    def show(message: Warning | str, *where: Any, **more: Any) -> None:
+        if str(message) not in shown:
+            shown.add(str(message))
+            print(f"mrvae: warning: {message}", file=sys.stderr)
+
+    return show
 
 
 def _sentence(error: Exception) -> str:
@@ -73,6 +91,7 @@ def config_of(options: argparse.Namespace) -> TrainConfig:
                 if "recipe" in given:
                     base = replace(base, **recipe_options(given["recipe"]))
             config = _changed(base, given, entries)
+            _warn_of_unused(given, entries)
         else:
             if options.config is not None or options.force:
                 raise ValueError("--resume takes the run's own configuration; leave out --config and --force")
@@ -92,6 +111,15 @@ def config_of(options: argparse.Namespace) -> TrainConfig:
     return config
 
 
+def _warn_of_unused(given: dict[str, Any], entries: dict[str, dict[str, Any]]) -> None:
+    """A warning for options of gates and of the range of betas beside --beta, which trains a network without either."""
+    named = OF_MANY_BETAS & {*given, *entries}
+    unused = [entry for entry in fields(TrainConfig) if entry.name in named]
+    if "beta" in given and unused:
+        names = ", ".join(entry.metadata.get("flag", "--" + entry.name.replace("_", "-")) for entry in unused)
+        warnings.warn(f"--beta trains one network without gates at one KL weight: {names} not used", stacklevel=2)
+
+
 def _changed(base: TrainConfig, given: dict[str, Any], entries: dict[str, dict[str, Any]]) -> TrainConfig:
     """`base` with the options given; those that hold entries by name change in the entries given only."""
     return replace(base, **given, **{name: getattr(base, name) | changes for name, changes in entries.items()})
@@ -108,7 +136,10 @@ def _train(options: argparse.Namespace) -> int:
             print(f"mrvae train: {stop}", file=sys.stderr)
         return INTERRUPTED
     if is_first_process() and not options.quiet:
-        speed = "" if result.seconds_per_step is None else f", {1000 * result.seconds_per_step:.2f} ms a step"
+        if result.seconds_per_step is None:
+            speed = f", nothing left to do: more --epochs than {config.epochs} go on, unless --patience ended the run"
+        else:
+            speed = f", {1000 * result.seconds_per_step:.2f} ms a step"
         best = "" if result.objective is None else f"; best validation objective {result.objective:.2f} nats"
         print(f"{result.steps} steps{speed}{best}\nwrote {result.directory / 'model.safetensors'}", file=sys.stderr)
         print(f"next: mrvae curve --run {result.directory}", file=sys.stderr)
@@ -149,8 +180,6 @@ def _bake(options: argparse.Namespace) -> int:
         file=sys.stderr,
     )
     return 0
-
-
 
 
 def _doctor(options: argparse.Namespace) -> int:

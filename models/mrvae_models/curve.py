@@ -225,7 +225,7 @@ def measure(model: nn.Module, x: Tensor, beta: float, generator: torch.Generator
 
 def _measure_whole(model: nn.Module, x: Tensor, beta: float, generator: torch.Generator, samples: int) -> Measurement:
     network = plain_network(model)
-    with _seeded(x.device, generator), at(model, beta):
+    with seeded(x.device, generator), at(model, beta):
         outputs = [network(x) for _ in range(samples)]
     return Measurement(
         torch.stack([network.likelihood.distortion(output.parameters, x) for output in outputs]).mean(0),
@@ -290,58 +290,8 @@ def calibrated(model: nn.Module, images: Tensor | None, beta: float) -> Iterator
             buffer.copy_(saved[name])
 
 
-class Pictures(NamedTuple):
-    """Images along beta, in [0, 1] for likelihoods of such data; b betas, n examples, m draws from the prior."""
-
-    betas: list[float]
-    originals: Tensor  # (n, C, H, W)
-    reconstructions: Tensor  # (b, n, C, H, W), from z ~ q(z | x) with the same noise at every beta
-    samples: Tensor  # (b, m, C, H, W), the same z ~ N(0, I) at every beta; of a hierarchy the same noise
-
-
-def pictures(
-    model: nn.Module,
-    dataset: Examples,
-    betas: Sequence[float],
-    count: int = 8,
-    seed: int = 0,
-    calibration: Tensor | None = None,
-) -> Pictures:
-    """Reconstructions of `count` examples, drawn by `seed`, and as many samples from the prior, at each of `betas`."""
-    network = plain_network(model)
-    generator = torch.Generator().manual_seed(seed)
-    chosen = dataset.examples[torch.randperm(len(dataset.examples), generator=generator)[:count]]
-    parameter = next(network.parameters())
-    x = chosen.to(parameter)
-    reconstructions, drawn = [], []
-    draw = _draw_vae if isinstance(network, VAE) else _draw_whole
-    state = generator.get_state()
-    with torch.no_grad(), evaluating(model):
-        for beta in betas:
-            with calibrated(model, calibration, beta), at(model, beta):
-                generator.set_state(state)
-                reconstruction, sample = draw(network, x, count, generator)
-                reconstructions.append(reconstruction.float().cpu())
-                drawn.append(sample.float().cpu())
-    return Pictures(list(betas), chosen.cpu(), torch.stack(reconstructions), torch.stack(drawn))
-
-
-def _draw_vae(network: VAE, x: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Reconstructions of x, and `count` samples."""
-    noise = torch.randn(2, count, network.latent, generator=generator).to(x)
-    mean, log_variance = network.encode(x)
-    z = mean + torch.exp(0.5 * log_variance) * noise[0, : len(x)]
-    return network.likelihood.mean(network.decode(z)), network.likelihood.mean(network.decode(noise[1]))
-
-
-def _draw_whole(network: Any, x: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """The same of a network that draws its noise itself."""
-    with _seeded(x.device, generator):
-        return network.likelihood.mean(network(x).parameters), network.sample(count)
-
-
 @contextlib.contextmanager
-def _seeded(device: torch.device, generator: torch.Generator) -> Iterator[None]:
+def seeded(device: torch.device, generator: torch.Generator) -> Iterator[None]:
     """A block in which torch's global generators start from a seed drawn from `generator`; they are put back."""
     seed = int(torch.randint(2**62, (), generator=generator))
     with torch.random.fork_rng([device] if device.type == "cuda" else []):

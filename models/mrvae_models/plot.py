@@ -13,10 +13,12 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure, SubFigure
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator, NullFormatter
 from torch import Tensor
 
-from .curve import Curve, Pictures
+from .curve import Curve
+from .pictures import Pictures
 from .run import replace_file
 
 STYLE: Any = {
@@ -47,7 +49,8 @@ def draw(
     curves = 3.1  # inches
     grid = 0.0
     if images is not None:
-        count, _, height, width = images.originals.shape
+        _, _, height, width = images.originals.shape
+        count = _columns(images)
         grid = 0.35 + (len(images.betas) + 1) * 4.15 / count * height / width  # 4.15 inches for a row of images
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(10.0, curves + grid), layout="constrained")
@@ -122,7 +125,9 @@ def _curves(axes: Sequence[Axes], curve: Curve, others: Mapping[str, Curve]) -> 
             )
         axis.margins(0.08)
     active.yaxis.set_major_locator(MaxNLocator(integer=True))
-    active.set_ylim(0, 1.1 * max(1, *(max(c.column("active_units")) for c in (curve, *others.values()))))
+    points = [point for each in (curve, *others.values()) for point in each.points]
+    most = max(1, *(point.active_units + np.nan_to_num(point.active_units_se) for point in points))
+    active.set_ylim(-0.05 * most, 1.1 * most)  # points at 0 are drawn whole
     for axis in (objective, active):
         log_axis(axis, [*betas, *(beta for other in others.values() for beta in other.column("beta"))])
     if others:
@@ -169,6 +174,8 @@ def mark_betas(axis: Axes, betas: Sequence[float], places: np.ndarray) -> None:
             textcoords="offset points",
             fontsize=8,
             color="#333333",
+            path_effects=[withStroke(linewidth=2.2, foreground="white")],  # lines and error bars run below it
+            zorder=5,
         )
         box = text.get_window_extent(renderer).padded(2)
         if any(box.overlaps(other) for other in taken) or any(
@@ -187,26 +194,34 @@ def _images(axes: Sequence[Axes], images: Pictures) -> None:
         (r"Samples, the same z at every $\beta$", [*images.samples], labels),
     ]
     for axis, (title, rows, names) in zip(axes, blocks, strict=True):
-        mosaic(axis, title, rows, names, total)
+        mosaic(axis, title, rows, names, total, _columns(images))
 
 
-def mosaic(axis: Axes, title: str, rows: Sequence[Tensor], names: Sequence[str], total: int) -> None:
+def _columns(images: Pictures) -> int:
+    """Images in a row: there may be fewer examples than samples."""
+    return max(len(images.originals), images.samples.shape[1])
+
+
+def mosaic(
+    axis: Axes, title: str, rows: Sequence[Tensor], names: Sequence[str], total: int, columns: int | None = None
+) -> None:
     """Rows of images, (n, C, H, W) each, with their names.
 
-    They stand in the lowest of `total` rows, so that rows of the same name line up between axes side by side.
+    They stand in the lowest of `total` rows, and the first of `columns` (default: n), so that rows of the same name
+    line up between axes side by side, and images are of one size.
     """
     pixels = np.concatenate([np.concatenate(list(_array(row)), axis=1) for row in rows], axis=0)
     count, _, height, width = rows[0].shape
     first = (total - len(rows)) * height
-    columns = count * width
     axis.imshow(
         np.clip(pixels, 0, 1).squeeze(-1) if pixels.shape[-1] == 1 else np.clip(pixels, 0, 1),
         cmap="gray",
         vmin=0,
         vmax=1,
         interpolation="nearest",
-        extent=(0, columns, total * height, first),
+        extent=(0, count * width, total * height, first),
     )
+    axis.set_xlim(0, (columns or count) * width)
     axis.set_ylim(total * height, 0)
     axis.set_title(title, y=1 - first / (total * height))
     axis.set_yticks([first + height * (i + 0.5) for i in range(len(rows))], names)

@@ -13,6 +13,7 @@ from .commands import metrics
 from .config import FORMAT, TrainConfig
 from .curve import has_running_statistics
 from .data import DataError, InMemory, TextDataset
+from .network_names import NETWORK_NAMES
 from .options import check_format, read_json
 from .progress import METRICS
 from .run import BEST, CONFIG, CURVE_FILES, LAST, MODEL, SENTENCES, VOCABULARY, plain_network
@@ -42,8 +43,15 @@ def check_kind(train_set: InMemory, config: TrainConfig) -> None:
     """ValueError for a network of images on text, whose numbers it would take for pixels, and for the reverse."""
     text = isinstance(train_set, TextDataset)
     if text != (config.network in TEXT_NETWORKS):
-        kinds = ("text", " or ".join(TEXT_NETWORKS)) if text else ("images", "mlp or cnn")
-        raise ValueError(f"network is {config.network!r} and {config.data} holds {kinds[0]}; expected {kinds[1]}")
+        holds, kinds = ("text", TEXT_NETWORKS) if text else ("images", _image_networks())
+        raise ValueError(
+            f"network is {config.network!r} and {config.data} holds {holds}; expected one for {holds}, "
+            f"--network {' or '.join(kinds)}, or other --data"
+        )
+
+
+def _image_networks() -> tuple[str, ...]:
+    return tuple(name for name in NETWORK_NAMES if name not in TEXT_NETWORKS)
 
 
 def check_last_batch(model: nn.Module, n: int, config: TrainConfig) -> None:

@@ -13,8 +13,9 @@ import mrvae_kernels as mk
 
 from .baking import source_config
 from .config import TrainConfig
-from .curve import Curve, Point, evaluate, has_running_statistics, pictures, round_betas
-from .data import TextDataset, Vocabulary
+from .curve import Curve, Point, evaluate, has_running_statistics, round_betas
+from .data import ImageDataset, TextDataset, Vocabulary
+from .pictures import pictures
 from .run import CURVE_FILES, SENTENCES, VOCABULARY, calibration_images, load_model, load_split, plain_network
 from .sentences import sentences, write_sentences
 
@@ -42,18 +43,12 @@ def report(
     out = run if out is None else out
     model, document = load_model(run)
     config = source_config(document)
-    dataset = load_split(config, split, run)
-    if isinstance(dataset, TextDataset):
-        found, own = dataset.input_shape[1], plain_network(model).input_shape[1]
-        if found != own:
-            raise ValueError(
-                f"{run / VOCABULARY} has {found} entries and the network {own}; expected the file that was written "
-                "with the run: restore it"
-            )
+    dataset = dataset_for(model, config, split, run)
     model = to_device(model, device)
     about = {"run": str(run), "split": split, "config": document["config"], "model": document["model"]}
     settings: dict[str, Any] = {"batch_size": batch_size, "samples": samples, "seed": seed}
     calibration = calibration_for(model, config)
+    check_betas(run, document["model"], betas)
     betas = list(betas) if betas else betas_of(document["model"], config)
     curve = evaluate(model, dataset, betas, **settings, calibration=calibration, about=about)
     others: dict[str, Curve] = {}
@@ -146,6 +141,27 @@ def _same_source(one: str, other: str) -> bool:
 def betas_of(description: dict[str, Any], config: TrainConfig) -> list[float]:
     """The betas to show a model at: round ones over the range it was trained for, or a plain model's one."""
     return [description["beta"]] if "beta" in description else round_betas(*config.beta_range)
+
+
+def dataset_for(model: nn.Module, config: TrainConfig, split: str, run: Path) -> ImageDataset | TextDataset:
+    """One split of the data of a run, text in the run's own vocabulary; ValueError for one of another size."""
+    dataset = load_split(config, split, run)
+    if isinstance(dataset, TextDataset):
+        found, own = dataset.input_shape[1], plain_network(model).input_shape[1]
+        if found != own:
+            raise ValueError(
+                f"{run / VOCABULARY} has {found} entries and the network {own}; expected the file that was written "
+                "with the run: restore it"
+            )
+    return dataset
+
+
+def check_betas(run: Path, description: dict[str, Any], betas: Sequence[float] | None) -> None:
+    """ValueError for other betas than its own of a plain model, whose numbers would pass for those of another model."""
+    if betas and "beta" in description and set(betas) != {description["beta"]}:
+        raise ValueError(
+            f"{run} is of one beta, {description['beta']:g}; leave out --betas, or give a multi-rate run"
+        )
 
 
 def calibration_of(run: Path) -> Tensor | None:

@@ -39,7 +39,6 @@ class Response:
     def __call__(self, beta: float) -> float:
         if beta not in self.found:
             value = self.evaluate(beta, None)
-            value = value.item() if isinstance(value, (Tensor, np.generic)) else value  # of a metric
             if not math.isfinite(value):
                 raise ValueError(f"{self.name} at beta = {beta:.4g} is {value}; expected a finite number")
             self.found[beta] = value

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 
 import mrvae_kernels as mk
@@ -189,14 +190,23 @@ def call_metric(
 ) -> float:
     """metric(model, dataset, beta) with those of the settings that it takes: batch_size, samples, seed, calibration.
 
-    A metric that takes no calibration is called with the running statistics of this beta already set.
+    A metric that takes no calibration is called with the running statistics of this beta already set. A number of torch
+    or numpy comes back as Python's, a count as an int; ValueError for what is no single number.
     """
     accepted = inspect.signature(metric).parameters
     further = {name: value for name, value in settings.items() if name in accepted}
     if "calibration" in accepted:
-        return metric(model, dataset, beta, calibration=calibration, **further)
-    with calibrated(model, calibration, beta):
-        return metric(model, dataset, beta, **further)
+        value: Any = metric(model, dataset, beta, calibration=calibration, **further)
+    else:
+        with calibrated(model, calibration, beta):
+            value = metric(model, dataset, beta, **further)
+    if isinstance(value, (Tensor, np.generic, np.ndarray)) and value.ndim == 0:
+        value = value.item()
+    if not isinstance(value, (int, float)):
+        found = f"{type(value).__name__} {value!r}" if isinstance(value, (str, type(None))) else type(value).__name__
+        name = getattr(metric, "__name__", "the metric")
+        raise ValueError(f"{name} gave {found} at beta = {beta:.4g}; expected a single number")
+    return value
 
 
 def _active(mean: Tensor) -> int:

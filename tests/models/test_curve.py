@@ -1,4 +1,4 @@
-"""The curve: its numbers against their definitions, its files, its pictures, and baking."""
+"""The curve: its numbers against their definitions, its files, and baking."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from matplotlib.figure import Figure
-from mrvae_models import baking, plot
+from mrvae_models import baking
 from mrvae_models.baking import bake_run
 from mrvae_models.config import TrainConfig
 from mrvae_models.curve import (
@@ -23,14 +22,12 @@ from mrvae_models.curve import (
     calibration_batches,
     evaluate,
     log_spaced,
-    pictures,
     recalibration_noise,
     round_betas,
 )
 from mrvae_models.networks import build
 from mrvae_models.report import _same_source, report
 from mrvae_models.run import build_model, describe, load_model, save_model, write_config
-from PIL import Image
 
 import mrvae_kernels as mk
 
@@ -211,90 +208,6 @@ def test_files_hold_every_digit_and_where_they_come_from(model, tmp_path):
     (tmp_path / "other.json").write_text("{}")
     with pytest.raises(ValueError, match="holds no curve"):
         Curve.read_json(tmp_path / "other.json")
-
-
-def test_pictures_use_the_same_examples_and_z_at_every_beta(model):
-    data = images()
-    made = pictures(model, data, BETAS, count=5, seed=2)
-    assert made.reconstructions.shape == made.samples.shape == (3, 5, 1, 5, 5)
-    assert all(any(torch.equal(x, y) for y in data.examples) for x in made.originals)
-    with torch.no_grad():
-        model.gate_weight.zero_()
-    same = pictures(model, data, BETAS, count=5, seed=2)
-    assert torch.equal(same.samples[0], same.samples[2])
-    assert torch.equal(same.reconstructions[0], same.reconstructions[2])
-    assert not torch.equal(made.samples[0], made.samples[2])
-
-
-def drawn(monkeypatch, curve, path, *more):
-    """draw(), and the figure that it made."""
-    kept = []
-
-    class Kept(Figure):
-        def __init__(self, *args, **options):
-            super().__init__(*args, **options)
-            kept.append(self)
-
-    monkeypatch.setattr(plot, "Figure", Kept)
-    plot.draw(curve, path, *more)
-    return kept[0]
-
-
-def sketched(betas):
-    """A curve with the shape of a trained model's."""
-    points = []
-    for beta in betas:
-        rate = 60 / (1 + beta**0.7)
-        distortion = 75 + 90 * math.exp(-rate / 15)
-        objective = distortion + beta * rate
-        points.append(Point(beta, rate, 0.4, distortion, 1, -rate - distortion, 1, objective, 1, int(rate / 3), 0.2))
-    return Curve(tuple(points))
-
-
-@pytest.mark.parametrize("betas", [[0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10], [0.9, 1.0, 1.1], [0.5]])
-@pytest.mark.parametrize("channels", [1, 3])
-def test_figure_has_labels_with_units_and_none_overlap(tmp_path, monkeypatch, betas, channels):
-    shape = (channels, 5, 7)
-    model, data = multirate(shape=shape), images(30, shape)
-    curve, other = sketched(betas), sketched([1.0])
-    figure = drawn(
-        monkeypatch, curve, tmp_path / "curve.png", pictures(model, data, betas[:6], count=6), {"separate": other}
-    )
-    with Image.open(tmp_path / "curve.png") as picture:
-        assert picture.width == 2000
-        assert len(np.unique(np.asarray(picture.convert("L")))) > 50
-    axes = [axis for subfigure in figure.subfigs for axis in subfigure.axes]
-    assert [axis.get_xlabel() for axis in axes[:3]] == ["rate R (nats)"] + 2 * [r"KL weight $\beta$"]
-    assert [axis.get_ylabel() for axis in axes[:2]] == ["distortion D (nats)", r"D + $\beta$R (nats)"]
-    figure.draw_without_rendering()  # saving drew it at another resolution
-    renderer = figure.canvas.get_renderer()
-    for axis in axes:
-        shown = [
-            text
-            for labels, place, (low, high) in (
-                (axis.get_xticklabels(), 0, axis.get_xlim()),
-                (axis.get_yticklabels(), 1, sorted(axis.get_ylim())),
-            )
-            for text in labels
-            if low <= text.get_position()[place] <= high
-        ]
-        texts = [*shown, *axis.texts, axis.title, axis.xaxis.label, axis.yaxis.label]
-        visible = [text for text in texts if text.get_text()]
-        boxes = [t.get_window_extent(renderer) for t in visible]
-        for i, box in enumerate(boxes):
-            assert figure.bbox.contains(box.x0, box.y0) and figure.bbox.contains(box.x1, box.y1), visible[i]
-            for j in range(i):
-                assert not box.overlaps(boxes[j]), (visible[i], visible[j])
-    marked = [text.get_text() for text in axes[0].texts]
-    assert rf"$\beta$ = {betas[0]:.3g}" in marked
-    assert len(betas) == 1 or rf"$\beta$ = {betas[-1]:.3g}" in marked
-
-
-def test_a_figure_that_fails_writes_nothing(model, tmp_path):
-    curve = evaluate(model, images(), BETAS)
-    with pytest.raises(ValueError, match="not supported"):
-        plot.draw(curve, tmp_path / "curve.nothing")
-    assert list(tmp_path.iterdir()) == []
 
 
 def saved_run(directory: Path, **options) -> Path:

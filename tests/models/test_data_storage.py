@@ -7,10 +7,10 @@ import pytest
 import torch
 from mrvae_models.config import TrainConfig
 from mrvae_models.curve import evaluate
-from mrvae_models.curve import pictures as drawn_along_beta
 from mrvae_models.data import Chunks, Compact, DataError, ImageDataset, batches, checks, load, memory
 from mrvae_models.data.storage import pack
 from mrvae_models.networks import build, start_from
+from mrvae_models.pictures import pictures as drawn_along_beta
 from mrvae_models.run import calibration_images
 from mrvae_models.training import train
 from test_data_files import pictures

@@ -11,12 +11,13 @@ import pytest
 import torch
 from mrvae_models.cli import main
 from mrvae_models.config import TrainConfig
-from mrvae_models.curve import evaluate, pictures
+from mrvae_models.curve import evaluate
 from mrvae_models.data import load
 from mrvae_models.likelihoods import Gaussian
 from mrvae_models.networks import build
 from mrvae_models.networks.nvae import PAPER_GATING
 from mrvae_models.objectives import beta_vae, sample_beta
+from mrvae_models.pictures import pictures
 from mrvae_models.run import load_model
 from torch import nn
 

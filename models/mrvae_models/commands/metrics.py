@@ -77,24 +77,21 @@ def run(options: argparse.Namespace) -> int:
     if wrong := usage_error(options):
         raise UsageError(wrong)
     from ..baking import source_config
-    from ..report import betas_of, calibration_for, to_device
-    from ..run import load_model, load_split, replace_file, versions, write_json
+    from ..report import betas_of, calibration_for, check_betas, dataset_for, to_device
+    from ..run import load_model, replace_file, versions, write_json
     from ..selection import call_metric, metric_called
 
     functions = {name: metric_called(name) for name in options.metrics}  # a mistyped one before anything heavy
     model, document = load_model(options.run)
     config = source_config(document)
+    check_betas(options.run, document["model"], options.betas)
     model = to_device(model, options.device)
-    dataset = load_split(config, options.split)
+    dataset = dataset_for(model, config, options.split, options.run)
     settings: dict[str, Any] = {"batch_size": options.batch_size, "seed": options.seed}
     if "probe" in functions and options.split != "train":
-        settings["train"] = load_split(config, "train")
+        settings["train"] = dataset_for(model, config, "train", options.run)
     calibration = calibration_for(model, config)
     betas = betas_of(document["model"], config) if options.betas is None else sorted(set(options.betas))
-    if "beta" in document["model"] and betas != [document["model"]["beta"]]:
-        raise ValueError(
-            f"{options.run} is of one beta, {document['model']['beta']:g}; leave out --betas, or give a multi-rate run"
-        )
     if "all" in (options.split, config.train_on):
         settings.pop("train", None)  # it holds what is measured on; without it probe holds out a fifth of that
     rows: list[dict[str, float]] = []

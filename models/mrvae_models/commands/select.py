@@ -75,6 +75,10 @@ def usage_error(options: argparse.Namespace) -> str | None:
     for name in ("samples", "batch_size"):
         if getattr(options, name) < 1:
             return f"--{name.replace('_', '-')} is {getattr(options, name)}; expected a positive integer"
+    if options.grid < 3:
+        return f"--grid is {options.grid}; expected at least 3, the ends of the range and one between"
+    if options.resamples is not None and (options.resamples < 0 or options.resamples == 1):
+        return f"--resamples is {options.resamples}; expected 0 for no interval, or at least 2"
     return None
 
 
@@ -91,8 +95,8 @@ def run(options: argparse.Namespace) -> int:
         raise UsageError(wrong)
     from ..baking import bake_run, source_config
     from ..curve import evaluate
-    from ..report import calibration_for, points_table, to_device
-    from ..run import load_model, load_split, versions, write_json
+    from ..report import calibration_for, dataset_for, points_table, to_device
+    from ..run import load_model, versions, write_json
     from ..selection import select_beta
 
     model, document = load_model(options.run)
@@ -105,7 +109,7 @@ def run(options: argparse.Namespace) -> int:
     quantity, target, best = _wanted(options)
     chosen = select_beta(
         model,
-        load_split(config, options.split),
+        dataset_for(model, config, options.split, options.run),
         quantity,
         target,
         best,
@@ -115,7 +119,8 @@ def run(options: argparse.Namespace) -> int:
     )
     points = {options.split: chosen.point}
     if options.split != "test":
-        (points["test"],) = evaluate(model, load_split(config, "test"), [chosen.beta], **settings).points
+        test_set = dataset_for(model, config, "test", options.run)
+        (points["test"],) = evaluate(model, test_set, [chosen.beta], **settings).points
     baked = None
     if options.bake:
         out = None if options.out is None else options.out / f"baked-{chosen.beta:g}"

@@ -13,9 +13,10 @@ from torch import nn
 
 from ..closed_form import eigenvalues, expected_linear, linear_optimum
 from ..config import TrainConfig
-from ..curve import at, evaluate, pictures
+from ..curve import at, evaluate
 from ..objectives import rate
-from ..report import calibration_for
+from ..pictures import pictures
+from ..report import calibration_for, dataset_for
 from ..run import load_split, plain_network, replace_file
 from ..selection import call_metric, metric_called
 from .plan import Evaluation
@@ -40,11 +41,10 @@ def evaluated(
 def curve_columns(
     config: TrainConfig, model: nn.Module, betas: Sequence[float], evaluation: Evaluation, directory: Path
 ) -> Columns:
-    """Every quantity of curve.Point, on the test split."""
+    """Every quantity of a curve, on the test split."""
     calibration = calibration_for(model, config)
-    curve = evaluate(
-        model, load_split(config, "test"), betas, samples=evaluation.draws, calibration=calibration
-    )
+    dataset = dataset_for(model, config, "test", directory)
+    curve = evaluate(model, dataset, betas, samples=evaluation.draws, calibration=calibration)
     return {name: curve.column(name) for name in curve.quantities if name != "beta"}
 
 
@@ -52,9 +52,9 @@ def _with_metric(
     config: TrainConfig, model: nn.Module, betas: Sequence[float], evaluation: Evaluation, directory: Path
 ) -> Columns:
     metric = metric_called(evaluation.metric or "")
-    calibration, dataset = calibration_for(model, config), load_split(config, "test")
+    calibration, dataset = calibration_for(model, config), dataset_for(model, config, "test", directory)
     if evaluation.split == "all" and getattr(dataset, "factors", None) is not None:
-        dataset = load_split(config, "all")
+        dataset = dataset_for(model, config, "all", directory)
     values = [call_metric(metric, model, dataset, beta, calibration) for beta in betas]
     columns = curve_columns(config, model, betas, evaluation, directory)
     return {**columns, "metric": [float(value) for value in values]}
@@ -66,7 +66,7 @@ def _with_samples(
     columns = curve_columns(config, model, betas, evaluation, directory)
     drawn = pictures(
         model,
-        load_split(config, "test"),
+        dataset_for(model, config, "test", directory),
         betas,
         evaluation.pictures,
         calibration=calibration_for(model, config),

@@ -73,7 +73,7 @@ def build(
     network = NETWORKS[name]
     own = set(inspect.signature(network).parameters) - {"input_shape", "latent", "likelihood"}
     if unknown := sorted(set(options) - own):
-        raise ValueError(f"network {name!r} has no option {unknown[0]!r}; it has {', '.join(sorted(own))}")
+        raise ValueError(f"network {name!r} has no option {unknown[0]!r}; it has {', '.join(sorted(own)) or 'none'}")
     if isinstance(likelihood, str):
         likelihood = likelihood_called(likelihood, sigma)
     elif sigma is not None:

@@ -200,9 +200,10 @@ def halved(shape: Shape, times: int) -> list[tuple[int, int]]:
     sides = [(shape[1] >> i, shape[2] >> i) for i in range(times + 1)]
     if min(sides[-1]) < 1:
         possible = min(shape[1:]).bit_length() - 1
+        sizes = ",".join(map(str, (32, 64, 128, 256, 512)[:possible]))
         raise ValueError(
             f"images of {shape[1]}x{shape[2]} cannot be halved {times} times, once for each of `channels`; "
-            + (f"give at most {possible}, e.g. channels={(32, 64, 128, 256, 512)[:possible]}" if possible
+            + (f"give at most {possible}, e.g. --set channels={sizes}" if possible
                else "use the network 'mlp'")
         )
     return sides
