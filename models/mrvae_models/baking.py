@@ -97,7 +97,7 @@ def bake_run(
     batches = None if calibration is None else calibration_batches(calibration)
     with recalibration_noise(torch.device("cpu")):
         network: Any = mk.bake(model, beta, batches).eval()
-    of_gates = {*GATED, *GATE_CHOICES}
+    of_gates = {*GATED, *GATE_CHOICES, "include"}
     description = {key: value for key, value in document["model"].items() if key not in of_gates}
     description["beta"] = beta
     description = json.loads(json.dumps(description))

@@ -140,13 +140,14 @@ def test_what_does_not_fit_is_refused():
             chain.decode(noise)
 
 
-def test_balancing_weighs_groups_by_size_and_rate_until_annealing_is_over():
+def test_balancing_weighs_groups_by_their_rate_a_variable_until_annealing_is_over():
     chain = Chain()
     chain.group_shapes = ((2, 1, 1), (2, 3, 2))
     rates = torch.tensor([[1.0, 2.0], [3.0, 8.0]], requires_grad=True)
     weights = chain.balance(rates)
-    products = torch.tensor([2 * 2.0, 12 * 5.0])
-    torch.testing.assert_close(weights, products / products.mean())
+    densities = torch.tensor([2.0 / 2, 5.0 / 12])
+    torch.testing.assert_close(weights, densities / densities.mean())
+    torch.testing.assert_close(chain.balance(torch.tensor([[1.0, 6.0]])), torch.ones(2))  # used alike by their size
     assert not weights.requires_grad
     output: Any = SimpleNamespace(parameters=torch.zeros(2, 3), rates=rates)
     x, beta = torch.ones(2, 3), torch.tensor([0.5, 2.0])

@@ -153,14 +153,15 @@ class Hierarchy(nn.Module):
     def balance(self, rates: Tensor) -> Tensor:
         """Weights of the groups' KL terms while the KL weight is being annealed: (N, groups) -> (groups,), mean 1.
 
-        w_l = s_l R_l / mean_k(s_k R_k), with R_l the batch's mean rate of group l and s_l its size: groups that carry
-        little are pushed little towards collapse (Vahdat and Kautz, 2020, Appendix A). No gradient flows through
-        them; all are 1 where no group carries anything.
+        w_l = (R_l / s_l) / mean_k(R_k / s_k), with R_l the batch's mean rate of group l and s_l its size: groups that
+        carry little for their size are pushed little towards collapse (Vahdat and Kautz, 2020, Appendix A, where s_l
+        R_l is a misprint by the authors' word, github.com/NVlabs/NVAE/issues/26). No gradient flows through them; all
+        are 1 where no group carries anything.
         """
         sizes = torch.tensor([math.prod(shape) for shape in self.group_shapes], device=rates.device, dtype=rates.dtype)
-        products = sizes * rates.detach().mean(0)
-        mean = products.mean()
-        return torch.where(mean > 0, products / mean, torch.ones_like(products))
+        densities = rates.detach().mean(0) / sizes
+        mean = densities.mean()
+        return torch.where(mean > 0, densities / mean, torch.ones_like(densities))
 
     def _by_group(self, noise: Tensor) -> list[Tensor]:
         if noise.dim() != 2 or noise.shape[1] != self.latent:
