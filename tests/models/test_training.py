@@ -381,7 +381,7 @@ def test_force_leaves_a_curve_that_is_of_no_run(config):
 
 
 def test_splits_of_different_shapes_are_refused_before_training(config, monkeypatch):
-    def load(config, split, run):
+    def load(config, split, run, anew=False):
         return ImageDataset(torch.rand(4, 1, *((8, 8) if split == "train" else (10, 10))))
 
     monkeypatch.setattr(training, "load_split", load)
