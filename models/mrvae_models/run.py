@@ -135,7 +135,7 @@ def _fit_options(network: str, options: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(value, list):
             return tuple(value)
         takes_several = name in parameters and isinstance(parameters[name].default, tuple)
-        return (value,) if takes_several and not isinstance(value, str) else value
+        return (value,) if takes_several else value
 
     return {name: fit(name, value) for name, value in options.items()}
 

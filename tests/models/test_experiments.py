@@ -322,6 +322,20 @@ def test_both_planes_of_sampling_range_show_all_points():
         assert low < min(r["rate"] for r in rows) and max(r["rate"] for r in rows) < high
 
 
+def test_the_plane_of_linear_shows_the_whole_optimum():
+    figure = Figure()
+    FigureCanvasAgg(figure)
+    rows = [
+        {
+            **row(MULTIRATE, 0, beta, 3.0 + beta, 5.0),
+            "optimal_rate": 9 / beta, "optimal_distortion": beta, "optimal_objective": 9 + beta,
+        }
+        for beta in (0.5, 2.0)
+    ]
+    FIGURES["linear"](figure, EXPERIMENTS["linear"], rows, Path())
+    assert figure.axes[0].get_xlim()[1] > 18 and figure.axes[0].get_ylim()[0] < 0.5
+
+
 def test_one_seed_has_no_spread_in_the_table():
     rows = [row(line, 0, 1.0, 2.0, 5.0) for line in (MULTIRATE, "retrained")]
     assert "(" not in ratios(rows).split("|---|")[1]

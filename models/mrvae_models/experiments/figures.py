@@ -137,7 +137,7 @@ def _active_units(figure: Figure, experiment: Experiment, rows: Sequence[Row], o
 def _metric(figure: Figure, experiment: Experiment, rows: Sequence[Row], out: Path) -> None:
     left, right = figure.subplots(1, 2)
     name = (experiment.evaluation.metric or "metric").rpartition("/")[2]
-    along(left, rows, "metric", experiment.shows, name)
+    along(left, rows, "metric", r"Metric along $\beta$", name)
     plane(right, rows)
     _legend(left)
 
@@ -157,9 +157,10 @@ def _ranges(figure: Figure, experiment: Experiment, rows: Sequence[Row], out: Pa
 
 def _linear(figure: Figure, experiment: Experiment, rows: Sequence[Row], out: Path) -> None:
     left, right = figure.subplots(1, 2)
-    plane(left, rows, "Rate-distortion curve, training images")
+    places = _lines(left, rows, "Rate-distortion curve, training images")
     best = sorted({(row["optimal_rate"], row["optimal_distortion"]) for row in rows})
     left.plot(*zip(*best, strict=True), "x:", color="black", linewidth=1.0, label="optimum", zorder=5)
+    mark_betas(left, *places)  # it fixes the limits
     excess = [{**row, "excess": 100 * (row["objective"] / row["optimal_objective"] - 1)} for row in rows]
     along(right, excess, "excess", r"D + $\beta$R above the optimum", "excess (%)")
     right.axhline(0, color="black", linestyle=":", linewidth=1.2)
