@@ -185,6 +185,12 @@ def versions() -> dict[str, str]:
     return found
 
 
+def check_directory(directory: Path) -> None:
+    """FileExistsError where files are to be written into what is itself a file."""
+    if directory.exists() and not directory.is_dir():
+        raise FileExistsError(f"{directory} is a file; give --out a directory to write to")
+
+
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file so that `path` is at all times either the old one or the new one, whole, kill -9 included.
 

@@ -145,6 +145,10 @@ def test_unknown_key_of_a_config_file_is_wrong_usage(capsys, tmp_path):
         (["train", "--resume", "{folder}/none"], "config.json does not exist"),
         (["curve", "--run", "{folder}/none"], "holds no config.json; expected the directory of a run"),
         (["curve", "--run", "{folder}/run", "--betas", "0"], "beta is 0.0; expected a positive"),
+        *(
+            ([*words, "--run", "{folder}/run", "--out", "{folder}/images.npz"], "images.npz is a file; give --out a")
+            for words in (["curve"], ["select", "--elbo"], ["metrics", "--metrics", "rate"])
+        ),
         (["curve", "--run", "{folder}/run", "--device", "abacus"], "device 'abacus' cannot be used"),
         (["bake", "--run", "{folder}", "--beta", "1"], "holds no config.json"),
     ],
