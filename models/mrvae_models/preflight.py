@@ -16,7 +16,7 @@ from .data import DataError, InMemory, TextDataset
 from .network_names import NETWORK_NAMES
 from .options import check_format, read_json
 from .progress import METRICS
-from .run import BEST, CONFIG, CURVE_FILES, LAST, MODEL, SENTENCES, VOCABULARY, plain_network
+from .run import BEST, CONFIG, CURVE_FILES, LAST, MODEL, SENTENCES, VOCABULARY, check_directory, plain_network
 from .vae import VAE
 
 TENSORBOARD = "tensorboard"
@@ -100,8 +100,7 @@ def _has_batch_of_one(n: int, batch_size: int, processes: int) -> bool:
 
 def check_free(directory: Path, force: bool) -> None:
     """FileExistsError when the directory holds a run and force does not allow to replace it."""
-    if directory.exists() and not directory.is_dir():
-        raise FileExistsError(f"{directory} is a file; give --out the directory to write the run to")
+    check_directory(directory)
     found = [name for name in OWNED if (directory / name).exists()]
     if found and not force:
         resume = f"continue it with --resume {directory}, " if LAST in found else ""

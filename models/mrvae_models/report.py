@@ -16,7 +16,16 @@ from .config import TrainConfig
 from .curve import Curve, Point, evaluate, has_running_statistics, round_betas
 from .data import ImageDataset, TextDataset, Vocabulary
 from .pictures import pictures
-from .run import CURVE_FILES, SENTENCES, VOCABULARY, calibration_images, load_model, load_split, plain_network
+from .run import (
+    CURVE_FILES,
+    SENTENCES,
+    VOCABULARY,
+    calibration_images,
+    check_directory,
+    load_model,
+    load_split,
+    plain_network,
+)
 from .sentences import sentences, write_sentences
 
 PICTURED_BETAS = 6
@@ -41,6 +50,7 @@ def report(
     the runs to compare with have gates, or another image shape, likelihood, sigma, data or binarize.
     """
     out = run if out is None else out
+    check_directory(out)
     model, document = load_model(run)
     config = source_config(document)
     dataset = dataset_for(model, config, split, run)

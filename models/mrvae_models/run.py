@@ -138,7 +138,7 @@ def _fit_options(network: str, options: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(value, list):
             return tuple(value)
         takes_several = name in parameters and isinstance(parameters[name].default, tuple)
-        return (value,) if takes_several and not isinstance(value, str) else value
+        return (value,) if takes_several else value
 
     return {name: fit(name, value) for name, value in options.items()}
 
@@ -190,6 +190,12 @@ def versions() -> dict[str, str]:
             found[name] = "not installed as a package"
     found["torch"] = torch.__version__  # with its build tag: +cpu or +cu130
     return found
+
+
+def check_directory(directory: Path) -> None:
+    """FileExistsError where files are to be written into what is itself a file."""
+    if directory.exists() and not directory.is_dir():
+        raise FileExistsError(f"{directory} is a file; give --out a directory to write to")
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:

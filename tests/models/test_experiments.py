@@ -18,6 +18,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from mrvae_models import training
 from mrvae_models.arguments import parser
 from mrvae_models.baking import bake_run
@@ -31,6 +33,7 @@ from mrvae_models.experiments.catalogue import EXPERIMENTS, options_of
 from mrvae_models.experiments.command_lines import command_of
 from mrvae_models.experiments.evaluation import evaluated
 from mrvae_models.experiments.execution import configured, execute, execute_one
+from mrvae_models.experiments.figures import FIGURES
 from mrvae_models.experiments.plan import MULTIRATE, Evaluation, Run, Settings, multirate, retrained
 from mrvae_models.experiments.tables import TABLES, area, mean_distortion, ratios
 from mrvae_models.networks import build
@@ -342,6 +345,36 @@ def row(line, seed, beta, rate, distortion):
         "line": line, "run": f"{line}-{seed}", "seed": seed, "beta": beta, "rate": rate, "distortion": distortion,
         "objective": distortion + beta * rate,
     }
+
+
+def test_both_planes_of_sampling_range_show_all_points():
+    figure = Figure()
+    FigureCanvasAgg(figure)
+    lines = {"0.01 to 10": 10.0, "0.1 to 10": 11.0, "0.01 to 1": 40.0}  # the right plane's go far beyond the left's
+    rows = [row(line, 0, beta, rate / beta, 100 + beta) for line, rate in lines.items() for beta in (0.5, 2.0)]
+    FIGURES["ranges"](figure, EXPERIMENTS["sampling-range"], rows, Path())
+    for axis in figure.axes:
+        low, high = axis.get_xlim()
+        assert low < min(r["rate"] for r in rows) and max(r["rate"] for r in rows) < high
+
+
+def test_the_plane_of_linear_shows_the_whole_optimum():
+    figure = Figure()
+    FigureCanvasAgg(figure)
+    rows = [
+        {
+            **row(MULTIRATE, 0, beta, 3.0 + beta, 5.0),
+            "optimal_rate": 9 / beta, "optimal_distortion": beta, "optimal_objective": 9 + beta,
+        }
+        for beta in (0.5, 2.0)
+    ]
+    FIGURES["linear"](figure, EXPERIMENTS["linear"], rows, Path())
+    assert figure.axes[0].get_xlim()[1] > 18 and figure.axes[0].get_ylim()[0] < 0.5
+
+
+def test_one_seed_has_no_spread_in_the_table():
+    rows = [row(line, 0, 1.0, 2.0, 5.0) for line in (MULTIRATE, "retrained")]
+    assert "(" not in ratios(rows).split("|---|")[1]
 
 
 def test_the_area_is_a_mean_distortion_over_the_rates_in_common():

@@ -97,3 +97,18 @@ def test_a_figure_that_fails_writes_nothing(tmp_path):
     with pytest.raises(ValueError, match="not supported"):
         plot.draw(curve, tmp_path / "curve.nothing")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_images_have_one_size_where_there_are_fewer_examples_than_samples(tmp_path, monkeypatch):
+    made = pictures(multirate(), images(3), BETAS, count=8)
+    assert len(made.originals) == 3 and made.samples.shape[1] == 8
+    figure = drawn(monkeypatch, sketched(BETAS), tmp_path / "curve.png", made)
+    axes = figure.subfigs[1].axes
+    assert [axis.get_xlim() for axis in axes] == [(0, 8 * 5)] * 2
+    assert [axis.images[0].get_extent()[1] for axis in axes] == [3 * 5, 8 * 5]
+
+
+def test_points_and_error_bars_of_active_units_are_drawn_whole(tmp_path, monkeypatch):
+    curve = Curve((Point(0.1, 1, 0, 1, 0, -2, 0, 1, 0, 4, 0.9), Point(1, 1, 0, 1, 0, -2, 0, 2, 0, 0, 0.0)))
+    low, high = drawn(monkeypatch, curve, tmp_path / "curve.png").axes[2].get_ylim()
+    assert low < 0 and high > 4.9

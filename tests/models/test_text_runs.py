@@ -92,8 +92,8 @@ def test_a_run_keeps_its_vocabulary_and_evaluates_with_it(run, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"network": "mlp", "network_options": {}}, "network is 'mlp' and .* holds text; expected lstm"),
-        ({"data": "digits"}, "network is 'lstm' and digits holds images; expected mlp or cnn"),
+        ({"network": "mlp", "network_options": {}}, "network is 'mlp' and .* holds text; .*--network lstm,"),
+        ({"data": "digits"}, "network is 'lstm' and digits holds images; expected .*--network linear or mlp or cnn"),
     ],
 )
 def test_networks_of_images_are_kept_from_text_and_the_reverse(run, tmp_path, changes, message):
@@ -158,6 +158,31 @@ def test_no_vocabulary_but_the_run_s_own_is_taken(run, tmp_path, capsys):
         file.writelines(f"{token}\n" for token in (*Vocabulary.read(run / "vocabulary.txt").tokens, "more"))
     assert main(["curve", "--run", str(tmp_path / "copy"), "--betas", "1"]) == 1
     assert "has 19 entries and the network 18" in capsys.readouterr().err
+
+
+def test_data_that_count_otherwise_since_are_measured_in_the_run_s_vocabulary(tmp_path, capsys):
+    data = corpus(tmp_path / "data")
+    run = train(options(data, tmp_path / "run"), progress=False).directory
+    commands = (
+        ["metrics", "--run", str(run), "--metrics", "distortion", "--betas", "1"],
+        ["select", "--run", str(run), "--active-units", "0", "--grid", "3"],
+    )
+    capsys.readouterr()
+    assert [main(command) for command in commands] == [0, 0]
+    before = capsys.readouterr().out
+    with open(data / "train.txt", "a", encoding="utf-8") as file:
+        file.write("v6 v6 v6 v6 v6 v6 v6 v6\n" * 90)  # now the most frequent, and the first by number
+    assert load(str(data)).vocabulary != Vocabulary.read(run / "vocabulary.txt")
+    assert [main(command) for command in commands] == [0, 0]
+    assert capsys.readouterr().out == before
+
+
+def test_experiments_take_text(tmp_path, capsys):
+    data = corpus(tmp_path / "data")
+    words = ["--network", "lstm", "--data", str(data), "--baselines", "constant", "--out", str(tmp_path / "out")]
+    assert main(["experiment", "retraining", "--small", *words]) == 0
+    header = (tmp_path / "out" / "results.csv").read_text().splitlines()[0]
+    assert header.endswith("nats_per_token,perplexity")
 
 
 def test_a_baked_run_speaks_for_itself(run):

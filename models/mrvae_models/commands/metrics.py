@@ -78,9 +78,11 @@ def run(options: argparse.Namespace) -> int:
         raise UsageError(wrong)
     from ..baking import source_config
     from ..report import betas_of, calibration_for, check_betas, dataset_for, to_device
-    from ..run import load_model, replace_file, versions, write_json
+    from ..run import check_directory, load_model, replace_file, versions, write_json
     from ..selection import call_metric, metric_called
 
+    out = options.run if options.out is None else options.out
+    check_directory(out)
     functions = {name: metric_called(name) for name in options.metrics}  # a mistyped one before anything heavy
     model, document = load_model(options.run)
     config = source_config(document)
@@ -104,7 +106,6 @@ def run(options: argparse.Namespace) -> int:
         }
         print(f"{beta:8.4g} " + " ".join(f"{row[name]:{w}.4f}" for name, w in zip(functions, width, strict=True)))
         rows.append({"beta": beta, **row})
-    out = options.run if options.out is None else options.out
     table, whole = (out / name for name in FILES)
 
     def write(temporary: Path) -> None:

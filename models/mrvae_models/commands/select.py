@@ -96,9 +96,11 @@ def run(options: argparse.Namespace) -> int:
     from ..baking import bake_run, source_config
     from ..curve import evaluate
     from ..report import calibration_for, dataset_for, points_table, to_device
-    from ..run import load_model, versions, write_json
+    from ..run import check_directory, load_model, versions, write_json
     from ..selection import select_beta
 
+    path = (options.out or options.run) / FILE
+    check_directory(path.parent)
     model, document = load_model(options.run)
     config = source_config(document)
     model = to_device(model, options.device)
@@ -125,7 +127,6 @@ def run(options: argparse.Namespace) -> int:
     if options.bake:
         out = None if options.out is None else options.out / f"baked-{chosen.beta:g}"
         baked = bake_run(options.run, chosen.beta, out, calibration, options.force).directory
-    path = (options.out or options.run) / FILE
     selection = asdict(chosen)
     del selection["point"]
     write_json(

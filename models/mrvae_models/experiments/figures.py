@@ -72,6 +72,11 @@ def along(axis: Axes, rows: Sequence[Row], column: str, title: str, label: str) 
 
 def plane(axis: Axes, rows: Sequence[Row], title: str = "Rate-distortion curve") -> None:
     """Distortion against rate, a line each; betas are written beside the first."""
+    mark_betas(axis, *_lines(axis, rows, title))
+
+
+def _lines(axis: Axes, rows: Sequence[Row], title: str) -> tuple[list[float], np.ndarray]:
+    """The plane without betas; returns those of the first line, and its points."""
     rates, distortions = along_beta(rows, "rate"), along_beta(rows, "distortion")
     marked: list[tuple[list[float], np.ndarray]] = []
     for index, line in enumerate(rates):
@@ -80,7 +85,7 @@ def plane(axis: Axes, rows: Sequence[Row], title: str = "Rate-distortion curve")
         marked.append((list(rates[line]), np.column_stack([x, y])))
     axis.set(title=title, xlabel="rate R (nats)", ylabel="distortion D (nats)")
     axis.margins(0.08)
-    mark_betas(axis, *marked[0])
+    return marked[0]
 
 
 def relative(axis: Axes, rows: Sequence[Row]) -> None:
@@ -123,7 +128,8 @@ def _active_units(figure: Figure, experiment: Experiment, rows: Sequence[Row], o
     left, right = figure.subplots(1, 2)
     along(left, rows, "active_units", "Active units", "latent dimensions in use")
     left.yaxis.set_major_locator(MaxNLocator(integer=True))
-    left.set_ylim(bottom=0)
+    top = left.get_ylim()[1]
+    left.set_ylim(-0.05 * top, top)  # points at 0 are drawn whole
     plane(right, rows)
     _legend(left)
 
@@ -131,25 +137,30 @@ def _active_units(figure: Figure, experiment: Experiment, rows: Sequence[Row], o
 def _metric(figure: Figure, experiment: Experiment, rows: Sequence[Row], out: Path) -> None:
     left, right = figure.subplots(1, 2)
     name = (experiment.evaluation.metric or "metric").rpartition("/")[2]
-    along(left, rows, "metric", experiment.shows, name)
+    along(left, rows, "metric", r"Metric along $\beta$", name)
     plane(right, rows)
     _legend(left)
 
 
 def _ranges(figure: Figure, experiment: Experiment, rows: Sequence[Row], out: Path) -> None:
     left, right = figure.subplots(1, 2, sharex=True, sharey=True)
+    marked = []
     for axis, same, title in ((left, 1, "[a, 10]"), (right, 0, "[0.01, b]")):
         ends = [line.split(" to ") for line in by_line(rows)]
         wanted = {" to ".join(end) for end in ends if end[same] == ("0.01", "10")[same]}
-        plane(axis, [row for row in rows if row["line"] in wanted], rf"$\beta$ drawn from {title}")
+        chosen = [row for row in rows if row["line"] in wanted]
+        marked.append(_lines(axis, chosen, rf"$\beta$ drawn from {title}"))
         _legend(axis)
+    for axis, places in zip((left, right), marked, strict=True):  # it fixes the limits, which both share
+        mark_betas(axis, *places)
 
 
 def _linear(figure: Figure, experiment: Experiment, rows: Sequence[Row], out: Path) -> None:
     left, right = figure.subplots(1, 2)
-    plane(left, rows, "Rate-distortion curve, training images")
+    places = _lines(left, rows, "Rate-distortion curve, training images")
     best = sorted({(row["optimal_rate"], row["optimal_distortion"]) for row in rows})
     left.plot(*zip(*best, strict=True), "x:", color="black", linewidth=1.0, label="optimum", zorder=5)
+    mark_betas(left, *places)  # it fixes the limits
     excess = [{**row, "excess": 100 * (row["objective"] / row["optimal_objective"] - 1)} for row in rows]
     along(right, excess, "excess", r"D + $\beta$R above the optimum", "excess (%)")
     right.axhline(0, color="black", linestyle=":", linewidth=1.2)

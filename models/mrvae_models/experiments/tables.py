@@ -78,8 +78,7 @@ def retraining_table(runs: Mapping[str, Mapping[str, Any]], betas: Sequence[floa
         objectives = [[c["objective"][0] for c in plain], [c["objective"][i] for c in multi]]
         rates = [statistics.fmean(c["rate"][0] for c in plain), statistics.fmean(c["rate"][i] for c in multi)]
         ratios.append(statistics.fmean(objectives[1]) / statistics.fmean(objectives[0]))
-        cells = [f"{statistics.fmean(v):.2f} ({statistics.stdev(v) if len(v) > 1 else 0:.2f})" for v in objectives]
-        lines.append([f"{beta:.3g}", *cells, f"{ratios[-1]:.3f}", f"{rates[0]:.2f}, {rates[1]:.2f}"])
+        lines.append([f"{beta:.3g}", *map(cell, objectives), f"{ratios[-1]:.3f}", f"{rates[0]:.2f}, {rates[1]:.2f}"])
     return f"{table(header, lines)}\n\nmean ratio {statistics.fmean(ratios):.3f}, worst {max(ratios):.3f}"
 
 
