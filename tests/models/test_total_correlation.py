@@ -40,9 +40,10 @@ def test_parts_are_their_formulas_written_out(size, sampling):
     z, mean, log_variance = posteriors()
     n, k = z.shape
     got = decompose(z, mean, log_variance, size, sampling)
-    density = lambda i, j, d: math.exp(  # noqa: E731
-        distributions.Normal(mean[j, d], torch.exp(log_variance[j, d] / 2)).log_prob(z[i, d])
-    )
+
+    def density(i, j, d):
+        return math.exp(distributions.Normal(mean[j, d], torch.exp(log_variance[j, d] / 2)).log_prob(z[i, d]))
+
     for i in range(n):
         weights = [1 / n if size is None else 1 / (size * n)] * n
         if sampling == "stratified":

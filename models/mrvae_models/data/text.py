@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -112,12 +113,16 @@ def files(source: Path) -> dict[str, Path]:
     return found
 
 
+def _given(raw: Raw) -> Raw:
+    return raw
+
+
 def load_text(paths: dict[str, Path], split: str, seed: int, options: TextOptions, origin: str) -> TextDataset:
     """One split of the text in files() of a source. DataError for anything that cannot be used."""
     if options.max_length is not None and options.max_length < 2:
         raise DataError(f"max_length is {options.max_length}; expected at least 2: a token and </s>")
     contents = {name: _read(path) for name, path in paths.items()}
-    sets: Sets = {name: lambda raw=raw: raw for name, raw in contents.items()}  # type: ignore[misc]
+    sets: Sets = {name: functools.partial(_given, raw) for name, raw in contents.items()}
     raw, kept = choose(sets, split, seed, origin)
     vocabulary = options.vocabulary
     if vocabulary is None:

@@ -7,6 +7,7 @@ Groups are numbered from the top, which is drawn first. NVAE's residual posterio
 
 from __future__ import annotations
 
+import abc
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -75,7 +76,7 @@ class HierarchicalOutput(NamedTuple):
     noise: Tensor  # (N, k), standard normal, of which z = mean + sigma * noise was drawn
 
 
-class Hierarchy(nn.Module):
+class Hierarchy(nn.Module, abc.ABC):
     """A VAE of latent groups. A network says how it goes up and down:
 
         ascend(x) -> features                          what the posteriors need of x
@@ -95,11 +96,11 @@ class Hierarchy(nn.Module):
         self.group_shapes = tuple(group_shapes)
         self.latent = sum(map(math.prod, self.group_shapes))
 
-    def ascend(self, x: Tensor) -> Any:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def ascend(self, x: Tensor) -> Any: ...
 
-    def descend(self, features: Any, noise: Sequence[Tensor]) -> tuple[Tensor, list[tuple[Normal, Normal]]]:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def descend(self, features: Any, noise: Sequence[Tensor]) -> tuple[Tensor, list[tuple[Normal, Normal]]]: ...
 
     def forward(self, x: Tensor, noise: Tensor | None = None) -> HierarchicalOutput:
         """One draw from the posterior. x: (N, *input_shape), noise: (N, latent), groups from the top; else ValueError.
