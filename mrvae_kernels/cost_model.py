@@ -74,9 +74,9 @@ BYTES_MOVED = CostModel(Extra(0, 5, 0), Extra(0, 0, 4), "")
 """The prior: fold reads and writes the weight in forward, reads two of its size and writes one in backward; the
 epilogue moves the output about four times more than the plain layer, whose bias gradient reads it once anyway."""
 
-TRACED = CostModel(Extra(0, 5, 0), Extra(20_000, 0, 4), "")
-"""What torch.compile's layers follow: the same, and the call of a kernel of its own that the epilogue of a product is
-to Inductor, where folds join the kernel before them."""
+TRACED = CostModel(Extra(30_000, 5, 0), Extra(0, 0, 3), "")
+"""What torch.compile's layers follow. There an epilogue takes the place of a kernel that the plain layer has too, a
+ReLU's or the bias gradient's, while a fold is a kernel more in each pass; so an epilogue at most sizes."""
 
 Models = dict[tuple[str, torch.dtype], CostModel]
 

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from .adapters import ADAPTERS, NormAdapter
 from .conditional import conditional_norm
 from .gates import GateNetwork
-from .hosting import Hosted, TracedGates
+from .hosting import Hosted
 from .places import Places
+from .traced import TracedGates
 
 HIDDEN = (64,)
 
@@ -42,8 +43,8 @@ class ConditionalNormAdapter(NormAdapter):
 class HostedNorm(Hosted):
     """A conditional norm, which never folds with the gated layers."""
 
-    def _traced(self, call: TracedGates, gate: Tensor, shift: Tensor | None, x: Any, *args: Any, **kwargs: Any) -> Any:
-        return self.adapter.run(self, gate, shift, None, None, x)
+    def _traced(self, call: TracedGates, x: Any, *args: Any, **kwargs: Any) -> Any:
+        return self.adapter.run(self, *self._values(call), None, None, x)
 
 
 ADAPTER = ConditionalNormAdapter()
@@ -94,4 +95,4 @@ class ConditionalNorms(nn.Module):
     def tell(self, calls: Sequence[TracedGates], start: int) -> None:
         """Where each norm finds s and t in calls that torch.compile traces: from slice `start` on."""
         for i, layer in enumerate(self.places.layers):
-            layer.__dict__.update(_calls=calls, _slices=(start + 2 * i, start + 2 * i + 1, -1))
+            layer.__dict__.update(_calls=calls, _slices=(start + 2 * i, start + 2 * i + 1, -1, 0))

@@ -22,6 +22,7 @@ from . import traced
 from .adapters import ADAPTERS, Adapter, FoldJob, fold_layers, lost
 from .ops import EXTENSION
 from .ops.shortcuts import core
+from .traced import SampledGate, TracedGates
 
 
 class Share(NamedTuple):
@@ -42,12 +43,12 @@ WITHOUT_A_BETA = (
 )
 
 
-class TracedGates(NamedTuple):
-    """What torch.compile hands the layers of a call: the values of all slices, and what else depends on the call."""
-
-    values: Sequence[Tensor]
-    asked: str | None  # the strategy of an override
-    exporting: bool
+@traced.asked_once
+def hooked(module: nn.Module) -> bool:
+    """Whether nn.Module's call does more than `forward`; as torch.compile itself, not guarded."""
+    kinds = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
+    everywhere = any(getattr(nn.modules.module, f"_global_{kind}") for kind in kinds)
+    return everywhere or any(getattr(module, f"_{kind}") for kind in kinds) or torch.compiler.is_exporting()
 
 
 class Hosted(nn.Module):
@@ -56,7 +57,8 @@ class Hosted(nn.Module):
     plain: type[nn.Module]
     adapter: Adapter
     _calls: Sequence[TracedGates] = ()  # the network's, one list for all layers: torch.compile's, innermost last
-    _slices: tuple[int, int, int] = (0, -1, -1)  # of the gate, the shift and the gate on inputs; -1 for none
+    # the places of the gate, the shift and the gate on inputs, -1 for none; and where the gate begins among all of them
+    _slices: tuple[int, int, int, int] = (0, -1, -1, 0)
     _share: Share | None = None
     _direct: Any = None  # the core's HostedLayer, which counts where there is no share; not for a compiled network
     _stage: Any = None  # the network's, where there is a compiled core
@@ -74,10 +76,7 @@ class Hosted(nn.Module):
 
     @traced.asked_once
     def _has_hooks(self) -> bool:
-        """Whether nn.Module's call does more than `forward`; as torch.compile itself, not guarded."""
-        kinds = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
-        everywhere = any(getattr(nn.modules.module, f"_global_{kind}") for kind in kinds)
-        return everywhere or any(getattr(self, f"_{kind}") for kind in kinds) or torch.compiler.is_exporting()
+        return hooked(self)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         calls = self._calls  # not traced itself, a layer behind a break of Dynamo's graph is part of such a call too
@@ -110,13 +109,19 @@ class Hosted(nn.Module):
 
     def _trace(self, call: TracedGates, *args: Any, **kwargs: Any) -> Any:
         x, *rest = (kwargs.pop("input"), *args) if "input" in kwargs else args
-        gate, shift, inputs = self._slices
+        _, _, inputs, _ = self._slices
         if inputs >= 0:
-            x = self.adapter.scale_inputs(x, call.values[inputs])
-        return self._traced(call, call.values[gate], None if shift < 0 else call.values[shift], x, *rest, **kwargs)
+            x = self.adapter.scale_inputs(x, call.value(inputs))
+        return self._traced(call, x, *rest, **kwargs)
 
-    def _traced(self, call: TracedGates, gate: Tensor, shift: Tensor | None, x: Any, *args: Any, **kwargs: Any) -> Any:
+    def _values(self, call: TracedGates) -> tuple[Tensor, Tensor | None]:
+        """Gate and shift of a call that torch.compile traces."""
+        gate, shift, _, _ = self._slices
+        return call.value(gate), None if shift < 0 else call.value(shift)
+
+    def _traced(self, call: TracedGates, x: Any, *args: Any, **kwargs: Any) -> Any:
         """The layer's output as torch.compile traces it."""
+        gate, shift = self._values(call)
         adapter = self.adapter
         if gate.dim() == 1 and not adapter.product:
             folded = fold_layers([FoldJob(self, adapter, gate, shift)])[0]
@@ -144,25 +149,41 @@ class Hosted(nn.Module):
         self.__class__ = self.plain  # type: ignore[assignment]
 
 
-class TracedLinear(Hosted):
+class TracedProduct(Hosted):
+    """A Linear or convolution, of which torch.compile looks at little: at its parameters, and a few numbers."""
+
+    def takes_activation(self, after: nn.Module | None) -> bool:
+        """Whether the layer's epilogue can do the module after it as well, in a call that is compiled."""
+        return type(after) is nn.ReLU and bool(self._calls) and not self._has_hooks() and not hooked(after)
+
+
+class TracedLinear(TracedProduct):
     """A Linear, of which torch.compile looks at nothing but weight and bias."""
 
-    def _traced(self, call: TracedGates, gate: Tensor, shift: Tensor | None, x: Any, *args: Any, **kwargs: Any) -> Any:
+    def _traced(self, call: TracedGates, x: Any, *args: Any, activation: str = "none", **kwargs: Any) -> Any:
         layer: Any = self
-        return traced.gated_linear(x, layer.weight, layer.bias, gate, shift, call.asked, call.exporting)
+        gate, shift, _, start = self._slices
+        found = call.values[gate]
+        if isinstance(found, SampledGate) and shift < 0:
+            return traced.sampled_linear(x, layer.weight, layer.bias, *found, start, activation, call.asked)
+        return traced.gated_linear(
+            x, layer.weight, layer.bias, *self._values(call), call.flat, start, activation, call.asked, call.exporting
+        )
 
 
-class TracedConvolution(Hosted):
+class TracedConvolution(TracedProduct):
     """A convolution likewise, with its strides and the like as numbers; others run as every layer."""
 
-    def _traced(self, call: TracedGates, gate: Tensor, shift: Tensor | None, x: Any, *args: Any, **kwargs: Any) -> Any:
+    def _traced(self, call: TracedGates, x: Any, *args: Any, activation: str = "none", **kwargs: Any) -> Any:
         layer: Any = self
         padding = layer.padding
         if args or kwargs or isinstance(padding, str) or layer.padding_mode != "zeros" or x.dim() != layer.weight.dim():
-            return super()._traced(call, gate, shift, x, *args, **kwargs)
+            y = super()._traced(call, x, *args, **kwargs)
+            return y if activation == "none" else y.relu()
+        geometry = (layer.stride, padding, layer.dilation, layer.transposed, layer.output_padding, layer.groups)
         return traced.gated_convolution(
-            x, layer.weight, layer.bias, gate, shift, layer.stride, padding, layer.dilation, layer.transposed,
-            layer.output_padding, layer.groups, call.asked, call.exporting,
+            x, layer.weight, layer.bias, *self._values(call), call.flat, self._slices[3], geometry, activation,
+            call.asked, call.exporting,
         )
 
 
@@ -179,8 +200,15 @@ class HostedSequential(nn.Sequential):
     def forward(self, input: Any) -> Any:
         if not torch.compiler.is_compiling() and EXTENSION:  # it may be unpickled where there is no core
             return core().run_sequential(self._modules, input)
-        for module in self._modules.values():
-            input = module(input)
+        done = False
+        modules = list(self._modules.values())
+        for module, after in zip(modules, [*modules[1:], None], strict=True):
+            if done:
+                done = False
+            elif isinstance(module, TracedProduct) and module.takes_activation(after):
+                input, done = module._trace(module._calls[-1], input, activation="relu"), True
+            else:
+                input = module(input)
         return input
 
 

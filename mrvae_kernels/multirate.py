@@ -34,7 +34,6 @@ from .hosting import (
     HOSTED,
     Hosted,
     Share,
-    TracedGates,
     Turn,
     host_sequentials,
     lend,
@@ -45,6 +44,7 @@ from .places import Places
 from .plans import LayerGates, Plans
 from .recalibration import recalibrate
 from .selection import Gates, select
+from .traced import SampledGate, TracedGates
 
 
 class GatedEntry(NamedTuple):
@@ -192,21 +192,27 @@ class MultiRate(Recorded):
             with self._lend_norms(beta):
                 return self._call(beta, None, args, kwargs)
         self._check_layers()
-        values = [*self._traced_bank(beta), *self._norm_values(beta)]
-        self._calls.append(TracedGates(values, override.strategy, torch.compiler.is_exporting()))
+        flat, bank = self._traced_bank(beta)
+        values = [*bank, *self._norm_values(beta)]
+        exporting = torch.compiler.is_exporting()
+        self._calls.append(TracedGates(values, None if exporting else flat, override.strategy, exporting))
         try:
             return self.network(*args, **kwargs)
         finally:
             self._calls.pop()
 
-    def _traced_bank(self, beta: Beta) -> Sequence[Tensor]:
+    def _traced_bank(self, beta: Beta) -> tuple[Tensor | None, Sequence[Tensor | SampledGate]]:
+        """All gates and shifts, in one piece where they are, and one by one."""
         weight, bias = self.gate_weight, self.gate_bias
         if weight is None or bias is None or isinstance(beta, bool) or not isinstance(beta, (Tensor, int, float)):
-            return self._bank(beta)
+            return None, self._bank(beta)
         if not isinstance(beta, Tensor):
             beta = torch.scalar_tensor(beta, dtype=reference.gate_dtype(weight.dtype), device=weight.device)
         low, high = self.beta_range
-        return traced.gate_bank(weight, bias, beta, low, high, self._sizes, self._kinds)
+        if beta.dim() == 1:
+            return None, traced.sampled_gates(weight, bias, beta, low, high, self._sizes, self._kinds)
+        flat, *values = traced.bank(weight, bias, beta, low, high, self._sizes, self._kinds)
+        return flat, values
 
     @traced.asked_once
     def _check_layers(self) -> None:
@@ -366,7 +372,8 @@ class MultiRate(Recorded):
         known = self._places.layers[0].__dict__.get("_calls")  # of a shallow copy, whose layers these are as well
         self._calls: list[TracedGates] = [] if known is None else known
         for i, (layer, (shift, inputs)) in enumerate(zip(self._places.layers, self._layout, strict=True)):
-            slices = (i, -1 if shift is None else shift, -1 if inputs is None else inputs)
+            start = self.gated[self._entries[i].name].start
+            slices = (i, -1 if shift is None else shift, -1 if inputs is None else inputs, start)
             layer.__dict__.update(_calls=self._calls, _slices=slices)
         if self.conditional is not None:
             self.conditional.tell(self._calls, len(self._rows))

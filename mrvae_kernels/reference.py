@@ -6,7 +6,6 @@ once, to the dtype of the product that they scale.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -54,6 +53,19 @@ def gate_activation(preactivation: Tensor, kind: str) -> Tensor:
         bounded = square / (2 * exact.clamp(min=0.5 / SQRT_GATE_MAX_SLOPE))
         return exact + (bounded - bounded.detach())
     raise ValueError(f"gate kind is {kind!r}; expected sigmoid, sqrt, softplus or identity")
+
+
+def gate_and_slope(preactivation: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """g = act(p) and dg/dp, as autograd has it of gate_activation: for backward passes that make gates anew."""
+    gate = gate_activation(preactivation, kind)
+    if kind == "identity":
+        return gate, torch.ones_like(gate)
+    if kind == "sigmoid":
+        return gate, gate * (1 - gate)
+    if kind == "softplus":
+        return gate, torch.sigmoid(preactivation)
+    slope = (gate.square() - 1) / (2 * gate.clamp(min=0.5 / SQRT_GATE_MAX_SLOPE))
+    return gate, torch.where(preactivation < 0, slope, 0)
 
 
 def gates(weight: Tensor, bias: Tensor, eta: Tensor, kind: str) -> Tensor:
@@ -137,10 +149,22 @@ def gated_convolution(
     activation: str = "none", strategy: str = "epilogue",
 ) -> Tensor:
     """y = act(g (conv(x, W) + b) + t), 1-d to 3-d, transposed or not: x (N, C_in, ...), g, t (C_out,) or (N, C_out)."""
-    convolve = functools.partial(
-        CONVOLUTIONS[transposed][x.dim() - 3], stride=stride, padding=padding, dilation=dilation, groups=groups,
-        **({"output_padding": output_padding} if transposed else {}),
-    )
+    geometry = (stride, padding, dilation, transposed, output_padding, groups)
     if strategy == "fold":
-        return activate(convolve(x, *fold(weight, bias, gate, shift, groups if transposed else 0)), activation)
-    return epilogue(convolve(x, weight), bias, gate, shift, 1, activation)
+        folded = fold(weight, bias, gate, shift, groups if transposed else 0)
+        return activate(convolve(x, folded, geometry), activation)
+    return epilogue(convolve(x, (weight, None), geometry), bias, gate, shift, 1, activation)
+
+
+def convolve(
+    x: Tensor, parameters: tuple[Tensor, Tensor | None],
+    geometry: tuple[Sequence[int], Sequence[int], Sequence[int], bool, Sequence[int], int],
+) -> Tensor:
+    """torch's convolution with this weight and bias, in 1 to 3 dimensions.
+
+    geometry: stride, padding, dilation, transposed, output padding and groups.
+    """
+    stride, padding, dilation, transposed, output_padding, groups = geometry
+    extra = {"output_padding": output_padding} if transposed else {}
+    function = CONVOLUTIONS[transposed][x.dim() - 3]
+    return function(x, *parameters, stride=stride, padding=padding, dilation=dilation, groups=groups, **extra)

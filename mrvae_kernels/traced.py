@@ -2,25 +2,57 @@
 
 Dynamo guards every Python object that it looks at, each time the compiled network is called: traced through
 `functional` and `strategy`, a network of five layers had 354 guarded objects where the plain one has 76, and an eager
-step was faster. These functions are opaque to Dynamo and transparent to AOTAutograd, which traces the formulas of
-`reference` in them for Inductor to fuse. What they depend on besides tensors is an argument, and so is guarded.
+step was faster. These functions are opaque to Dynamo and transparent to AOTAutograd, which traces the formulas in them
+for Inductor to fuse. What they depend on besides tensors is an argument, and so is guarded.
+
+The formulas are those of `reference`, with backward passes of their own (`traced_epilogue`) that keep y alone.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import functional, reference
 from .cost_model import TRACED
 from .gates import BetaRange, standardize
 from .strategy import choose_strategy
+from .traced_epilogue import Bank, Epilogue, Fold, SampledEpilogue
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+class SampledGate(NamedTuple):
+    """A gate or shift at one beta a sample, by what it is made of: act(weight eta + bias), weight and bias (C,), eta
+    (N,); flat_weight and flat_bias are the whole network's."""
+
+    weight: Tensor
+    bias: Tensor
+    eta: Tensor
+    flat_weight: Tensor
+    flat_bias: Tensor
+    kind: str
+
+
+@dataclass(frozen=True)
+class TracedGates:
+    """What torch.compile hands the layers of a call: all gates and shifts, and what else depends on the call."""
+
+    values: Sequence[Tensor | SampledGate]
+    flat: Tensor | None  # the values of one beta in one piece
+    asked: str | None  # the strategy of an override
+    exporting: bool
+
+    def value(self, i: int) -> Tensor:
+        """The gate's or shift's value, (C,) or (N, C)."""
+        found = self.values[i]
+        return gates(found.weight, found.bias, found.eta, found.kind) if isinstance(found, SampledGate) else found
 
 
 def asked_once(function: Function) -> Function:
@@ -32,40 +64,106 @@ def asked_once(function: Function) -> Function:
 
 def announce() -> None:
     """Tell Dynamo of the functions here: when it traces a network, and is imported."""
-    for function in (gate_bank, gated_linear, gated_convolution):
+    for function in (bank, bank_parts, gates, gated_linear, sampled_linear, gated_convolution):
         torch.compiler.allow_in_graph(function)
 
 
-def gate_bank(
+def sampled_gates(
+    weight: Tensor, bias: Tensor, beta: Tensor, low: float, high: float, sizes: tuple[int, ...], kinds: tuple[str, ...]
+) -> list[SampledGate]:
+    """All gates and shifts of a network at one beta a sample, not yet evaluated: a Linear has as many as results."""
+    eta, *pieces = bank_parts(weight, bias, beta, low, high, sizes)
+    pairs = zip(pieces[: len(sizes)], pieces[len(sizes) :], kinds, strict=True)
+    return [SampledGate(w, c, eta, weight, bias, kind) for w, c, kind in pairs]
+
+
+def bank(
     weight: Tensor, bias: Tensor, beta: Tensor, low: float, high: float, sizes: tuple[int, ...], kinds: tuple[str, ...]
 ) -> list[Tensor]:
-    """All gates and shifts of a network at beta; see `functional.gate_bank`."""
+    """All gates and shifts of a network at one beta, in one piece, and its slices; see `functional.gate_bank`."""
+    eta = _eta(weight, beta, low, high)
+    # in one piece Inductor keeps them: apart, each gate is evaluated anew for every element that it scales
+    flat = Bank.apply(weight, bias, eta, sizes, kinds)
+    return [flat.detach(), *flat.split(sizes)]
+
+
+def bank_parts(
+    weight: Tensor, bias: Tensor, beta: Tensor, low: float, high: float, sizes: tuple[int, ...]
+) -> list[Tensor]:
+    """eta, then w of each gate, then c of each."""
+    return [_eta(weight, beta, low, high), *weight.split(sizes), *bias.split(sizes)]
+
+
+def gates(weight: Tensor, bias: Tensor, eta: Tensor, kind: str) -> Tensor:
+    """See `reference.gates`."""
+    return reference.gates(weight, bias, eta, kind)
+
+
+def _eta(weight: Tensor, beta: Tensor, low: float, high: float) -> Tensor:
     dtype = reference.gate_dtype(weight.dtype)
-    eta = standardize(beta, BetaRange(low, high), device=weight.device, dtype=dtype)
-    return reference.gate_bank(weight, bias, eta, sizes, kinds)
+    return standardize(beta, BetaRange(low, high), device=weight.device, dtype=dtype)
 
 
 def gated_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor, shift: Tensor | None, asked: str | None,
-    exporting: bool,
+    x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor, shift: Tensor | None, flat: Tensor | None, start: int,
+    activation: str, asked: str | None, exporting: bool,
 ) -> Tensor:
-    """See `functional.gated_linear`; asked: the strategy of an override, or None."""
+    """See `functional.gated_linear`.
+
+    flat, start: all gates in one piece, or None, and where this one begins in it; activation: none or relu; asked: an
+    override's strategy, or None.
+    """
     gate, shift = functional.check_linear(x, weight, bias, gate, shift)
     how = _strategy(weight, math.prod(x.shape[:-1]) * weight.shape[0], gate, asked, exporting)
-    return reference.gated_linear(x, weight, bias, gate, shift, "none", how)
+    if how == "fold":
+        return reference.activate(F.linear(x, *_fold(weight, bias, gate, shift, flat, start, 0)), activation)
+    return _epilogue(F.linear(x, weight), bias, gate, shift, flat, start, x.dim() - 1, activation)
+
+
+def sampled_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, gate_weight: Tensor, gate_bias: Tensor, eta: Tensor,
+    flat_weight: Tensor, flat_bias: Tensor, kind: str, start: int, activation: str, asked: str | None,
+) -> Tensor:
+    """A Linear with one beta a sample and no shift, by its SampledGate, which begins at `start`."""
+    if x.dim() != 2 or x.shape[0] != eta.shape[0] or asked is not None:
+        value = gates(gate_weight, gate_bias, eta, kind)
+        return gated_linear(x, weight, bias, value, None, None, 0, activation, asked, False)
+    flats = flat_weight.detach(), flat_bias.detach()
+    u = F.linear(x, weight)
+    return SampledEpilogue.apply(u, bias, gate_weight, gate_bias, eta, *flats, start, kind, activation == "relu")
 
 
 def gated_convolution(
-    x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor, shift: Tensor | None, stride: tuple[int, ...],
-    padding: tuple[int, ...], dilation: tuple[int, ...], transposed: bool, output_padding: tuple[int, ...], groups: int,
-    asked: str | None, exporting: bool,
+    x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor, shift: Tensor | None, flat: Tensor | None, start: int,
+    geometry: functional.Geometry, activation: str, asked: str | None, exporting: bool,
 ) -> Tensor:
-    """A batch's convolution; see `functional.gated_conv2d`."""
-    geometry = (stride, padding, dilation, transposed, output_padding, groups)
-    gate, shift = functional.check_convolution(x, weight, bias, gate, shift, transposed, groups, len(stride))
+    """A batch's convolution; see `functional.gated_conv2d` and gated_linear."""
+    _, _, _, transposed, _, groups = geometry
+    gate, shift = functional.check_convolution(x, weight, bias, gate, shift, transposed, groups, x.dim() - 2)
     outputs = functional.convolution_output_numel(x, weight, *geometry)
     how = _strategy(weight, outputs, gate, asked, exporting)
-    return reference.gated_convolution(x, weight, bias, gate, shift, *geometry, "none", how)
+    if how == "fold":
+        folded = _fold(weight, bias, gate, shift, flat, start, groups if transposed else 0)
+        return reference.activate(reference.convolve(x, folded, geometry), activation)
+    return _epilogue(reference.convolve(x, (weight, None), geometry), bias, gate, shift, flat, start, 1, activation)
+
+
+def _fold(
+    weight: Tensor, bias: Tensor | None, gate: Tensor, shift: Tensor | None, flat: Tensor | None, start: int,
+    groups: int,
+) -> tuple[Tensor, Tensor | None]:
+    if shift is not None or flat is None:
+        return reference.fold(weight, bias, gate, shift, groups)
+    return Fold.apply(weight, bias, gate, flat, start, groups)
+
+
+def _epilogue(
+    u: Tensor, bias: Tensor | None, gate: Tensor, shift: Tensor | None, flat: Tensor | None, start: int, dim: int,
+    activation: str,
+) -> Tensor:
+    if shift is not None or flat is None:
+        return reference.epilogue(u, bias, gate, shift, dim, activation)
+    return Epilogue.apply(u, bias, gate, flat, start, dim, activation == "relu")
 
 
 def _strategy(weight: Tensor, outputs: int, gate: Tensor, asked: str | None, exporting: bool) -> str:
@@ -73,4 +171,3 @@ def _strategy(weight: Tensor, outputs: int, gate: Tensor, asked: str | None, exp
         return choose_strategy(0, 0, gate.dim() == 2, asked)
     # one program for every batch size: comparing them would pin the exported one's
     return "fold" if exporting else TRACED.cheaper(weight.numel(), outputs)
-

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 
 import mrvae_kernels as mk
-from mrvae_kernels import reference
+from mrvae_kernels import traced_epilogue
 
 X, BETA = torch.randn(3, 4, dtype=torch.float64), torch.tensor(0.5)
 
@@ -170,8 +170,10 @@ def test_networks_within_one_another_have_gates_of_their_own():
 
 
 def test_an_override_is_seen_by_a_network_that_is_compiled_already(monkeypatch):
-    model, used, plain = gated(), [], reference.gated_linear
-    monkeypatch.setattr(reference, "gated_linear", lambda *args: used.append(args[-1]) or plain(*args))
+    model, used = gated(), []
+    for strategy, kind in (("fold", traced_epilogue.Fold), ("epilogue", traced_epilogue.Epilogue)):
+        apply = kind.apply
+        monkeypatch.setattr(kind, "apply", lambda *args, how=strategy, apply=apply: used.append(how) or apply(*args))
     call = compiled(model)
     expected = call(X, beta=BETA)
     for strategy in ("fold", "epilogue"):
@@ -217,3 +219,11 @@ def test_gates_on_inputs_and_layers_without_a_formula_of_their_own():
     x = torch.randn(3, 2, 4, dtype=torch.float64)
     for beta in (BETA, torch.tensor([0.02, 0.5, 9.0])):
         torch.testing.assert_close(compiled(model)(x, beta=beta), model(x, beta=beta))
+
+
+@pytest.mark.parametrize("beta", [BETA, torch.tensor([0.02, 0.5, 9.0])], ids=["shared", "per-sample"])
+def test_a_relu_that_somebody_listens_to_is_called(beta):
+    model, heard = gated(), []
+    model.network[1].register_forward_hook(lambda module, args, y: heard.append(y.shape) or 2 * y)
+    torch.testing.assert_close(compiled(model)(X, beta=beta), model(X, beta=beta))
+    assert len(heard) == 2

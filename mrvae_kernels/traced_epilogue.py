@@ -1,0 +1,143 @@
+"""Gates, folds and epilogues for torch.compile, with backward passes written out for what they keep.
+
+    bank      g = act(w eta + c)                    keeps w, c and eta, which are there anyway
+    fold      W' = g W,  b' = g b                   dW = g dW', db = g db', dg = <dW', W> + db' b
+    epilogue  y = act(g (u + b)), act none or ReLU  du = g dz, db = sum du, dg = sum dz (u + b) = (sum dz y) / g,
+                                                    dz = dy where y > 0 (ReLU), else dy; keeps y, not u
+
+Left to autograd, u is kept beside y, which the next layer keeps anyway, and the slices of gates are kept one by one: a
+tensor more between the passes costs more than the arithmetic on a gate. So what is kept of gates is the whole
+network's in one piece, `flat`, of which a layer's begin at `start`; the slice itself is where the gradient goes. A gate
+of exactly 0 has no gradient, as the gates of a network have the slope 0 there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference
+
+
+class Bank(torch.autograd.Function):
+    """All gates and shifts of a network at one beta, flat: weight, bias (C,), eta 0-d."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, weight: Tensor, bias: Tensor, eta: Tensor, sizes: Sequence[int], kinds: Sequence[str]
+    ) -> Tensor:
+        ctx.save_for_backward(weight, bias, eta)
+        ctx.sizes, ctx.kinds = sizes, kinds
+        return torch.cat(reference.gate_bank(weight, bias, eta, sizes, kinds))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weight, bias, eta = ctx.saved_tensors
+        p = _anew(weight).to(eta.dtype) * eta + bias.to(eta.dtype)
+        pieces = zip(p.split(ctx.sizes), grad.split(ctx.sizes), ctx.kinds, strict=True)
+        dp = torch.cat([dg * reference.gate_and_slope(piece, kind)[1] for piece, dg, kind in pieces])
+        deta = (dp * weight.to(eta.dtype)).sum() if ctx.needs_input_grad[2] else None
+        return (dp * eta).to(weight.dtype), dp.to(bias.dtype), deta, None, None
+
+
+class Fold(torch.autograd.Function):
+    """W' and b' of a layer without a shift; groups as in reference.fold."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, weight: Tensor, bias: Tensor | None, gate: Tensor, flat: Tensor, start: int, groups: int
+    ) -> tuple[Tensor, Tensor | None]:
+        ctx.save_for_backward(weight, bias, flat)
+        ctx.rows, ctx.groups = slice(start, start + gate.shape[0]), groups
+        return reference.fold(weight, bias, gate, None, groups)
+
+    @staticmethod
+    def backward(ctx: Any, grad_weight: Tensor, grad_bias: Tensor | None) -> tuple[Tensor | None, ...]:
+        weight, bias, flat = ctx.saved_tensors
+        gate = flat[ctx.rows]
+        dweight, dbias = reference.fold(grad_weight, grad_bias, gate, None, ctx.groups)
+        products = grad_weight.to(gate.dtype) * weight.to(gate.dtype)
+        if ctx.groups:
+            products = products.unflatten(0, (ctx.groups, -1)).transpose(1, 2).flatten(0, 1)
+        dgate = products.flatten(1).sum(1)
+        if bias is not None and grad_bias is not None:
+            dgate = dgate + grad_bias.to(gate.dtype) * bias.to(gate.dtype)
+        return dweight, None if bias is None else dbias, dgate, None, None, None
+
+
+class Epilogue(torch.autograd.Function):
+    """One gate a channel of u, along axis `dim`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, u: Tensor, bias: Tensor | None, gate: Tensor, flat: Tensor, start: int, dim: int, relu: bool
+    ) -> Tensor:
+        y = reference.epilogue(u, bias, gate, None, dim, "relu" if relu else "none")
+        ctx.save_for_backward(y, flat)
+        ctx.rows, ctx.dim, ctx.relu = slice(start, start + gate.shape[0]), dim, relu
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        y, flat = ctx.saved_tensors
+        gate = flat[ctx.rows]
+        dz = _through(grad, y, ctx.relu).to(gate.dtype)
+        du = (dz * reference.along(gate, ctx.dim, y.dim())).to(grad.dtype)
+        others = [axis for axis in range(y.dim()) if axis != ctx.dim]
+        dgate = _divided((dz * y.to(gate.dtype)).sum(others), gate)
+        dbias = None if ctx.bias_dtype is None else (gate * dz.sum(others)).to(ctx.bias_dtype)
+        return du, dbias, dgate, None, None, None, None
+
+
+class SampledEpilogue(torch.autograd.Function):
+    """u (N, C) with as many gates, g = act(w eta + c), w and c (C,), eta (N,): made in both passes, kept in neither.
+
+    The gradients of w and c are summed on the way. flat_weight, flat_bias: the whole network's.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, u: Tensor, bias: Tensor | None, weight: Tensor, gate_bias: Tensor, eta: Tensor, flat_weight: Tensor,
+        flat_bias: Tensor, start: int, kind: str, relu: bool,
+    ) -> Tensor:
+        gate = reference.gates(weight, gate_bias, eta, kind)
+        y = reference.epilogue(u, bias, gate, None, 1, "relu" if relu else "none")
+        ctx.save_for_backward(y, flat_weight, flat_bias, eta)
+        ctx.rows, ctx.kind, ctx.relu = slice(start, start + weight.shape[0]), kind, relu
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        y, flat_weight, flat_bias, eta = ctx.saved_tensors
+        weight, gate_bias = flat_weight[ctx.rows].to(eta.dtype), flat_bias[ctx.rows].to(eta.dtype)
+        p = eta.unsqueeze(-1) * _anew(weight) + gate_bias
+        gate, slope = reference.gate_and_slope(p, ctx.kind)
+        dz = _through(grad, y, ctx.relu).to(gate.dtype)
+        du = dz * gate
+        dp = _divided(dz * y.to(gate.dtype), gate) * slope
+        dbias = None if ctx.bias_dtype is None else du.sum(0).to(ctx.bias_dtype)
+        dweight = (dp * eta.unsqueeze(-1)).sum(0).to(flat_weight.dtype)
+        deta = (dp * weight).sum(1) if ctx.needs_input_grad[4] else None
+        dgate_bias = dp.sum(0).to(flat_bias.dtype)
+        return du.to(grad.dtype), dbias, dweight, dgate_bias, deta, None, None, None, None, None
+
+
+def _anew(weight: Tensor) -> Tensor:
+    """The weight, from which gates are made anew: of the same nodes as in the forward pass AOTAutograd would make one,
+    and keep their result."""
+    return weight.neg().neg()
+
+
+def _through(grad: Tensor, y: Tensor, relu: bool) -> Tensor:
+    return torch.where(y > 0, grad, 0) if relu else grad
+
+
+def _divided(sums: Tensor, gate: Tensor) -> Tensor:
+    """sums / gate; 0 where the gate is 0, or too small for y to have a value."""
+    least = torch.finfo(gate.dtype).tiny
+    return torch.where(gate > least, sums / gate.clamp(min=least), 0)
