@@ -155,8 +155,8 @@ class TrainConfig:
     recipe: str = _option(
         FROM_RECIPE,
         "options chosen together, each of which can be given apart: 'ranked' (default; the best of those tried on "
-        "digits), 'linear', 'text' and 'hierarchy' (defaults of linear, lstm and nvae) or 'paper' (Algorithm 1 and "
-        "Listing 1 as printed)",
+        "digits), 'linear', 'text', 'hierarchy', 'layers' and 'video' (defaults of linear, lstm, nvae, hvae and "
+        "svg-lp) or 'paper' (Algorithm 1 and Listing 1 as printed)",
         "recipe",
         choices=tuple(RECIPES),
     )
@@ -208,7 +208,7 @@ class TrainConfig:
         choices=TCVAE_SAMPLING,
     )
     free_bits: float = _option(
-        0.0,
+        FROM_RECIPE,
         "nats of each latent variable's (or group's) mean rate that cost nothing more when they shrink",
         "objective",
         metavar="NATS",
@@ -308,6 +308,15 @@ class TrainConfig:
         parse=float,
     )
 
+    ema: float | None = _option(
+        FROM_RECIPE,
+        "validate and keep an exponential moving average of the weights with this decay a step, such as 0.9995 "
+        "(default: the weights themselves; 0.9995 in the recipe 'layers')",
+        "optimisation",
+        metavar="DECAY",
+        parse=float,
+    )
+
     precision: str = _option("32-true", "number format of the products", "hardware", choices=PRECISIONS)
     accelerator: str = _option("auto", "auto, cpu, gpu or any other that Lightning knows", "hardware", metavar="NAME")
     devices: int = _option(1, "devices of each machine", "hardware", metavar="N")
@@ -384,6 +393,7 @@ class TrainConfig:
         for name in ("clip", "max_time", "sigma"):
             value = getattr(self, name)
             expect(value is None or value > 0, name, value, "a positive number")
+        expect(self.ema is None or 0 < self.ema < 1, "ema", self.ema, "a decay between 0 and 1, e.g. 0.999")
         for name in ("warmup", "range_warmup"):
             expect(0 <= getattr(self, name) < 1, name, getattr(self, name), "a part of the run: from 0 to less than 1")
         expect(self.final_lr >= 0, "final_lr", self.final_lr, "zero or more")

@@ -26,7 +26,7 @@ from .likelihoods import perplexity
 from .options import read_json
 from .run import plain_network, replace_file, versions, write_json
 from .spacing import log_spaced
-from .vae import VAE, kl_divergences
+from .vae import VAE, kl_divergences, target_of
 
 ACTIVE_VARIANCE = 0.01
 """A unit is active when the variance of its posterior mean over the data exceeds this (Burda et al., 2016)."""
@@ -225,10 +225,11 @@ def measure(model: nn.Module, x: Tensor, beta: float, generator: torch.Generator
 
 def _measure_whole(model: nn.Module, x: Tensor, beta: float, generator: torch.Generator, samples: int) -> Measurement:
     network = plain_network(model)
+    target = target_of(network, x)
     with seeded(x.device, generator), at(model, beta):
         outputs = [network(x) for _ in range(samples)]
     return Measurement(
-        torch.stack([network.likelihood.distortion(output.parameters, x) for output in outputs]).mean(0),
+        torch.stack([network.likelihood.distortion(output.parameters, target) for output in outputs]).mean(0),
         torch.stack([output.rates.flatten(1).sum(1) for output in outputs]).mean(0),
         torch.stack([output.mean.flatten(1) for output in outputs]).mean(0),
     )

@@ -9,6 +9,10 @@ NETWORK_NAMES = (
     "resnet",
     "tcvae-mlp",
     "tcvae-conv",
+    "sigma-cnn",
+    "bs-vae",
     "nvae",
+    "hvae",
+    "svg-lp",
     "lstm",
 )
