@@ -46,7 +46,7 @@ def bs_vae(
     for i in reversed(range(len(channels))):
         odd = "x".join(str(before - 2 * after + 1) for before, after in zip(sides[i], sides[i + 1], strict=True))
         decoder.append(f"convt {channels[max(i - 1, 0)]} k3 s2 p1 op{odd}")
-    decoder.append(f"convt {likelihood.parameter_shape(shape)[0]} k3 p1 bare")
+    decoder.append(f"convt {shape[0]} k3 p1 bare")
     return described_vae(
         shape, latent, [*encoder, f"linear {2 * latent} each"], decoder, "batch", "leaky_relu", likelihood=likelihood
     )

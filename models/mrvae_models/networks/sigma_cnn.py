@@ -35,7 +35,7 @@ def sigma_cnn(
         f"linear {4 * channels}x{height}x{width}",
         f"convt {2 * channels} k6 s2 p2 op{lost[1]}",
         f"convt {channels} k6 s2 p2 op{lost[0]}",
-        f"convt {likelihood.parameter_shape(shape)[0]} k5 p2 bare",
+        f"convt {shape[0]} k5 p2 bare",
     ]
     vae = described_vae(shape, latent, encoder, decoder, likelihood=likelihood)
     vae.decoder.extend(squash(likelihood, shape))
