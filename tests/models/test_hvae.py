@@ -49,8 +49,10 @@ def test_the_published_sizes_have_54_4_million_parameters():
 
 @pytest.mark.parametrize(
     ("resize", "skip", "raw", "channels"),
-    [("keep", "none", False, 4), ("keep", "beside", False, 4), ("keep", "beside", True, 3), ("halve", "beside", False, 4),
-     ("double", "beside", True, 3), ("keep", "above", False, 4)],
+    [
+        ("keep", "none", False, 4), ("keep", "beside", False, 4), ("keep", "beside", True, 3),
+        ("halve", "beside", False, 4), ("double", "beside", True, 3), ("keep", "above", False, 4),
+    ],
 )
 def test_a_block_is_its_formula(resize, skip, raw, channels):
     torch.manual_seed(0)
@@ -202,16 +204,17 @@ def test_multi_rate_is_the_baked_network_at_each_beta():
 @pytest.mark.parametrize("multi_rate", [True, False])
 def test_a_short_training_lowers_the_loss(multi_rate):
     torch.manual_seed(0)
-    network = build("hvae", (1, 8, 8), **SMALL)
+    network = build("hvae", (1, 8, 8), **{**SMALL, "latents": (3, 2), "halve": (1, 2)})
     rows = torch.arange(8).view(1, 1, 8, 1)
     data = torch.exp(-((rows - torch.randint(8, (64, 1, 1, 1))) ** 2) / 4.0).expand(64, 1, 8, 8)
     model = mk.multirate(network, {"encoder": "softplus", "decoder": "softplus"}) if multi_rate else network
     optimizer = torch.optim.Adamax(model.parameters(), lr=5e-3)
     losses = []
-    for step in range(60):
+    for step in range(40):
         x = data[32 * (step % 2) :][:32]
         beta = sample_beta(32) if multi_rate else 1.0
-        objective = beta_vae(model(x, beta=beta) if multi_rate else model(x), x, beta, network.likelihood, free_bits=0.5)
+        out = model(x, beta=beta) if multi_rate else model(x)
+        objective = beta_vae(out, x, beta, network.likelihood, free_bits=0.5)
         optimizer.zero_grad()
         objective.loss.backward()
         assert all(parameter.grad.isfinite().all() for parameter in model.parameters())

@@ -10,7 +10,6 @@ The posterior goes bottom-up, "without the top-down and bottom-up connections" t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
