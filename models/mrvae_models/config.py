@@ -323,10 +323,10 @@ class TrainConfig:
         parse=float,
     )
 
-    ema: float | None = _option(
+    ema: float = _option(
         FROM_RECIPE,
-        "validate and keep an exponential moving average of the weights with this decay a step, such as 0.9995 "
-        "(default: the weights themselves; 0.9995 in the recipe 'layers')",
+        "validate and keep an exponential moving average of the weights with this decay a step, such as 0.9995, that "
+        "of the recipe 'layers'; 0: the weights themselves. It takes some 1 / (1 - DECAY) steps to forget the first",
         "optimisation",
         metavar="DECAY",
         parse=float,
@@ -411,7 +411,7 @@ class TrainConfig:
             value = getattr(self, name)
             expect(value is None or value > 0, name, value, "a positive number")
         check_likelihood_options(self.likelihood, self.sigma, self.likelihood_options)
-        expect(self.ema is None or 0 < self.ema < 1, "ema", self.ema, "a decay between 0 and 1, e.g. 0.999")
+        expect(0 <= self.ema < 1, "ema", self.ema, "0 for none, or a decay below 1, e.g. 0.999")
         for name in ("warmup", "range_warmup"):
             expect(0 <= getattr(self, name) < 1, name, getattr(self, name), "a part of the run: from 0 to less than 1")
         expect(self.final_lr >= 0, "final_lr", self.final_lr, "zero or more")

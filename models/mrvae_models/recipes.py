@@ -52,7 +52,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "warmup": 0.0,
         "batch_size": 128,
         "clip": None,
-        "ema": None,
+        "ema": 0.0,
         "free_bits": 0.0,
         "validate_every": 5,
     },

@@ -43,7 +43,7 @@ def test_the_kept_weights_are_the_average_and_training_goes_on_from_its_own(conf
         steps.append({name: value.detach().clone() for name, value in self.model.named_parameters()})
 
     monkeypatch.setattr(TrainingModule, "on_train_batch_end", record)
-    plain = train(replace(config, ema=None, out=config.out + "-plain"), progress=False)
+    plain = train(replace(config, ema=0.0, out=config.out + "-plain"), progress=False)
     alone, steps[:] = list(steps), []
     result = train(config, progress=False)
     assert len(steps) == len(alone) > 10
@@ -86,7 +86,7 @@ def test_the_checkpoint_holds_the_average_and_the_weights_beside_it(config):
     assert differing
 
 
-@pytest.mark.parametrize("decay", [0.0, 1.0, -0.5, 2.0])
+@pytest.mark.parametrize("decay", [1.0, -0.5, 2.0])
 def test_a_decay_that_is_none_is_refused(config, decay):
     with pytest.raises(ValueError, match=f"ema is {decay}; expected"):
         replace(config, ema=decay).check()
