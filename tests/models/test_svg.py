@@ -189,6 +189,8 @@ def test_data_of_another_shape_are_refused():
         network(torch.rand(2, 4, 1, 16, 16))
     with pytest.raises(ValueError, match=r"expected videos, \(N, at least 2, 1, 16, 16\)"):
         network.predict(torch.rand(2, 1, 1, 16, 16))
+    with pytest.raises(ValueError, match=r"first 2 frames, predict\(x\), in place of sample\(4\)"):
+        network.sample(4)
     with pytest.raises(ValueError, match="frames is 2; expected more than the 2"):
         network.predict(torch.rand(2, 5, 1, 16, 16), frames=2)
     with pytest.raises(ValueError, match=r"noise has shape \(2, 5\); expected \(2, 12\)"):

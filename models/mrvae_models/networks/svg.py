@@ -191,6 +191,12 @@ class SVG(nn.Module):
             h = encode(video[-1])[0]
         return torch.stack(video, 1)
 
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """ValueError: there is no video without its first frames."""
+        raise ValueError(
+            f"svg-lp continues videos: give their first {self.n_past} frames, predict(x), in place of sample({n})"
+        )
+
     def _noise(
         self, x: Tensor, frames: int, noise: Tensor | None, generator: torch.Generator | None = None
     ) -> Tensor:
@@ -257,8 +263,7 @@ def svg_lp(
     widths = widths_of(frame[1], width)
     stages = BACKBONES[backbone](likelihood.parameter_shape(frame)[0], features, widths)
     frames = FrameEncoder(stages, frame)
-    decoder = FrameDecoder(stages, features, frames.maps)
-    decoder.stages[-1].extend(squash(likelihood, frame))
+    decoder = FrameDecoder(stages, features, frames.maps, squash(likelihood, frame))
     network = SVG(
         Inference(frames, GaussianRecurrence(features, hidden, 1, latent)),
         Generation(
