@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from mrvae_models.cli import main
 from mrvae_models.config import TrainConfig
 from mrvae_models.likelihoods import Gaussian, LogisticMixture
 from mrvae_models.networks import build
 from mrvae_models.networks.gated_resnet import GatedBlock, centred_convolution
 from mrvae_models.networks.hierarchy import Normal
 from mrvae_models.objectives import beta_vae, sample_beta
-from mrvae_models.run import build_model, describe
+from mrvae_models.run import build_model, describe, load_model
 from torch import nn
 from torch.distributions import kl_divergence
 
@@ -221,3 +222,24 @@ def test_a_short_training_lowers_the_loss(multi_rate):
         optimizer.step()
         losses.append(objective.loss.item())
     assert np.isfinite(losses).all() and np.mean(losses[-5:]) < losses[0] - 20, losses
+
+
+@pytest.mark.slow
+def test_a_run_from_the_command_line_to_the_programs(tmp_path):
+    """train, curve and bake; what is baked has one sigma, that of its beta."""
+    images = np.random.default_rng(0).integers(0, 256, (30, 6, 6), dtype=np.uint8)
+    np.savez(tmp_path / "images.npz", train_images=images[:24], test_images=images[24:])
+    run = str(tmp_path / "run")
+    options = ["--set", "latents=2,2", "--set", "channels=4", "--set", "halve=1", "--set", "blocks=1"]
+    options += ["--batch-size", "8", "--epochs", "2", "--validate-every", "1", "--log-to", "none", "--quiet"]
+    data = ["--data", str(tmp_path / "images.npz")]
+    assert main(["train", "--network", "hvae", *data, "--out", run, *options]) == 0
+    assert main(["curve", "--run", run, "--betas", "0.1", "1"]) == 0
+    assert main(["bake", "--run", run, "--beta", "0.5"]) == 0
+    plain, description = load_model(tmp_path / "run" / "baked-0.5")
+    assert description["model"]["likelihood"] == "gaussian-optimal" and not plain.likelihood.depends_on_beta
+    x = torch.rand(3, 1, 6, 6)
+    program = torch.export.load(tmp_path / "run" / "baked-0.5" / "model.pt2").module()
+    reconstruction, _, rates = program(x)
+    torch.testing.assert_close(reconstruction, plain.reconstruct(x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(rates, plain.at_means(x).rates, rtol=1e-4, atol=1e-4)

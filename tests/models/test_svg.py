@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from mrvae_models.cli import main
 from mrvae_models.config import TrainConfig
 from mrvae_models.curve import evaluate
 from mrvae_models.likelihoods import Bernoulli, Gaussian, GaussianPixel
@@ -14,7 +15,7 @@ from mrvae_models.networks import build
 from mrvae_models.networks.frames import widths_of
 from mrvae_models.objectives import beta_vae, sample_beta
 from mrvae_models.pictures import pictures
-from mrvae_models.run import build_model, describe
+from mrvae_models.run import build_model, describe, load_model
 from mrvae_models.vae import target_of
 from torch import Tensor, nn
 
@@ -272,3 +273,30 @@ def test_the_curve_and_the_pictures_are_of_videos():
     assert grid.reconstructions.shape == grid.samples.shape == (2, 4, 1, 16, 16)
     assert torch.equal(grid.samples[0, :2], grid.originals[:2]), "predictions go on from the same frames"
     assert torch.equal(grid.reconstructions[1, 0], grid.originals[0])
+
+
+@pytest.mark.slow
+def test_a_run_on_clips_from_the_command_line_to_the_programs(tmp_path):
+    """train, curve and bake on a file of clips; the baked programs are the network at that beta."""
+    torch.manual_seed(0)
+    clips = (255 * moving_bars(30, 3)[:, :, 0]).round().to(torch.uint8).numpy()
+    np.savez(tmp_path / "clips.npz", train_images=clips[:24], test_images=clips[24:])
+    run = str(tmp_path / "run")
+    options = ["--set", "width=4", "--set", "features=6", "--set", "hidden=8", "--latent", "3", "--ema", "0.9"]
+    options += ["--set", "layers=1", "--batch-size", "8", "--epochs", "2", "--validate-every", "1", "--log-to", "csv", "--quiet"]
+    data = ["--data", str(tmp_path / "clips.npz"), "--layout", "NTHW"]
+    assert main(["train", "--network", "svg-lp", *data, "--out", run, *options]) == 0
+    assert main(["curve", "--run", run, "--betas", "0.1", "1"]) == 0
+    assert (tmp_path / "run" / "curve.png").exists()
+    assert main(["bake", "--run", run, "--beta", "0.5"]) == 0
+    plain, description = load_model(tmp_path / "run" / "baked-0.5")
+    assert description["model"]["likelihood"] == "gaussian-optimal" and not plain.likelihood.depends_on_beta
+    x, noise = torch.rand(3, 3, 1, 16, 16), torch.randn(3, plain.latent)
+    program = torch.export.load(tmp_path / "run" / "baked-0.5" / "model.pt2").module()
+    video, mean, rates = program(x)
+    out = plain.at_means(x)
+    torch.testing.assert_close(video, plain.reconstruct(x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(mean, out.mean, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(rates, out.rates, rtol=1e-4, atol=1e-5)
+    following = torch.export.load(tmp_path / "run" / "baked-0.5" / "decoder.pt2").module()
+    torch.testing.assert_close(following(x, noise), plain.predict(x, noise), rtol=1e-5, atol=1e-5)
