@@ -21,12 +21,12 @@ from torch import Tensor, nn
 
 import mrvae_kernels as mk
 
-from .data import Chunks, InMemory, Rows, in_turn
+from .data import InMemory, Rows, in_turn, turns
 from .likelihoods import perplexity
 from .options import read_json
 from .run import plain_network, replace_file, versions, write_json
 from .spacing import log_spaced
-from .vae import VAE, kl_divergences
+from .vae import VAE, kl_divergences, target_of
 
 ACTIVE_VARIANCE = 0.01
 """A unit is active when the variance of its posterior mean over the data exceeds this (Burda et al., 2016)."""
@@ -170,7 +170,7 @@ def evaluate(
 def batches_of(dataset: Examples, batch_size: int) -> Iterable[Tensor]:
     """All examples, in turn; those of text by length, in batches that fit into memory."""
     if getattr(dataset, "lengths", None) is None:
-        return Chunks(dataset.examples, batch_size)
+        return turns(dataset.examples, batch_size)
     return in_turn(cast(InMemory, dataset), batch_size)
 
 
@@ -241,11 +241,12 @@ def _measure_whole(model: nn.Module, x: Tensor, beta: float, generator: torch.Ge
     measured = []
     with seeded(x.device, generator), at(model, beta):
         for part in parts:
+            target = target_of(network, part)
             outputs = [network(part) for _ in range(samples)]
             measured.append(
                 Measurement(
                     torch.stack(
-                        [network.likelihood.distortion(output.parameters, part, beta=beta) for output in outputs]
+                        [network.likelihood.distortion(output.parameters, target, beta=beta) for output in outputs]
                     ).mean(0),
                     torch.stack([output.rates.flatten(1).sum(1) for output in outputs]).mean(0),
                     torch.stack([output.mean.flatten(1) for output in outputs]).mean(0),
