@@ -13,7 +13,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from .network_names import NETWORK_NAMES
+from .likelihood_names import LIKELIHOOD_NAMES, check_likelihood_options
+from .network_names import DEFAULT_LIKELIHOODS, NETWORK_NAMES
 from .objective_options import OBJECTIVES, TCVAE_SAMPLING, check_objective
 from .options import check_format, check_type, expect, parse_duration, parse_gate, parse_setting, read_json
 from .recipes import RECIPES, default_recipe, gate_fields, recipe_options
@@ -80,12 +81,26 @@ class TrainConfig:
     latent: int | None = _option(None, "number of latent variables (default: the network's own)", "model", metavar="N")
     likelihood: str | None = _option(
         None,
-        "p(x|z): bernoulli (values in [0, 1]) or gaussian (default: the network's own)",
+        "p(x|z) (default: the network's own): bernoulli, of values in [0, 1]; a density, gaussian with a given sigma, "
+        "with one learned (shared), computed (optimal) or computed for each image, with one for each pixel, or "
+        "student-t; or a probability of 256 levels, from categorical on",
         "model",
-        choices=("bernoulli", "gaussian"),
+        choices=LIKELIHOOD_NAMES,
     )
     sigma: float | None = _option(
-        None, "standard deviation of the gaussian likelihood (default: 1)", "model", metavar="SIGMA", parse=float
+        None,
+        "standard deviation of gaussian (default: 1), and what a learned one, such as gaussian-shared's, starts from",
+        "model",
+        metavar="SIGMA",
+        parse=float,
+    )
+    likelihood_options: dict[str, Any] = _option(
+        {},
+        "further option of the likelihood, such as components=5 of logistic-mixture; may be repeated",
+        "model",
+        flag="--likelihood-set",
+        metavar="NAME=VALUE",
+        parse=parse_setting,
     )
     network_options: dict[str, Any] = _option(
         {},
@@ -170,8 +185,8 @@ class TrainConfig:
     recipe: str = _option(
         FROM_RECIPE,
         "options chosen together, each of which can be given apart: 'ranked' (default; the best of those tried on "
-        "digits), 'linear', 'text' and 'hierarchy' (defaults of linear, lstm and nvae) or 'paper' (Algorithm 1 and "
-        "Listing 1 as printed)",
+        "digits), 'linear', 'text', 'hierarchy', 'layers' and 'video' (defaults of linear, lstm, nvae, hvae and "
+        "svg-lp) or 'paper' (Algorithm 1 and Listing 1 as printed)",
         "recipe",
         choices=tuple(RECIPES),
     )
@@ -223,7 +238,7 @@ class TrainConfig:
         choices=TCVAE_SAMPLING,
     )
     free_bits: float = _option(
-        0.0,
+        FROM_RECIPE,
         "nats of each latent variable's (or group's) mean rate that cost nothing more when they shrink",
         "objective",
         metavar="NATS",
@@ -323,6 +338,15 @@ class TrainConfig:
         parse=float,
     )
 
+    ema: float = _option(
+        FROM_RECIPE,
+        "validate and keep an exponential moving average of the weights with this decay a step, such as 0.9995, that "
+        "of the recipe 'layers'; 0: the weights themselves. It takes some 1 / (1 - DECAY) steps to forget the first",
+        "optimisation",
+        metavar="DECAY",
+        parse=float,
+    )
+
     precision: str = _option("32-true", "number format of the products", "hardware", choices=PRECISIONS)
     accelerator: str = _option("auto", "auto, cpu, gpu or any other that Lightning knows", "hardware", metavar="NAME")
     devices: int = _option(1, "devices of each machine", "hardware", metavar="N")
@@ -338,6 +362,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.recipe is FROM_RECIPE:
             self.recipe = default_recipe(self.network)
+        if self.likelihood is None:
+            self.likelihood = DEFAULT_LIKELIHOODS.get(self.network)
         if self.sample is FROM_RECIPE and self.objective == "beta-tcvae":
             self.sample = "step"
         for name, value in recipe_options(self.recipe if self.recipe in RECIPES else "ranked").items():
@@ -400,6 +426,8 @@ class TrainConfig:
         for name in ("clip", "max_time", "sigma"):
             value = getattr(self, name)
             expect(value is None or value > 0, name, value, "a positive number")
+        check_likelihood_options(self.likelihood, self.sigma, self.likelihood_options)
+        expect(0 <= self.ema < 1, "ema", self.ema, "0 for none, or a decay below 1, e.g. 0.999")
         for name in ("warmup", "range_warmup"):
             expect(0 <= getattr(self, name) < 1, name, getattr(self, name), "a part of the run: from 0 to less than 1")
         expect(self.final_lr >= 0, "final_lr", self.final_lr, "zero or more")

@@ -21,7 +21,7 @@ import mrvae_kernels as mk
 from ..likelihoods import Bernoulli, Likelihood
 from .cells import DecoderCell, EncoderCell
 from .hierarchy import Hierarchy, Normal, Raw
-from .parts import check_shape, check_sizes
+from .parts import check_shape, check_sizes, margins
 from .regularisers import SpectralNorms, convolution_weights, norm_scales
 
 EXPANSION = 6
@@ -198,7 +198,7 @@ def nvae(
     process_blocks  how often the image is halved before the first scale, by `process_cells` cells each, the last of
                     which halves it; and doubled likewise after the last
     regularisation  factor of the spectral norms and of the batch norms' scales in `penalty()`; 0 for none
-    likelihood      Bernoulli unless given; of one parameter a value
+    likelihood      Bernoulli unless given
 
     With these defaults and (1, 28, 28): 8,853,246 parameters, and 8,950,118 with gates by PAPER_GATING, as in Table 1.
     x in [0, 1] enters as 2 x - 1, padded with -1 on all sides to the next multiple of 2^(process_blocks + scales - 1)
@@ -213,14 +213,15 @@ def nvae(
     if not (math.isfinite(regularisation) and regularisation >= 0):
         raise ValueError(f"regularisation is {regularisation}; expected a finite number of at least 0, e.g. 0.01")
     multiple = 2 ** (process_blocks + scales - 1)
-    height, width = (math.ceil(side / multiple) * multiple for side in shape[1:])
-    top, left = (height - shape[1]) // 2, (width - shape[2]) // 2
-    margins = (left, width - shape[2] - left, top, height - shape[1] - top)
+    around = margins(shape, multiple)
+    height, width = shape[1] + around[2] + around[3], shape[2] + around[0] + around[1]
 
     counts = [max(groups // 2**scale, 1) if adaptive else groups for scale in range(scales)]
     levels = [process_blocks + scale for scale, count in enumerate(counts) for _ in range(count)]  # from the bottom
     widths = [channels * 2**level for level in levels]
     group_shapes = [(latent, height >> level, width >> level) for level in reversed(levels)]
     encoder = Encoder(shape[0], channels, process_blocks, process_cells, widths, cells, latent)
-    decoder = Decoder(shape[0], process_blocks, process_cells, widths[::-1], cells, latent, group_shapes[0][1:])
-    return NVAE(encoder, decoder, likelihood or Bernoulli(), shape, group_shapes, margins, regularisation)
+    likelihood = likelihood or Bernoulli()
+    colours = likelihood.parameter_shape(shape)[0]
+    decoder = Decoder(colours, process_blocks, process_cells, widths[::-1], cells, latent, group_shapes[0][1:])
+    return NVAE(encoder, decoder, likelihood, shape, group_shapes, around, regularisation)
