@@ -9,6 +9,7 @@ from mrvae_models.cli import main
 from mrvae_models.config import TrainConfig
 from mrvae_models.data import Compact, DataError, VideoDataset, arrays, batches, load, moving_digits, turns
 from mrvae_models.data.clips import Windows
+from mrvae_models.likelihoods import likelihood
 from mrvae_models.preflight import check_kind
 from mrvae_models.run import calibration_images
 from test_data_files import multiset, pictures
@@ -143,6 +144,16 @@ def test_clips_are_taken_few_at_a_time_to_evaluate_and_to_calibrate():
     assert turns(clips, 500).size == 51 and turns(clips, 8).size == 8
     assert turns(torch.zeros(600, 1, 2, 2), 500).size == 500
     assert len(calibration_images(numbered(400, 9))) == 222  # 2,000 frames
+
+
+def test_a_likelihood_looks_at_few_packed_clips_at_a_time(monkeypatch):
+    data, taken = load(np.tile(CLIPS, (9, 1, 1, 1, 1)), "train", frames=3), []
+    monkeypatch.setattr("mrvae_models.likelihoods.data_checks.at_once", lambda shape, most: 50)
+    original = Compact.__getitem__
+    monkeypatch.setattr(Compact, "__getitem__", lambda self, index: taken.append(original(self, index)) or taken[-1])
+    likelihood("bitwise").check_data(data.examples)
+    assert taken and max(map(len, taken)) == 44  # every fifth of 216, of whole clips
+    assert taken[0].shape[1] == 7
 
 
 def test_a_network_of_one_kind_of_data_on_another(tmp_path):
