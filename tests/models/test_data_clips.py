@@ -182,6 +182,9 @@ def test_moving_digits_are_made_of_the_seed(digits):
     assert train.input_shape == (6, 1, 64, 64) and isinstance(train.examples, Compact) and train.labels is None
     assert torch.equal(train.examples[:], load(SMALL).examples[:])
     assert not torch.equal(train.examples[:], load(SMALL, seed=1).examples[:])
+    paths = [moving_digits.sets(clips=10, seed=seed)[split]().images.positions for seed, split in
+             ((0, "validation"), (0, "test"), (1, "test"))]  # fmt: skip
+    assert not np.array_equal(paths[0], paths[1]) and not np.array_equal(paths[1], paths[2])
     levels = train.examples[:] * 255
     assert torch.equal(levels.round() / 255, train.examples[:]) and levels.max() == 255 and levels.min() == 0
     assert 0.03 < train.examples[:].mean() < 0.09  # two digits of 0.1 of a quarter of the frame each

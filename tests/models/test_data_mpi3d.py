@@ -173,9 +173,10 @@ def test_files_that_are_wrong(tmp_path, monkeypatch):
         path.write_bytes(whole[:place] + bytes([byte]) + whole[place + 1 :])
         with pytest.raises(DataError, match=f"grid.npz: cannot be read, damaged or cut short .*{message}"):
             load(path)
+    whole = write(path, sizes=(11, 11), names=("a", "b")).read_bytes()
     header = whole.index(b"(120, 6, 5, 3)")
     path.write_bytes(whole[:header] + b"(121, 6, 5, 3)" + whole[header + 14 :])
-    with pytest.raises(DataError):
+    with pytest.raises(DataError, match=r"images is uint8, shape \(121, 6, 5, 3\), in 10928 bytes"):
         load(path)
     assert arrays.mapped(write(path, compressed=True), "images") is None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import struct
 from pathlib import Path
 
@@ -81,6 +82,11 @@ def test_folders_of_frames_are_clips_when_frames_are_asked_for(tmp_path):
     assert [len(load(tmp_path, split, frames=3)) for split in ("train", "validation", "test")] == [10, 1, 1]
     test = load(tmp_path, "test", frames=3)
     assert any(torch.equal(test.examples[0], x[:3]) for x in whole.examples[:]) and not test.draws
+    for name, number in (("9", "0"), ("10", "1"), ("b", "2")):
+        write_clips(tmp_path / "clips" / name, clips[int(number) : int(number) + 1])
+    ordered = load(tmp_path / "clips", "all", frames=11).examples[:]
+    assert torch.equal(ordered, whole.examples[:3])  # 9 before 10
+    shutil.rmtree(tmp_path / "clips")
     assert len(load(tmp_path, "all")) == 132 and load(tmp_path, "all").input_shape == (3, 6, 5)  # images, without
     assert load(tmp_path, "all", frames=2, resize=(3, 4)).input_shape == (2, 3, 3, 4)
 
