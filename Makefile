@@ -12,6 +12,8 @@ CUDA_TORCH := torch===2.13.0
 # the release that the CUDA build of this torch brings along
 TRITON := triton==3.7.1
 RUN ?= runs/demo
+# processes that share the tests, a file each: one with both cores takes almost twice as long
+TEST_PROCESSES ?= 2
 GPU_OUT ?= bench/results
 GPU_TESTS := tests/test_gpu.py tests/cuda_core/test_cuda_products.py tests/ops tests/triton_kernels tests/test_measuring.py
 # of the whole target, 9 minutes: of what build, tests and sanitizer leave, two minutes at least, bench.gpu and
@@ -38,7 +40,7 @@ demo: $(VENV)/.installed ## train one Multi-Rate VAE on real digits, draw its cu
 	@echo && echo "One training run, its whole curve, and the plain network at one beta:" && ls -d $(RUN)/*
 
 test: $(VENV)/.developed ## the whole test-suite
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
 
 lint: $(VENV)/.developed ## ruff and mypy
 	$(BIN)/ruff check .
