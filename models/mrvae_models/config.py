@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .network_names import NETWORK_NAMES
-from .objective_options import OBJECTIVES, TCVAE_SAMPLING, check_objective
+from .objective_options import LVAE_FORMS, OBJECTIVES, TCVAE_SAMPLING, check_objective, chosen_together
 from .options import check_format, check_type, expect, parse_duration, parse_gate, parse_setting, read_json
 from .recipes import RECIPES, default_recipe, gate_fields, recipe_options
 
@@ -193,8 +193,11 @@ class TrainConfig:
 
     objective: str = _option(
         "beta-vae",
-        "what is minimised: beta-vae, D + beta R; or beta-tcvae, D + ALPHA * mutual information + beta * total "
-        "correlation + GAMMA * dimension-wise KL, the rate's three parts",
+        "what is minimised: beta-vae, D + beta R; beta-tcvae, D + ALPHA * mutual information + beta * total "
+        "correlation + GAMMA * dimension-wise KL, the rate's three parts; sigma-vae, D + R of a Gaussian whose "
+        "variance is learned (--likelihood gaussian-optimal unless told, or gaussian-shared, -image, -pixel); bs-vae, "
+        "D + beta R with --likelihood gaussian-image; or l-vae, L / S0^2 + R / S1^2 + S0^2 + S1^2, which learns S0 and "
+        "S1, of one network without gates; --beta is S0^2 / S1^2 to start from (default: 1)",
         "objective",
         choices=OBJECTIVES,
     )
@@ -206,6 +209,16 @@ class TrainConfig:
         "how beta-tcvae estimates the aggregate posterior from a batch: minibatch-'weighted' or 'stratified' sampling",
         "objective",
         choices=TCVAE_SAMPLING,
+    )
+    lvae_form: str = _option(
+        "sum",
+        "what l-vae's reconstruction loss L is: the 'sum' over an example's dimensions, D without its constant, or the "
+        "'mean', the paper's MSE",
+        "objective",
+        choices=LVAE_FORMS,
+    )
+    lvae_regulariser: bool = _option(
+        True, "l-vae's S0^2 + S1^2 in the loss; without it both weights collapse (the paper's ablation)", "objective"
     )
     free_bits: float = _option(
         0.0,
@@ -325,6 +338,8 @@ class TrainConfig:
             self.recipe = default_recipe(self.network)
         if self.sample is FROM_RECIPE and self.objective == "beta-tcvae":
             self.sample = "step"
+        for name, value in chosen_together(self).items():
+            setattr(self, name, value)
         for name, value in recipe_options(self.recipe if self.recipe in RECIPES else "ranked").items():
             if getattr(self, name) is FROM_RECIPE:
                 setattr(self, name, dict(value) if isinstance(value, dict) else value)  # check() refuses an unknown one
