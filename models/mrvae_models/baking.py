@@ -26,7 +26,7 @@ from .config import TrainConfig
 from .curve import at, calibrated, calibration_batches, recalibration_noise
 from .networks.hierarchy import Hierarchy
 from .networks.lstm import SentenceVAE
-from .run import CONFIG, GATE_CHOICES, GATED, MODEL, VOCABULARY, load_model, replace_file, save_model, write_config
+from .run import CONFIG, MODEL, OF_RANGE, VOCABULARY, load_model, replace_file, save_model, write_config
 from .text_programs import NextToken, TeacherForced, example_inputs
 from .vae import VAE
 
@@ -97,8 +97,8 @@ def bake_run(
     batches = None if calibration is None else calibration_batches(calibration)
     with recalibration_noise(torch.device("cpu")):
         network: Any = mk.bake(model, beta, batches).eval()
-    of_gates = {*GATED, *GATE_CHOICES, "include"}
-    description = {key: value for key, value in document["model"].items() if key not in of_gates}
+    network.likelihood = network.likelihood.at(beta)
+    description = {key: value for key, value in document["model"].items() if key not in OF_RANGE}
     description["beta"] = beta
     description = json.loads(json.dumps(description))
     out.mkdir(parents=True, exist_ok=True)

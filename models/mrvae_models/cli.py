@@ -22,6 +22,9 @@ from .recipes import recipe_options
 
 ERROR, USAGE, INTERRUPTED = 1, 2, 130
 
+DICTIONARIES = ("network_options", "likelihood_options", "gates")
+"""Options that hold entries by name."""
+
 OF_MANY_BETAS = frozenset(
     ("beta_range", "validation_betas", "sample", "stratified", "margin", "range_warmup", "weight_power")
     + ("gates", "gate_init", "gate_lr_factor", "exclude", "include", "gated", "norms")
@@ -80,7 +83,7 @@ def config_of(options: argparse.Namespace) -> TrainConfig:
         if name in given:
             given[name] = tuple(given[name])
     entries: dict[str, dict[str, Any]] = {
-        name: dict(given.pop(name)) for name in ("network_options", "gates") if name in given
+        name: dict(given.pop(name)) for name in DICTIONARIES if name in given
     }
     try:
         if options.resume is None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from .likelihood_names import LIKELIHOOD_NAMES, check_likelihood_options
 from .network_names import NETWORK_NAMES
 from .objective_options import LVAE_FORMS, OBJECTIVES, TCVAE_SAMPLING, check_objective, chosen_together
 from .options import check_format, check_type, expect, parse_duration, parse_gate, parse_setting, read_json
@@ -79,12 +80,26 @@ class TrainConfig:
     latent: int | None = _option(None, "number of latent variables (default: the network's own)", "model", metavar="N")
     likelihood: str | None = _option(
         None,
-        "p(x|z): bernoulli (values in [0, 1]) or gaussian (default: the network's own)",
+        "p(x|z) (default: the network's own): bernoulli, of values in [0, 1]; a density, gaussian with a given sigma, "
+        "with one learned (shared), computed (optimal) or computed for each image, with one for each pixel, or "
+        "student-t; or a probability of 256 levels, from categorical on",
         "model",
-        choices=("bernoulli", "gaussian"),
+        choices=LIKELIHOOD_NAMES,
     )
     sigma: float | None = _option(
-        None, "standard deviation of the gaussian likelihood (default: 1)", "model", metavar="SIGMA", parse=float
+        None,
+        "standard deviation of gaussian (default: 1), and what a learned one, such as gaussian-shared's, starts from",
+        "model",
+        metavar="SIGMA",
+        parse=float,
+    )
+    likelihood_options: dict[str, Any] = _option(
+        {},
+        "further option of the likelihood, such as components=5 of logistic-mixture; may be repeated",
+        "model",
+        flag="--likelihood-set",
+        metavar="NAME=VALUE",
+        parse=parse_setting,
     )
     network_options: dict[str, Any] = _option(
         {},
@@ -399,6 +414,7 @@ class TrainConfig:
         for name in ("clip", "max_time", "sigma"):
             value = getattr(self, name)
             expect(value is None or value > 0, name, value, "a positive number")
+        check_likelihood_options(self.likelihood, self.sigma, self.likelihood_options)
         for name in ("warmup", "range_warmup"):
             expect(0 <= getattr(self, name) < 1, name, getattr(self, name), "a part of the run: from 0 to less than 1")
         expect(self.final_lr >= 0, "final_lr", self.final_lr, "zero or more")

@@ -33,6 +33,10 @@ ACTIVE_VARIANCE = 0.01
 
 CALIBRATION_BATCH = 500
 
+DECODED = 2**25
+"""Numbers of a likelihood's parameters that are decoded at a time, 128 MiB in float32: of 256 levels a value, 42 images
+of 3x32x32."""
+
 BOOTSTRAP = 200
 """Resamples behind the standard error of the number of active units: its own relative error is about 5 %."""
 
@@ -215,23 +219,40 @@ def measure(model: nn.Module, x: Tensor, beta: float, generator: torch.Generator
         mean, log_variance = network.encode(x)
         noise = torch.randn((samples, *mean.shape), generator=generator).to(mean)
         distortion = torch.stack(
-            [
-                network.likelihood.distortion(network.decode(mean + torch.exp(0.5 * log_variance) * draw), x)
-                for draw in noise
-            ]
+            [distortion_of(network, mean + torch.exp(0.5 * log_variance) * draw, x, beta) for draw in noise]
         ).mean(0)
     return Measurement(distortion, kl_divergences(mean, log_variance).sum(1), mean)
 
 
+def distortion_of(network: VAE, z: Tensor, x: Tensor, beta: float) -> Tensor:
+    """-log p(x | z), (N,), nats, decoded in parts where the likelihood's parameters are many."""
+    rows = _rows_at_once(network)
+    parts = zip(z.split(rows), x.split(rows), strict=True)
+    return torch.cat([network.likelihood.distortion(network.decode(code), data, beta=beta) for code, data in parts])
+
+
+def _rows_at_once(network: Any) -> int:
+    return max(1, DECODED // math.prod(network.likelihood.parameter_shape(network.input_shape)))
+
+
 def _measure_whole(model: nn.Module, x: Tensor, beta: float, generator: torch.Generator, samples: int) -> Measurement:
     network = plain_network(model)
+    parts = x.split(_rows_at_once(network)) if x.is_floating_point() else [x]  # batches of text are cut already
+    measured = []
     with seeded(x.device, generator), at(model, beta):
-        outputs = [network(x) for _ in range(samples)]
-    return Measurement(
-        torch.stack([network.likelihood.distortion(output.parameters, x) for output in outputs]).mean(0),
-        torch.stack([output.rates.flatten(1).sum(1) for output in outputs]).mean(0),
-        torch.stack([output.mean.flatten(1) for output in outputs]).mean(0),
-    )
+        for part in parts:
+            outputs = [network(part) for _ in range(samples)]
+            measured.append(
+                Measurement(
+                    torch.stack(
+                        [network.likelihood.distortion(output.parameters, part, beta=beta) for output in outputs]
+                    ).mean(0),
+                    torch.stack([output.rates.flatten(1).sum(1) for output in outputs]).mean(0),
+                    torch.stack([output.mean.flatten(1) for output in outputs]).mean(0),
+                )
+            )
+            del outputs
+    return Measurement(*(torch.cat(values) for values in zip(*measured, strict=True)))
 
 
 def at(model: nn.Module, beta: float) -> contextlib.AbstractContextManager[Any]:
@@ -320,6 +341,7 @@ def check(model: nn.Module, images: Rows, betas: Sequence[float], batch_size: in
     for beta in betas:
         if not 0 < beta < math.inf:
             raise ValueError(f"beta is {beta}; expected a positive, finite KL weight")
+    plain_network(model).likelihood.check_data(images)
     if len(betas) > 1 and not isinstance(model, mk.MultiRate):
         raise ValueError(
             f"{len(betas)} betas for a plain model, which is one point of a curve; give the beta it was trained at"

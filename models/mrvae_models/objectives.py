@@ -62,9 +62,10 @@ def beta_vae(
 ) -> Objective:
     """The beta-VAE objective, mean over the batch of D + beta R (MR-VAE, Eqn. 1 and 3).
 
-    beta: a positive number, a 0-d tensor, or one a sample, shape (N,). Raises ValueError for an empty batch, a beta of
-    another length, and a beta that is not positive and finite. Values of a tensor on a GPU, or under torch.compile, are
-    not looked at: that would wait for the device at every step.
+    beta: a positive number, a 0-d tensor, or one a sample, shape (N,); the likelihood gets it too, as its sigma may
+    depend on it. Raises ValueError for an empty batch, a beta of another length, and a beta that is not positive and
+    finite. Values of a tensor on a GPU, or under torch.compile, are not looked at: that would wait for the device at
+    every step.
 
     free_bits lambda, in nats (Kingma et al., 2016): mean D + beta sum_g max(lambda, mean_i KL_ig), g the
     latent dimensions or groups of `output.rates`; below lambda a latent variable costs no less, so nothing pushes it
@@ -90,7 +91,7 @@ def beta_vae_terms(
     """
     prices = column(check_beta(beta, x.shape[0]))
     prices = prices if annealing == 1 else annealing * prices
-    distortion = likelihood.distortion(output.parameters, x)
+    distortion = likelihood.distortion(output.parameters, x, beta=beta)
     rates = output.rates.flatten(1)
     if balance is not None:
         prices = prices * balance(rates)

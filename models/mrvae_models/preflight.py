@@ -6,6 +6,7 @@ import contextlib
 import shutil
 from pathlib import Path
 
+import torch
 from torch import nn
 
 import mrvae_kernels as mk
@@ -56,6 +57,20 @@ def check_kind(train_set: InMemory, config: TrainConfig) -> None:
 
 def _image_networks() -> tuple[str, ...]:
     return tuple(name for name in NETWORK_NAMES if name not in TEXT_NETWORKS)
+
+
+def check_likelihood(model: nn.Module, config: TrainConfig, *sets: InMemory) -> None:
+    """ValueError where data are not what the likelihood is of, or a batch takes more memory than there is."""
+    network = plain_network(model)
+    for data in sets:
+        if data.binarize == "dynamic":  # the examples are probabilities, and the network sees draws
+            rows = torch.arange(min(len(data), 1000))
+            network.likelihood.check_data(data.take(rows, torch.Generator().manual_seed(0)))
+        else:
+            network.likelihood.check_data(data.examples)
+    on_gpu = config.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+    share = min(config.batch_size // _processes(config), len(sets[0]))
+    network.likelihood.check_memory(share, network.input_shape, "cuda" if on_gpu else "cpu")
 
 
 def check_last_batch(model: nn.Module, n: int, config: TrainConfig) -> None:

@@ -28,6 +28,7 @@ import mrvae_kernels as mk
 
 from .config import FORMAT, TrainConfig
 from .data import ImageDataset, InMemory, TextDataset, TextOptions, load, text_files
+from .likelihood_names import takes_beta_range
 from .networks import NETWORKS, build
 from .options import check_format, read_json
 from .recipes import gate_fields
@@ -55,6 +56,10 @@ PLAIN: dict[str, tuple[type, ...]] = {"beta": (int, float)}
 GATE_CHOICES = {"gated": "every", "norms": "gated"}
 """Options that a description names only where they are not these, so that older ones stay what they were."""
 
+OF_RANGE = frozenset((*GATED, *GATE_CHOICES, "include", "sigma_range"))
+"""Entries that only the description of a multi-rate model has; sigma_range is where its likelihood's sigma is a
+function of beta: all that training draws from."""
+
 CALIBRATION_EXAMPLES = 2000
 """Training images on which BatchNorm statistics are recalibrated at each beta."""
 
@@ -71,12 +76,16 @@ def describe(config: TrainConfig, input_shape: tuple[int, ...]) -> dict[str, Any
         "sigma": config.sigma,
         "options": config.network_options,
     }
+    if config.likelihood_options:
+        description["likelihood_options"] = config.likelihood_options
     if config.beta is None:
         description["beta_range"] = list(config.beta_range)
         description["gates"] = {module: gate_fields(gate, config.gate_init) for module, gate in config.gates.items()}
         description["exclude"] = list(config.exclude)
         chosen = {name: getattr(config, name) for name in GATE_CHOICES}
         description |= {name: value for name, value in chosen.items() if value != GATE_CHOICES[name]}
+        if takes_beta_range(config.likelihood):
+            description["sigma_range"] = list(config.sampled_range)
         if config.include:
             description["include"] = list(config.include)
     else:
@@ -86,12 +95,14 @@ def describe(config: TrainConfig, input_shape: tuple[int, ...]) -> dict[str, Any
 
 def build_model(description: Mapping[str, Any]) -> nn.Module:
     """The model that describe() describes, freshly initialised: a MultiRate, or the plain VAE where it has no gates."""
+    sigma_of_beta = {"beta_range": description["sigma_range"]} if "sigma_range" in description else {}
     network = build(
         description["network"],
         tuple(description["input_shape"]),
         description["latent"],
         likelihood=description["likelihood"],
         sigma=description["sigma"],
+        likelihood_options=dict(description.get("likelihood_options", {})) | sigma_of_beta,
         **_fit_options(description["network"], description["options"]),
     )
     if "gates" not in description:

@@ -148,4 +148,4 @@ def beta_tcvae_terms(
     parts = torch.stack(decompose(output.z, output.mean, output.log_variance, dataset_size, sampling), 1)
     price = torch.as_tensor(price, dtype=parts.dtype, device=parts.device)
     prices = torch.stack([alpha * torch.ones_like(price), price, gamma * torch.ones_like(price)], -1)  # (3,) or (N, 3)
-    return Terms(likelihood.distortion(output.parameters, x), parts, annealing * prices)
+    return Terms(likelihood.distortion(output.parameters, x, beta=beta), parts, annealing * prices)

@@ -44,6 +44,7 @@ from .preflight import (
     check_free,
     check_kind,
     check_last_batch,
+    check_likelihood,
     check_objective,
     check_splits,
     remove_run,
@@ -109,6 +110,7 @@ def train(config: TrainConfig, resume: bool = False, force: bool = False, progre
     model = build_model(description)
     check_last_batch(model, len(train_set), config)
     check_objective(model, len(train_set), config)
+    check_likelihood(model, config, train_set, validation_set)
     start_from(plain_network(model), train_set.examples)
     share = config.batch_size // (config.devices * config.num_nodes)
     loader = batches(train_set, share, shuffle=True, seed=config.seed)

@@ -15,7 +15,7 @@ class Output(Protocol):
 
     @property
     def parameters(self) -> Tensor:
-        """Of the likelihood, as its `distortion(parameters, x)` takes them."""
+        """Of the likelihood, as its `distortion(parameters, x, beta)` takes them."""
 
     @property
     def mean(self) -> Tensor:
@@ -29,7 +29,7 @@ class Output(Protocol):
 class VAEOutput(NamedTuple):
     """What one forward pass gives; N examples, k latent dimensions."""
 
-    parameters: Tensor  # (N, *input_shape), of the likelihood: logits or means
+    parameters: Tensor  # (N, *likelihood.parameter_shape(input_shape)): logits, means, ...
     mean: Tensor  # (N, k), of q(z | x)
     log_variance: Tensor  # (N, k), of q(z | x)
     z: Tensor  # (N, k), the draw that was decoded
@@ -71,7 +71,8 @@ def reparameterise(mean: Tensor, log_variance: Tensor) -> Tensor:
 class VAE(nn.Module):
     """A variational autoencoder; `networks.build` makes the standard ones.
 
-    encoder(x) -> (mean, log_variance), each (N, latent); decoder(z) -> parameters of the likelihood, (N, *input_shape).
+    encoder(x) -> (mean, log_variance), each (N, latent); decoder(z) -> parameters of the likelihood, (N, *shape), shape
+    being likelihood.parameter_shape(input_shape).
     The prior is N(0, I). The noise of z comes from torch's global generator, in train and in eval mode alike.
     ungated: names of the layers that the MR-VAE authors' runs leave without a gate (`--gated paper`), () if not known.
     """
@@ -104,7 +105,7 @@ class VAE(nn.Module):
         return self.encoder(x)
 
     def decode(self, z: Tensor) -> Tensor:
-        """Parameters of p(x | z), (N, *input_shape). z: (N, latent); another shape raises ValueError."""
+        """Parameters of p(x | z), (N, *likelihood.parameter_shape(input_shape)), for z (N, latent); else ValueError."""
         if z.dim() != 2 or z.shape[1] != self.latent:
             raise ValueError(f"z has shape {tuple(z.shape)}; expected (N, {self.latent}), one latent vector a row")
         return self.decoder(z)

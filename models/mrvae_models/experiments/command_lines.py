@@ -35,7 +35,7 @@ def _words(flag: str, value: Any, default: Any) -> list[str]:
                 f"{flag} leaves out {missing[0]!r}, which its recipe sets, and no command line can: take another recipe"
             )
         changed = {key: entry for key, entry in value.items() if default.get(key) != entry}
-        if flag == "--set":
+        if flag.endswith("set"):  # --set and --likelihood-set are given once an entry
             return [word for key, entry in changed.items() for word in (flag, f"{key}={_setting(entry)}")]
         return [flag, *(f"{key}={entry}" for key, entry in changed.items())]
     if isinstance(value, tuple):

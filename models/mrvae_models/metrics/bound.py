@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ..curve import Examples
+from ..curve import Examples, distortion_of
 from ..total_correlation import log_normal
 from .posteriors import example_batches, ready, vae_of
 
@@ -29,11 +29,16 @@ def log_likelihoods(
 
     L_1 is the ELBO's estimate; in expectation L_K rises with K and tends to log p(x). The sum is taken in float64, draw
     by draw: memory does not grow with K. For a Bernoulli likelihood log p(x) is one only of data of 0 and 1.
-    ValueError for K below 1 and for a network without one Gaussian latent vector.
+    ValueError for K below 1, for a network without one Gaussian latent vector, and for a likelihood that is no density.
     """
     if draws < 1:
         raise ValueError(f"draws is {draws}; expected a positive integer")
-    vae_of(model, "the importance-weighted bound")
+    likelihood = vae_of(model, "the importance-weighted bound").likelihood
+    if not likelihood.normalised:
+        raise ValueError(
+            f"likelihood {likelihood.name} makes its sigma of x and is no density of x, so that no bound on log p(x) "
+            "comes of it; expected one such as gaussian-optimal: leave this metric out for it"
+        )
     generator = torch.Generator()
     bounds = []
     with ready(model, beta, calibration) as network:
@@ -44,7 +49,7 @@ def log_likelihoods(
             for _ in range(draws):
                 noise = torch.randn(mean.shape, generator=generator).to(mean)
                 z = mean + torch.exp(0.5 * log_variance) * noise
-                distortion = network.likelihood.distortion(network.decode(z), x).double()
+                distortion = distortion_of(network, z, x, beta).double()
                 # of the z that was decoded, with its rounding: not of the noise that it was made from
                 ratio = log_normal(z.double(), 0.0, 0.0) - log_normal(z.double(), mean.double(), log_variance.double())
                 total = torch.logaddexp(total, ratio.sum(1) - distortion)

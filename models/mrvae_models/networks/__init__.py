@@ -10,7 +10,7 @@ them. To add one, write the function in a file of its own and name it there and 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -60,12 +60,14 @@ def build(
     *,
     likelihood: str | Likelihood | None = None,
     sigma: float | None = None,
+    likelihood_options: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Any:
     """The network called `name` for data of shape (N, *input_shape).
 
-    latent: its dimensions; None takes the network's default. likelihood: "bernoulli", "gaussian" (with `sigma`), an
-    instance, or None for the network's default. options: the network's own, e.g. hidden=(300,) for "mlp".
+    latent: its dimensions; None takes the network's default. likelihood: a name of likelihoods.LIKELIHOODS, with
+    `sigma` and `likelihood_options` for its constructor, an instance, or None for the network's default. options: the
+    network's own, e.g. hidden=(300,) for "mlp".
     Raises ValueError for a name or option that is not known and for sizes that cannot work.
     """
     if name not in NETWORKS:
@@ -75,7 +77,11 @@ def build(
     if unknown := sorted(set(options) - own):
         raise ValueError(f"network {name!r} has no option {unknown[0]!r}; it has {', '.join(sorted(own)) or 'none'}")
     if isinstance(likelihood, str):
-        likelihood = likelihood_called(likelihood, sigma)
+        likelihood = likelihood_called(likelihood, sigma, **(likelihood_options or {}))
+    elif likelihood_options:
+        raise ValueError(
+            f"likelihood_options={likelihood_options} need a likelihood's name; likelihood is {likelihood!r}"
+        )
     elif sigma is not None:
         raise ValueError(f"sigma={sigma} needs likelihood='gaussian'; likelihood is {likelihood!r}")
     given = {"latent": latent, "likelihood": likelihood}

@@ -70,7 +70,7 @@ def soft_clamp(x: Tensor) -> Tensor:
 class HierarchicalOutput(NamedTuple):
     """What one forward pass of a hierarchy gives; N examples, k latent variables in all groups together."""
 
-    parameters: Tensor  # (N, *input_shape), of the likelihood
+    parameters: Tensor  # (N, *likelihood.parameter_shape(input_shape))
     mean: Tensor  # (N, k), of the posterior less the prior's, given the draws above, groups from the top
     rates: Tensor  # (N, groups), KL of each group in nats
     noise: Tensor  # (N, k), standard normal, of which z = mean + sigma * noise was drawn
@@ -132,7 +132,7 @@ class Hierarchy(nn.Module, abc.ABC):
         return self.likelihood.mean(self.at_means(x).parameters)
 
     def decode(self, noise: Tensor) -> Tensor:
-        """Parameters of p(x | z), z_l = mean_p + sigma_p noise_l: (N, latent) -> (N, *input_shape).
+        """Parameters of p(x | z), z_l = mean_p + sigma_p noise_l, for noise (N, latent).
 
         noise is standard normal for samples, groups from the top; a hierarchy's z have no fixed distribution of their
         own, as each prior depends on the groups above. Another shape raises ValueError.

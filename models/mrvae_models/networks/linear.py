@@ -67,12 +67,18 @@ def linear(input_shape: Sequence[int], latent: int = 32, likelihood: Likelihood 
     E1 and E2 start with orthonormal rows and D1 and D2 as their transposes, so that every latent dimension is in use;
     from torch's own initialisation some never are.
 
-    likelihood: Gaussian with sigma 1 unless given, for which the closed form holds.
+    likelihood: Gaussian with sigma 1 unless given, for which the closed form holds; of one number a value.
     """
     shape = check_shape(input_shape)
     (latent,) = check_sizes("latent", [latent])
     if latent > math.prod(shape):
         raise ValueError(f"latent is {latent}; a linear VAE of data of {math.prod(shape)} values has no use for more")
+    likelihood = likelihood or Gaussian()
+    if likelihood.parameter_shape(shape) != shape:
+        raise ValueError(
+            f"likelihood {likelihood.name!r} takes {likelihood.parameter_shape(shape)} numbers for data of {shape}; a "
+            "linear VAE makes one a value: use gaussian, gaussian-shared or gaussian-optimal, or the network 'mlp'"
+        )
     encoder = LinearEncoder(shape, latent)
     first, second = nn.Linear(latent, latent, bias=False), nn.Linear(latent, math.prod(shape), bias=False)
     for down, up in ((encoder.first, second), (encoder.second, first)):
@@ -80,4 +86,4 @@ def linear(input_shape: Sequence[int], latent: int = 32, likelihood: Likelihood 
         with torch.no_grad():
             up.weight.copy_(down.weight.T)
     decoder = nn.Sequential(first, second, nn.Unflatten(1, shape), Centre(shape, +1))
-    return VAE(encoder, decoder, likelihood or Gaussian(), latent, shape)
+    return VAE(encoder, decoder, likelihood, latent, shape)

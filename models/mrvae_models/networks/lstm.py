@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.vocabulary import END, PAD, SPECIALS, START, UNKNOWN
-from ..likelihoods import Categorical, Likelihood
+from ..likelihoods import Likelihood, TextCategorical
 from ..vae import VAEOutput, reparameterise
 from .parts import check_shape, check_sizes
 
@@ -186,7 +186,7 @@ def lstm(
     that become <unk> then (Bowman et al., 2016). deep_heads: 2H-2H-ReLU-z in place of 2H-z, as the paper's multi-rate
     network has them. With V = 10,000 there are 8,821,072 parameters, and, deep and gated but for `ungated`,
     9,351,632 (MR-VAE, Table 1).
-    likelihood: Categorical. ValueError for another, and for sizes and parts that cannot be.
+    likelihood: TextCategorical. ValueError for another, and for sizes and parts that cannot be.
     """
     shape = check_shape(input_shape)
     if len(shape) != 2 or shape[1] <= len(SPECIALS):
@@ -198,12 +198,12 @@ def lstm(
     for name, part in (("dropout", dropout), ("word_dropout", word_dropout)):
         if not 0 <= part < 1:
             raise ValueError(f"{name} is {part!r}; expected a part, from 0 to less than 1")
-    if likelihood is not None and not isinstance(likelihood, Categorical):
+    if likelihood is not None and not isinstance(likelihood, TextCategorical):
         raise ValueError(f"likelihood is {likelihood!r}; tokens have a categorical one, which is the default")
     return SentenceVAE(
         SentenceEncoder(shape[1], embedding, hidden, latent, deep_heads),
         SentenceDecoder(shape[1], embedding, hidden, latent, dropout, word_dropout),
-        likelihood or Categorical(PAD),
+        likelihood or TextCategorical(PAD),
         latent,
         shape,
         UNGATED if deep_heads else (),

@@ -198,7 +198,7 @@ def nvae(
     process_blocks  how often the image is halved before the first scale, by `process_cells` cells each, the last of
                     which halves it; and doubled likewise after the last
     regularisation  factor of the spectral norms and of the batch norms' scales in `penalty()`; 0 for none
-    likelihood      Bernoulli unless given; of one parameter a value
+    likelihood      Bernoulli unless given
 
     With these defaults and (1, 28, 28): 8,853,246 parameters, and 8,950,118 with gates by PAPER_GATING, as in Table 1.
     x in [0, 1] enters as 2 x - 1, padded with -1 on all sides to the next multiple of 2^(process_blocks + scales - 1)
@@ -222,5 +222,7 @@ def nvae(
     widths = [channels * 2**level for level in levels]
     group_shapes = [(latent, height >> level, width >> level) for level in reversed(levels)]
     encoder = Encoder(shape[0], channels, process_blocks, process_cells, widths, cells, latent)
-    decoder = Decoder(shape[0], process_blocks, process_cells, widths[::-1], cells, latent, group_shapes[0][1:])
-    return NVAE(encoder, decoder, likelihood or Bernoulli(), shape, group_shapes, margins, regularisation)
+    likelihood = likelihood or Bernoulli()
+    colours = likelihood.parameter_shape(shape)[0]
+    decoder = Decoder(colours, process_blocks, process_cells, widths[::-1], cells, latent, group_shapes[0][1:])
+    return NVAE(encoder, decoder, likelihood, shape, group_shapes, margins, regularisation)

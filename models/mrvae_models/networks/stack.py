@@ -169,15 +169,32 @@ def described_vae(
 ) -> VAE:
     """The VAE of these stages: the encoder's two linear heads come by themselves, the decoder ends in `shape`.
 
-    likelihood: Bernoulli unless given. ValueError where the decoder makes something else than `shape`.
+    likelihood: Bernoulli unless given; where it takes more than one number a value, the decoder's last stage makes as
+    many. ValueError where the decoder makes something else than `shape`.
     """
+    likelihood = likelihood or Bernoulli()
     body, features = stack(encoder, shape, norm, activation)
     if len(features) > 1:
         body.append(nn.Flatten())
     up, made = stack(decoder, (latent,), norm, decoder_activation or activation)
     if made != shape:
         raise ValueError(f"the decoder {', '.join(map(repr, decoder))} makes {made}; expected {shape}, as the data is")
-    return VAE(Encoder(body, math.prod(features), latent), up, likelihood or Bernoulli(), latent, shape, ends(up))
+    parameters = likelihood.parameter_shape(shape)
+    if parameters != shape:
+        up, made = stack(ending_in(decoder, parameters), (latent,), norm, decoder_activation or activation)
+    if made != parameters:
+        raise ValueError(
+            f"the decoder {', '.join(map(repr, decoder))}, of which the last stage was widened, makes {made}; "
+            f"{likelihood.name} takes {parameters}"
+        )
+    return VAE(Encoder(body, math.prod(features), latent), up, likelihood, latent, shape, ends(up))
+
+
+def ending_in(stages: Sequence[str], shape: Shape) -> list[str]:
+    """These stages, the last one making `shape` in place of the fewer channels that it names."""
+    kind, size, *rest = stages[-1].split()
+    size = "x".join(map(str, shape if kind == "linear" else shape[:1]))
+    return [*stages[:-1], " ".join([kind, size, *rest])]
 
 
 def halvings(channels: Sequence[int]) -> list[str]:

@@ -1,0 +1,145 @@
+"""One sigma, or one as a function of the KL weight: a number at each of a few knots on log beta, linear between them.
+
+In a multi-rate network every beta is a decoder of its own, with a variance of its own. Of D + beta R only D has
+sigma in it, so that its best value at beta is the root of the decoder's mean squared error there (sigma-VAE, Eq. 8).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .base import Beta
+from .numerics import soft_clip
+
+KNOTS = 13
+"""Four a decade over the default range with its margin, 0.01 to 20. Between two knots log sigma is off by at most
+step^2 / 8 times its second derivative in log beta."""
+
+DECAY = 0.99
+"""What a batch leaves of the running average of a variance."""
+
+
+class Knots:
+    """Where on log beta there is a number, and how much each counts: K knots, log-spaced over `beta_range`.
+
+        weight_k(beta) = max(0, 1 - |u - k|),  u = (K - 1) log(beta / low) / log(high / low), kept within 0 and K - 1
+
+    so that weights sum to 1 and sum_k weight_k value_k is linear between knots. beta_range None: one number for all.
+    """
+
+    def __init__(self, beta_range: Sequence[float] | None, knots: int) -> None:
+        if isinstance(knots, bool) or not isinstance(knots, int) or knots < 2:
+            raise ValueError(f"knots is {knots!r}; expected a whole number of at least 2, e.g. {KNOTS}")
+        if beta_range is not None:
+            low, high = beta_range
+            if not (0 < low < high < math.inf):
+                raise ValueError(f"beta_range is ({low}, {high}); expected 0 < low < high, both finite")
+        self.beta_range = None if beta_range is None else (float(beta_range[0]), float(beta_range[1]))
+        self.count = 1 if beta_range is None else knots
+
+    def weights(self, beta: Beta | None, like: Tensor) -> Tensor:
+        """(N, K) for one beta an example, else (1, K). ValueError where beta is needed and missing, or not positive."""
+        if self.beta_range is None:
+            return like.new_ones(1, 1)
+        if beta is None:
+            raise ValueError(
+                f"this likelihood's sigma is a function of beta over {self.beta_range}: pass beta=, the KL weight that "
+                "the parameters were made at, or take likelihood.at(beta), which has one sigma"
+            )
+        if not isinstance(beta, Tensor):
+            if not 0 < beta < math.inf:
+                raise ValueError(f"beta is {beta}; expected a positive, finite KL weight")
+            beta = torch.tensor(beta, dtype=torch.float64)
+        low, high = map(math.log, self.beta_range)
+        place = (beta.detach().log().to(like) - low) * ((self.count - 1) / (high - low))
+        place = place.clamp(0, self.count - 1).reshape(-1, 1)
+        return (1 - (place - torch.arange(self.count).to(like)).abs()).clamp_min(0)
+
+
+class LearnedLogSigma(nn.Module):
+    """log sigma as a parameter, one number or K over log beta: soft_clip(sum_k weight_k l_k, minimum).
+
+    sigma: what it starts from. The number l of a plain network, (1,), is that which K numbers have at its beta.
+    """
+
+    def __init__(self, knots: Knots, sigma: float, minimum: float) -> None:
+        super().__init__()
+        if not (math.isfinite(sigma) and sigma > 0):
+            raise ValueError(f"sigma is {sigma}; expected a positive, finite standard deviation, e.g. 1.0")
+        if math.log(sigma) <= minimum:
+            raise ValueError(f"sigma is {sigma}, and its log is clipped at {minimum}; expected more than e^{minimum}")
+        self.knots, self.minimum = knots, minimum
+        above = math.log(sigma) - minimum  # soft_clip backwards: the log of e^above - 1
+        self.log_sigma = nn.Parameter(torch.full((knots.count,), minimum + above + math.log(-math.expm1(-above))))
+
+    def forward(self, beta: Beta | None, like: Tensor) -> Tensor:
+        """(N,) for one beta an example, else (1,), with the dtype of `like`."""
+        return soft_clip(self.knots.weights(beta, like) @ self.log_sigma.to(like.dtype), self.minimum)
+
+    @torch.no_grad()
+    def keep(self, beta: float) -> None:
+        """Become the one number of this beta."""
+        raw = self.knots.weights(beta, self.log_sigma) @ self.log_sigma
+        self.knots, self.log_sigma = Knots(None, self.knots.count), nn.Parameter(raw)
+
+
+class RunningVariance(nn.Module):
+    """A running average of variances at knots, as buffers: what training saw lately, for when there is no batch.
+
+        a_k = 1 - decay^e_k,  weight_k += a_k (1 - weight_k),  total_k += a_k (v_k - total_k),  r_k = total_k / weight_k
+
+    e_k is the part of the batch that speaks for knot k, so that a knot that no beta was near keeps what it had; with
+    one knot it is 1. Dividing by weight corrects for the start from nothing. A knot that no batch spoke for takes the
+    average of the nearest one, and 1 where there was no batch at all. At least float32, whatever the network is.
+    """
+
+    total: Tensor
+    weight: Tensor
+
+    def __init__(self, knots: Knots, decay: float) -> None:
+        super().__init__()
+        if not 0 <= decay < 1:
+            raise ValueError(f"decay is {decay}; expected a number from 0 to less than 1, e.g. {DECAY}")
+        self.knots, self.decay = knots, decay
+        self.register_buffer("total", torch.zeros(knots.count))
+        self.register_buffer("weight", torch.zeros(knots.count))
+
+    @torch.no_grad()
+    def update(self, variance: Tensor, evidence: Tensor) -> None:
+        """Count a batch: its variance at each knot, (K,), and its evidence, (K,), of sum 1."""
+        share = 1 - self.decay ** evidence.to(self.weight)
+        self.weight += share * (1 - self.weight)
+        self.total += share * (variance.to(self.total) - self.total)
+
+    def values(self) -> Tensor:
+        """r_k, (K,)."""
+        seen = self.weight > 0
+        own = torch.where(seen, self.total / torch.where(seen, self.weight, 1.0), 1.0)
+        places = torch.arange(len(own), device=own.device)
+        distances = (places[:, None] - places).abs() + len(own) * ~seen
+        return own[distances.argmin(1)]
+
+    def at(self, beta: Beta | None, like: Tensor) -> Tensor:
+        """The variance at beta, log-linear between knots: (N,) for one beta an example, else (1,)."""
+        values = self.values().to(like.dtype)
+        tiny = torch.finfo(values.dtype).tiny
+        return torch.exp(self.knots.weights(beta, like) @ values.clamp_min(tiny).log())
+
+    @torch.no_grad()
+    def keep(self, beta: float) -> None:
+        """Become the one average of this beta."""
+        seen = self.weight.max().reshape(1).clone()
+        self.total, self.weight = self.at(beta, self.total) * seen, seen
+        self.knots = Knots(None, self.knots.count)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RunningVariance:
+        """`.half()` and the like stop at float32: a hundredth of a batch is lost in 8 bits."""
+        super()._apply(fn, recurse)
+        for name, buffer in self.named_buffers(recurse=False):
+            if buffer.dtype in (torch.float16, torch.bfloat16):
+                setattr(self, name, buffer.float())
+        return self
