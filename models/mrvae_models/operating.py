@@ -159,8 +159,8 @@ class Landing:
 def landing(directory: str | Path) -> Landing:
     """Where the run in a directory landed: a beta-VAE, sigma-VAE, L-VAE or BS-VAE, or a baked model.
 
-    The variance is sigma^2 as learned, of per-image ones the mean over training (so that beta sigma^2 is the mean of the
-    images' own); per-pixel ones are means over the run's training images. ValueError for a multi-rate run.
+    The variance is sigma^2 as learned; of per-image ones the mean over training, so that beta sigma^2 is the mean of the
+    images' own; of per-pixel ones the mean over the run's training images. ValueError for a multi-rate run.
     """
     model, document = load_model(directory)
     if isinstance(model, mk.MultiRate):

@@ -165,7 +165,7 @@ def _wanted(quantity: str, target: float | None, best: str | None) -> tuple[floa
         best = "max"
     if quantity in FIXED_POINTS:
         if target not in (None, 0.0) or best is not None:
-            raise ValueError(f"{quantity} has a beta of its own; expected neither target ({target}) nor best ({best!r})")
+            raise ValueError(f"{quantity} has a beta of its own: expected no target ({target}) and no best ({best!r})")
         target = 0.0
     if (target is None) == (best is None):
         raise ValueError(f"for {quantity} target is {target} and best {best!r}; expected one of the two")
