@@ -6,6 +6,9 @@ OUT/model.pt2      torch.export program, x -> (reconstruction, mean, log_varianc
 OUT/decoder.pt2    torch.export program, z -> image, to sample with: z ~ N(0, I), (N, latent); of a hierarchy the noise
                    of all its groups, from the top, whose priors the program computes as it goes down
 
+Of videos both programs take as many frames as training had: model.pt2 as of a hierarchy, and decoder.pt2 (x, noise) ->
+video, the first n_past frames of x and what is drawn to follow them.
+
 Of text, with OUT/vocabulary.txt: model.pt2 is TeacherForced and decoder.pt2 NextToken of text_programs.py.
 """
 
@@ -26,6 +29,7 @@ from .config import TrainConfig
 from .curve import at, calibrated, calibration_batches, recalibration_noise
 from .networks.hierarchy import Hierarchy
 from .networks.lstm import SentenceVAE
+from .networks.svg import SVG
 from .run import CONFIG, MODEL, OF_RANGE, VOCABULARY, load_model, replace_file, save_model, write_config
 from .text_programs import NextToken, TeacherForced, example_inputs
 from .vae import VAE
@@ -48,18 +52,21 @@ class Baked(NamedTuple):
 class Reconstruction(nn.Module):
     """x, (N, *input_shape) -> (E[x | z = mean], mean, log_variance): deterministic, in data space.
 
-    A hierarchy's third output is its rates, (N, groups).
+    The third output of a hierarchy is its rates, (N, groups), as of a video, (N, latent).
     """
 
-    def __init__(self, network: VAE | Hierarchy) -> None:
+    def __init__(self, network: VAE | Hierarchy | SVG) -> None:
         super().__init__()
         self.network = network
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         network = self.network
-        if isinstance(network, Hierarchy):
+        if isinstance(network, SVG):
             output = network.at_means(x)
-            return network.likelihood.mean(output.parameters), output.mean, output.rates
+            return network.video(x, output.parameters), output.mean, output.rates
+        if isinstance(network, Hierarchy):
+            whole = network.at_means(x)
+            return network.likelihood.mean(whole.parameters), whole.mean, whole.rates
         mean, log_variance = network.encode(x)
         return network.likelihood.mean(network.decode(mean)), mean, log_variance
 
@@ -73,6 +80,17 @@ class Generation(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         return self.network.likelihood.mean(self.network.decode(z))
+
+
+class Prediction(nn.Module):
+    """x, (N, T, C, S, S), and noise, (N, latent) -> the first n_past frames of x and those that follow, of x's shape."""
+
+    def __init__(self, network: SVG) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor, noise: Tensor) -> Tensor:
+        return self.network.predict(x, noise)
 
 
 def bake_run(
@@ -112,6 +130,7 @@ def bake_run(
     else:
         x = torch.rand((4, *network.input_shape), generator=generator).to(parameter)
         z = (torch.randn((4, network.latent), generator=generator).to(parameter),)
+        z = (x, *z) if isinstance(network, SVG) else z
     _export(whole, (x,), out / PROGRAM)
     _export(part, z, out / DECODER)
     save_model(out, network, description)
@@ -126,6 +145,8 @@ def _programs(network: Any) -> tuple[nn.Module, nn.Module]:
     """What model.pt2 and decoder.pt2 compute."""
     if isinstance(network, SentenceVAE):
         return TeacherForced(network), NextToken(network)
+    if isinstance(network, SVG):
+        return Reconstruction(network), Prediction(network)
     return Reconstruction(network), Generation(network)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .likelihood_names import LIKELIHOOD_NAMES, check_likelihood_options
-from .network_names import NETWORK_NAMES
+from .network_names import DEFAULT_LIKELIHOODS, NETWORK_NAMES
 from .objective_options import LVAE_FORMS, OBJECTIVES, TCVAE_SAMPLING, check_objective, chosen_together
 from .options import check_format, check_type, expect, parse_duration, parse_gate, parse_setting, read_json
 from .recipes import RECIPES, default_recipe, gate_fields, recipe_options
@@ -170,8 +170,8 @@ class TrainConfig:
     recipe: str = _option(
         FROM_RECIPE,
         "options chosen together, each of which can be given apart: 'ranked' (default; the best of those tried on "
-        "digits), 'linear', 'text' and 'hierarchy' (defaults of linear, lstm and nvae) or 'paper' (Algorithm 1 and "
-        "Listing 1 as printed)",
+        "digits), 'linear', 'text', 'hierarchy', 'layers' and 'video' (defaults of linear, lstm, nvae, hvae and "
+        "svg-lp) or 'paper' (Algorithm 1 and Listing 1 as printed)",
         "recipe",
         choices=tuple(RECIPES),
     )
@@ -236,7 +236,7 @@ class TrainConfig:
         True, "l-vae's S0^2 + S1^2 in the loss; without it both weights collapse (the paper's ablation)", "objective"
     )
     free_bits: float = _option(
-        0.0,
+        FROM_RECIPE,
         "nats of each latent variable's (or group's) mean rate that cost nothing more when they shrink",
         "objective",
         metavar="NATS",
@@ -336,6 +336,15 @@ class TrainConfig:
         parse=float,
     )
 
+    ema: float | None = _option(
+        FROM_RECIPE,
+        "validate and keep an exponential moving average of the weights with this decay a step, such as 0.9995 "
+        "(default: the weights themselves; 0.9995 in the recipe 'layers')",
+        "optimisation",
+        metavar="DECAY",
+        parse=float,
+    )
+
     precision: str = _option("32-true", "number format of the products", "hardware", choices=PRECISIONS)
     accelerator: str = _option("auto", "auto, cpu, gpu or any other that Lightning knows", "hardware", metavar="NAME")
     devices: int = _option(1, "devices of each machine", "hardware", metavar="N")
@@ -351,10 +360,13 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.recipe is FROM_RECIPE:
             self.recipe = default_recipe(self.network)
+        usual = DEFAULT_LIKELIHOODS.get(self.network)
+        for name, value in chosen_together(self, usual).items():
+            setattr(self, name, value)
+        if self.likelihood is None:
+            self.likelihood = usual
         if self.sample is FROM_RECIPE and self.objective == "beta-tcvae":
             self.sample = "step"
-        for name, value in chosen_together(self).items():
-            setattr(self, name, value)
         for name, value in recipe_options(self.recipe if self.recipe in RECIPES else "ranked").items():
             if getattr(self, name) is FROM_RECIPE:
                 setattr(self, name, dict(value) if isinstance(value, dict) else value)  # check() refuses an unknown one
@@ -415,6 +427,7 @@ class TrainConfig:
             value = getattr(self, name)
             expect(value is None or value > 0, name, value, "a positive number")
         check_likelihood_options(self.likelihood, self.sigma, self.likelihood_options)
+        expect(self.ema is None or 0 < self.ema < 1, "ema", self.ema, "a decay between 0 and 1, e.g. 0.999")
         for name in ("warmup", "range_warmup"):
             expect(0 <= getattr(self, name) < 1, name, getattr(self, name), "a part of the run: from 0 to less than 1")
         expect(self.final_lr >= 0, "final_lr", self.final_lr, "zero or more")

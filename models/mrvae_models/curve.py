@@ -26,7 +26,7 @@ from .likelihoods import perplexity
 from .options import read_json
 from .run import plain_network, replace_file, versions, write_json
 from .spacing import log_spaced
-from .vae import VAE, kl_divergences
+from .vae import VAE, kl_divergences, target_of
 
 ACTIVE_VARIANCE = 0.01
 """A unit is active when the variance of its posterior mean over the data exceeds this (Burda et al., 2016)."""
@@ -241,11 +241,12 @@ def _measure_whole(model: nn.Module, x: Tensor, beta: float, generator: torch.Ge
     measured = []
     with seeded(x.device, generator), at(model, beta):
         for part in parts:
+            target = target_of(network, part)
             outputs = [network(part) for _ in range(samples)]
             measured.append(
                 Measurement(
                     torch.stack(
-                        [network.likelihood.distortion(output.parameters, part, beta=beta) for output in outputs]
+                        [network.likelihood.distortion(output.parameters, target, beta=beta) for output in outputs]
                     ).mean(0),
                     torch.stack([output.rates.flatten(1).sum(1) for output in outputs]).mean(0),
                     torch.stack([output.mean.flatten(1) for output in outputs]).mean(0),

@@ -21,7 +21,7 @@ from .objectives import Terms, annealing_factor, beta_vae_terms, sample_beta
 from .operating import learned_sigma
 from .run import plain_network
 from .total_correlation import beta_tcvae_terms, decompose
-from .vae import Output
+from .vae import Output, target_of
 
 LINEAR_PART = 0.3
 """Part of the steps, at the end, over which a linear schedule falls."""
@@ -71,7 +71,8 @@ class TrainingModule(pl.LightningModule):
     A step: draw beta, log-uniform over the range (one an example, or one), and minimise mean(D_i + beta_i R_i); with
     `weight_power` p, each example's term is multiplied by (1 + beta_i)^p. A network with a method `penalty` adds what
     it returns, a scalar (spectral norms, say), to the loss; one with a method `balance` weighs the rates of its groups
-    while the KL weight is annealed, or the range of betas still grows.
+    while the KL weight is annealed, or the range of betas still grows; of one with a method `target`, the distortion is
+    of what that makes of a batch (the frames that a video is predicted by).
     With `objective` beta-tcvae the loss is mean(D_i + alpha MI_i + beta TC_i + gamma DWKL_i), one beta a step.
     With `objective` l-vae the loss is L-VAE's, whose two weights, in `learned`, are trained as the network is.
     Annealing multiplies the KL weights in the loss and nothing else: the gates get beta, and weight_power counts it.
@@ -149,7 +150,7 @@ class TrainingModule(pl.LightningModule):
         else:
             beta = config.beta
             output = self.model(x)
-        terms = self._terms(output, x, beta)
+        terms = self._terms(output, target_of(plain_network(self.model), x), beta)
         unweighted = loss = terms.loss()
         if config.weight_power and isinstance(beta, Tensor):
             loss = terms.loss((1 + beta).expand(len(x)) ** config.weight_power)

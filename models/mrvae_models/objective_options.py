@@ -26,11 +26,16 @@ OF_ONE_BETA = ("sigma-vae", "l-vae")
 """Objectives of one network without gates: the first weighs the rate by 1, the second learns what it weighs it by."""
 
 
-def chosen_together(config: Any) -> dict[str, Any]:
-    """What the objective of a TrainConfig sets of the options that were left out: name -> value."""
+def chosen_together(config: Any, usual: str | None) -> dict[str, Any]:
+    """What the objective of a TrainConfig sets of the options that were left out: name -> value.
+
+    usual: the network's own likelihood; L-VAE takes the unit Gaussian in place of one that learns its variance.
+    """
     chosen: dict[str, Any] = {}
     if config.objective in CALIBRATED and config.likelihood is None:
         chosen["likelihood"] = CALIBRATED[config.objective][0]
+    if config.objective == "l-vae" and config.likelihood is None and usual in CALIBRATED["sigma-vae"]:
+        chosen["likelihood"] = "gaussian"
     if config.objective in OF_ONE_BETA and config.beta is None:
         chosen["beta"] = 1.0
     return chosen

@@ -1,4 +1,4 @@
-"""Images along beta: reconstructions and samples with the same noise at every beta, of a VAE and of a hierarchy."""
+"""Images along beta: reconstructions and samples with the same noise at every beta, of any network but those of text."""
 
 from __future__ import annotations
 
@@ -9,12 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from .curve import Examples, at, calibrated, evaluating, seeded
+from .networks.svg import SVG
 from .run import plain_network
 from .vae import VAE
 
 
 class Pictures(NamedTuple):
-    """Images along beta, in [0, 1] for likelihoods of such data; b betas, n examples, m draws from the prior."""
+    """Images along beta, in [0, 1] for likelihoods of such data; b betas, n examples, m draws from the prior.
+
+    Of videos they are the frames of one: its own, those of its reconstruction, and a prediction from its first ones.
+    """
 
     betas: list[float]
     originals: Tensor  # (n, C, H, W)
@@ -32,12 +36,14 @@ def pictures(
 ) -> Pictures:
     """Reconstructions of `count` examples, drawn by `seed`, and as many samples from the prior, at each of `betas`."""
     network = plain_network(model)
+    video = isinstance(network, SVG)
+    count = 1 if video else count
     generator = torch.Generator().manual_seed(seed)
     chosen = dataset.examples[torch.randperm(len(dataset.examples), generator=generator)[:count]]
     parameter = next(network.parameters())
     x = chosen.to(parameter)
     reconstructions, drawn = [], []
-    draw = _draw_vae if isinstance(network, VAE) else _draw_whole
+    draw = _draw_vae if isinstance(network, VAE) else _draw_video if video else _draw_whole
     state = generator.get_state()
     with torch.no_grad(), evaluating(model):
         for beta in betas:
@@ -46,7 +52,8 @@ def pictures(
                 reconstruction, sample = draw(network, x, count, generator)
                 reconstructions.append(reconstruction.float().cpu())
                 drawn.append(sample.float().cpu())
-    return Pictures(list(betas), chosen.cpu(), torch.stack(reconstructions), torch.stack(drawn))
+    originals = chosen[0] if video else chosen
+    return Pictures(list(betas), originals.cpu(), torch.stack(reconstructions), torch.stack(drawn))
 
 
 def _draw_vae(network: VAE, x: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -61,3 +68,9 @@ def _draw_whole(network: Any, x: Tensor, count: int, generator: torch.Generator)
     """The same of a network that draws its noise itself."""
     with seeded(x.device, generator):
         return network.likelihood.mean(network(x).parameters), network.sample(count)
+
+
+def _draw_video(network: SVG, x: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """The frames of one video, each predicted from the true one before it, and of one that goes on by itself."""
+    with seeded(x.device, generator):
+        return network.video(x, network(x).parameters)[0], network.predict(x)[0]

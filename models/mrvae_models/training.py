@@ -25,6 +25,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.profilers import PassThroughProfiler
 from torch import nn
 
+from .averaging import WeightAverage
 from .checkpoint import (
     KEY,
     CheckpointError,
@@ -152,6 +153,8 @@ def _fit(
         MetricsFile(directory / METRICS if "csv" in config.log_to else None),
         RunCheckpoint(config, description, directory, loader),
     ]
+    if config.ema is not None:
+        callbacks.append(WeightAverage(config.ema))
     if progress:
         callbacks.append(ProgressLine())
     if config.patience is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,12 @@ class Output(Protocol):
     @property
     def rates(self) -> Tensor:
         """(N, k) or (N, groups): the KL divergence by latent dimension or group, in nats; their sum is the rate."""
+
+
+def target_of(network: Any, x: Tensor) -> Tensor:
+    """What of x a network's output is a distribution of: its `target(x)` where it has one (a video's later frames)."""
+    target = getattr(network, "target", None)
+    return x if target is None else target(x)
 
 
 class VAEOutput(NamedTuple):

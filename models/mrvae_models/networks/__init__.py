@@ -2,9 +2,9 @@
 
     vae = build("cnn", (3, 32, 32), latent=256)
 
-A network is a function of the data's shape that returns a `VAE`, or for more than one latent vector, or for text, a
-module with the same face (see `vae.Output`, `hierarchy.Hierarchy` and `lstm.SentenceVAE`); `NETWORKS` is the list of
-them. To add one, write the function in a file of its own and name it there and in network_names.py.
+A network is a function of the data's shape that returns a `VAE`, or for more than one latent vector, for videos or for
+text, a module with the same face (see `vae.Output`, `hierarchy.Hierarchy`, `svg.SVG` and `lstm.SentenceVAE`); `NETWORKS`
+is the list of them. To add one, write the function in a file of its own and name it there and in network_names.py.
 """
 
 from __future__ import annotations
@@ -18,12 +18,16 @@ from torch import nn
 from ..data import Rows
 from ..likelihoods import Likelihood
 from ..likelihoods import likelihood as likelihood_called
+from .bs_vae import bs_vae
 from .cnn import cnn
+from .hvae import hvae
 from .linear import Centre, linear
 from .lstm import lstm
 from .mlp import mlp
 from .nvae import nvae
 from .resnet import resnet
+from .sigma_cnn import sigma_cnn
+from .svg import svg_lp
 from .tcvae import tcvae_conv, tcvae_mlp
 
 NETWORKS: dict[str, Callable[..., Any]] = {
@@ -33,21 +37,29 @@ NETWORKS: dict[str, Callable[..., Any]] = {
     "resnet": resnet,
     "tcvae-mlp": tcvae_mlp,
     "tcvae-conv": tcvae_conv,
+    "sigma-cnn": sigma_cnn,
+    "bs-vae": bs_vae,
     "nvae": nvae,
+    "hvae": hvae,
+    "svg-lp": svg_lp,
     "lstm": lstm,
 }
 """`network_names.NETWORK_NAMES` has the same names."""
 
 __all__ = [
     "NETWORKS",
+    "bs_vae",
     "build",
     "cnn",
+    "hvae",
     "linear",
     "lstm",
     "mlp",
     "nvae",
     "resnet",
+    "sigma_cnn",
     "start_from",
+    "svg_lp",
     "tcvae_conv",
     "tcvae_mlp",
 ]

@@ -41,6 +41,16 @@ class Normal(NamedTuple):
         log_ratio = (sigma / prior_sigma).log()
         return 0.5 * (((mean - prior_mean) / prior_sigma).square() + torch.expm1(2 * log_ratio)) - log_ratio
 
+    def log_ratio(self, prior: Normal, noise: Tensor) -> Tensor:
+        """log N(z; self) - log N(z; prior) of each element at z = mean + sigma * noise, in nats.
+
+        1/2 [((z - mean_p) / sigma_p)^2 - noise^2] - log(sigma / sigma_p), whose mean over noise is kl_from(prior)
+        """
+        mean, sigma = full_precision(self.mean), full_precision(self.sigma)
+        prior_mean, prior_sigma = full_precision(prior.mean), full_precision(prior.sigma)
+        standardised = (mean + sigma * noise - prior_mean) / prior_sigma
+        return 0.5 * (standardised.square() - noise.square()) - (sigma / prior_sigma).log()
+
 
 class Raw(NamedTuple):
     """What a head gives of a normal distribution, before soft clamps: mu and log sigma, (N, *shape) each."""
@@ -72,7 +82,7 @@ class HierarchicalOutput(NamedTuple):
 
     parameters: Tensor  # (N, *likelihood.parameter_shape(input_shape))
     mean: Tensor  # (N, k), of the posterior less the prior's, given the draws above, groups from the top
-    rates: Tensor  # (N, groups), KL of each group in nats
+    rates: Tensor  # (N, groups), KL of each group in nats, or what has it for a mean (see `divergence`)
     noise: Tensor  # (N, k), standard normal, of which z = mean + sigma * noise was drawn
 
 
@@ -115,13 +125,22 @@ class Hierarchy(nn.Module, abc.ABC):
             )
         if noise is None:
             noise = torch.randn(x.shape[0], self.latent, dtype=x.dtype, device=x.device)
-        parameters, pairs = self.descend(self.ascend(x), self._by_group(noise))
+        parts = self._by_group(noise)
+        parameters, pairs = self.descend(self.ascend(x), parts)
+        divergences = [self.divergence(q, p, part) for (q, p), part in zip(pairs, parts, strict=True)]
         return HierarchicalOutput(
             parameters,
             torch.cat([(q.mean - p.mean).flatten(1) for q, p in pairs], 1),
-            torch.stack([q.kl_from(p).flatten(1).sum(1) for q, p in pairs], 1),
+            torch.stack([divergence.flatten(1).sum(1) for divergence in divergences], 1),
             noise,
         )
+
+    def divergence(self, posterior: Normal, prior: Normal, noise: Tensor) -> Tensor:
+        """KL(q(z_l | z_<l, x) || p(z_l | z_<l)) of a group's elements given the draws above, where both depend on these.
+
+        A network whose posteriors depend on other draws than its priors has log q - log p at its own draw instead.
+        """
+        return posterior.kl_from(prior)
 
     def at_means(self, x: Tensor) -> HierarchicalOutput:
         """The same with every z the mean of its posterior: no noise."""

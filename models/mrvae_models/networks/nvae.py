@@ -21,7 +21,7 @@ import mrvae_kernels as mk
 from ..likelihoods import Bernoulli, Likelihood
 from .cells import DecoderCell, EncoderCell
 from .hierarchy import Hierarchy, Normal, Raw
-from .parts import check_shape, check_sizes
+from .parts import check_shape, check_sizes, margins
 from .regularisers import SpectralNorms, convolution_weights, norm_scales
 
 EXPANSION = 6
@@ -213,9 +213,8 @@ def nvae(
     if not (math.isfinite(regularisation) and regularisation >= 0):
         raise ValueError(f"regularisation is {regularisation}; expected a finite number of at least 0, e.g. 0.01")
     multiple = 2 ** (process_blocks + scales - 1)
-    height, width = (math.ceil(side / multiple) * multiple for side in shape[1:])
-    top, left = (height - shape[1]) // 2, (width - shape[2]) // 2
-    margins = (left, width - shape[2] - left, top, height - shape[1] - top)
+    around = margins(shape, multiple)
+    height, width = shape[1] + around[2] + around[3], shape[2] + around[0] + around[1]
 
     counts = [max(groups // 2**scale, 1) if adaptive else groups for scale in range(scales)]
     levels = [process_blocks + scale for scale, count in enumerate(counts) for _ in range(count)]  # from the bottom
@@ -225,4 +224,4 @@ def nvae(
     likelihood = likelihood or Bernoulli()
     colours = likelihood.parameter_shape(shape)[0]
     decoder = Decoder(colours, process_blocks, process_cells, widths[::-1], cells, latent, group_shapes[0][1:])
-    return NVAE(encoder, decoder, likelihood, shape, group_shapes, margins, regularisation)
+    return NVAE(encoder, decoder, likelihood, shape, group_shapes, around, regularisation)

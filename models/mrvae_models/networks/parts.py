@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import nn
 
-ACTIVATIONS: dict[str, type[nn.Module]] = {
+from ..likelihoods import Bernoulli, Likelihood
+
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
     "silu": nn.SiLU,
     "gelu": nn.GELU,
     "tanh": nn.Tanh,
     "leaky_relu": nn.LeakyReLU,
+    "leaky_relu_0.2": functools.partial(nn.LeakyReLU, 0.2),
     "elu": nn.ELU,
 }
 
 
-def activation_called(name: str) -> type[nn.Module]:
+def activation_called(name: str) -> Callable[[], nn.Module]:
     if name not in ACTIVATIONS:
         raise ValueError(f"activation {name!r} is not known; expected one of {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[name]
@@ -63,3 +67,20 @@ def check_shape(input_shape: Sequence[int], dimensions: int | None = None) -> tu
             "For other shapes use the network 'mlp'"
         )
     return shape
+
+
+def squash(likelihood: Likelihood, shape: tuple[int, ...]) -> list[nn.Module]:
+    """The sigmoid that published decoders of images end in, as a list of none or one.
+
+    One where the decoder's output is the mean itself, in [0, 1]; none for logits, and for likelihoods of several
+    numbers a value.
+    """
+    means = likelihood.parameter_shape(shape) == shape and not isinstance(likelihood, Bernoulli)
+    return [nn.Sigmoid()] if means else []
+
+
+def margins(shape: tuple[int, ...], multiple: int) -> tuple[int, int, int, int]:
+    """Rows and columns that make the sides of (C, H, W) multiples: left, right, top and bottom, as F.pad takes them."""
+    missing_height, missing_width = (-side % multiple for side in shape[1:])
+    top, left = missing_height // 2, missing_width // 2
+    return left, missing_width - left, top, missing_height - top

@@ -3,10 +3,14 @@
     conv 128 k4 s2 p1          nn.Conv2d to 128 channels: kernel 4, stride 2, padding 1 (defaults: stride 1, padding 0)
     convt 512 k3 s2 p1 op1     nn.ConvTranspose2d, with output padding
     block 128                  a residual block, x + Conv3x3 activation Conv3x3, of the 128 channels that there are
+    res 128 s2                 a residual block with norms, to 128 channels: see NormedBlock
+    pool                       the largest of every 2x2 pixels
+    up                         each pixel as 2x2
     linear 400                 nn.Linear on the flattened input
     linear 1024x4x4            the same, and its output as a map of 1024 channels, 4x4
     ... bare                   without norm and activation; otherwise a norm follows what makes a map, other than a
-                               block, and an activation follows every stage
+                               block, and an activation follows every stage but pool and up
+    linear 400 each            with a batch norm of each output, where norms are batch norms
     ... x3                     the stage three times
 
 Two numbers, as in op1x0, are height and width. Sizes are followed from stage to stage, so that a stage that cannot take
@@ -27,16 +31,23 @@ from ..vae import VAE, Encoder
 from .parts import activation_called, ends, norm_layers
 
 Shape = tuple[int, ...]
+Activation = Callable[[], nn.Module]
 
 SETTINGS = {"k": "kernel_size", "s": "stride", "p": "padding", "op": "output_padding"}
-TAKES = {"conv": ("k", "s", "p"), "convt": ("k", "s", "p", "op"), "block": (), "linear": ()}
+TAKES = {
+    "conv": ("k", "s", "p"), "convt": ("k", "s", "p", "op"), "block": (), "res": ("s",), "linear": (), "pool": (),
+    "up": (),
+}
 """Kinds of stage, and the settings that each takes."""
+OF_NO_SIZE = ("pool", "up")
+WHOLE = ("block", "res", *OF_NO_SIZE)
+"""Stages that no norm follows."""
 
 
 class ResidualBlock(nn.Module):
     """x + Conv3x3(activation(Conv3x3(x))): channels and sides stay."""
 
-    def __init__(self, channels: int, activation: type[nn.Module]):
+    def __init__(self, channels: int, activation: Activation):
         super().__init__()
         self.body = nn.Sequential(
             nn.Conv2d(channels, channels, 3, padding=1), activation(), nn.Conv2d(channels, channels, 3, padding=1)
@@ -44,6 +55,40 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.body(x)
+
+
+class NormedBlock(nn.Module):
+    """activation(norm(Conv3x3(activation(norm(Conv3x3(x))))) + shortcut(x)); the first convolution has the stride.
+
+    The shortcut is x itself, or norm(Conv1x1(x)) of that stride where channels or sides change.
+    """
+
+    def __init__(
+        self, channels: int, out: int, stride: tuple[int, int], norm: str, activation: Activation
+    ) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(channels, out, 3, stride, padding=1), *norm_layers(norm, out), activation(),
+            nn.Conv2d(out, out, 3, padding=1), *norm_layers(norm, out),
+        )
+        same = channels == out and max(stride) == 1
+        change = [] if same else [nn.Conv2d(channels, out, 1, stride), *norm_layers(norm, out)]
+        self.shortcut = nn.Sequential(*change)
+        self.activation = activation()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.activation(self.body(x) + self.shortcut(x))
+
+
+class EachNorm(nn.Module):
+    """A batch norm of every element of a vector or a map, each with a mean, a variance and an affine of its own."""
+
+    def __init__(self, size: Shape) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(math.prod(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x.flatten(1)).view_as(x)
 
 
 class Stage(NamedTuple):
@@ -54,6 +99,7 @@ class Stage(NamedTuple):
     size: Shape  # what it makes: channels, or of a linear one a shape
     settings: dict[str, tuple[int, int]]  # of torch's constructor, (height, width) each
     bare: bool
+    each: bool = False
 
 
 def parse(stages: Sequence[str]) -> list[Stage]:
@@ -67,11 +113,16 @@ def _parse_stage(words: str) -> list[Stage]:
     kind, *rest = words.split() or [""]
     if kind not in TAKES:
         raise ValueError(f"stage {words!r} begins with {kind!r}; expected one of {', '.join(TAKES)}")
+    if kind in OF_NO_SIZE:
+        if rest:
+            raise ValueError(f"stage {words!r}: {rest[0]!r} comes after {kind!r}; expected nothing")
+        return [Stage(words, kind, (), {}, True)]
     if not rest or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*" if kind == "linear" else r"[1-9]\d*", rest[0]):
         expected = f"channels, as in '{kind} 128'" if kind != "linear" else "a size, as in 'linear 400', 'linear 9x4x4'"
         raise ValueError(f"stage {words!r}: {(rest or ['nothing'])[0]!r} comes after {kind!r}; expected {expected}")
     settings: dict[str, tuple[int, int]] = {}
     flags: dict[str, int] = {}
+    own = {"linear": ("bare", "each"), "res": ()}.get(kind, ("bare",))
     for word in rest[1:]:
         setting = re.fullmatch(r"(k|s|p|op)(\d+)(?:x(\d+))?", word)
         repeat = re.fullmatch(r"x([1-9]\d*)", word)
@@ -79,18 +130,17 @@ def _parse_stage(words: str) -> list[Stage]:
             settings[SETTINGS[setting[1]]] = (int(setting[2]), int(setting[3] or setting[2]))
         elif repeat and "x" not in flags:
             flags["x"] = int(repeat[1])
-        elif word == "bare" and word not in flags:
+        elif word in own and word not in flags:
             flags[word] = 1
         else:
-            known = ", ".join([*(f"{letter}N" for letter in TAKES[kind]), "bare", "xN"])
+            known = ", ".join([*(f"{letter}N" for letter in TAKES[kind]), *own, "xN"])
             raise ValueError(f"stage {words!r}: cannot read {word!r}; expected each at most once: {known}")
-    if "k" in TAKES[kind]:
-        if "kernel_size" not in settings:
-            raise ValueError(f"stage {words!r} has no kernel; expected kN, as in '{kind} 128 k4 s2 p1'")
-        if 0 in (*settings["kernel_size"], *settings.get("stride", ())):
-            raise ValueError(f"stage {words!r}: kernel and stride are at least 1")
+    if "k" in TAKES[kind] and "kernel_size" not in settings:
+        raise ValueError(f"stage {words!r} has no kernel; expected kN, as in '{kind} 128 k4 s2 p1'")
+    if 0 in (*settings.get("kernel_size", ()), *settings.get("stride", ())):
+        raise ValueError(f"stage {words!r}: kernel and stride are at least 1")
     size = tuple(int(side) for side in rest[0].split("x"))
-    return [Stage(words, kind, size, settings, "bare" in flags)] * flags.get("x", 1)
+    return [Stage(words, kind, size, settings, "bare" in flags, "each" in flags)] * flags.get("x", 1)
 
 
 def stack(
@@ -103,21 +153,24 @@ def stack(
     act = activation_called(activation)
     layers: list[nn.Module] = []
     for stage in parse(stages):
-        made, shape = _STAGES[stage.kind](stage, shape, act)
+        made, shape = _STAGES[stage.kind](stage, shape, norm, act)
         layers += made
-        if not stage.bare:
-            layers += norm_layers(norm, shape[0]) if len(shape) == 3 and stage.kind != "block" else []
+        if stage.each:
+            layers += [EachNorm(shape)] if norm == "batch" else []
+        elif not stage.bare and len(shape) == 3 and stage.kind not in WHOLE:
+            layers += norm_layers(norm, shape[0])
+        if not stage.bare and stage.kind != "res":  # which ends in one itself
             layers.append(act())
     return nn.Sequential(*layers), shape
 
 
-def _linear(stage: Stage, shape: Shape, act: type[nn.Module]) -> tuple[list[nn.Module], Shape]:
+def _linear(stage: Stage, shape: Shape, norm: str, act: Activation) -> tuple[list[nn.Module], Shape]:
     flatten = [nn.Flatten()] if len(shape) > 1 else []
     unflatten = [nn.Unflatten(1, stage.size)] if len(stage.size) > 1 else []
     return [*flatten, nn.Linear(math.prod(shape), math.prod(stage.size)), *unflatten], stage.size
 
 
-def _block(stage: Stage, shape: Shape, act: type[nn.Module]) -> tuple[list[nn.Module], Shape]:
+def _block(stage: Stage, shape: Shape, norm: str, act: Activation) -> tuple[list[nn.Module], Shape]:
     _check_map(stage, shape)
     if shape[0] != stage.size[0]:
         raise ValueError(
@@ -126,7 +179,26 @@ def _block(stage: Stage, shape: Shape, act: type[nn.Module]) -> tuple[list[nn.Mo
     return [ResidualBlock(shape[0], act)], shape
 
 
-def _convolution(stage: Stage, shape: Shape, act: type[nn.Module]) -> tuple[list[nn.Module], Shape]:
+def _normed_block(stage: Stage, shape: Shape, norm: str, act: Activation) -> tuple[list[nn.Module], Shape]:
+    _check_map(stage, shape)
+    stride = stage.settings.get("stride", (1, 1))
+    made = tuple(-(-side // step) for side, step in zip(shape[1:], stride, strict=True))
+    return [NormedBlock(shape[0], stage.size[0], stride, norm, act)], (stage.size[0], *made)
+
+
+def _pool(stage: Stage, shape: Shape, norm: str, act: Activation) -> tuple[list[nn.Module], Shape]:
+    _check_map(stage, shape)
+    if min(shape[1:]) < 2:
+        raise ValueError(f"stage {stage.words!r} leaves nothing of maps of {shape[1]}x{shape[2]}")
+    return [nn.MaxPool2d(2)], (shape[0], shape[1] // 2, shape[2] // 2)
+
+
+def _up(stage: Stage, shape: Shape, norm: str, act: Activation) -> tuple[list[nn.Module], Shape]:
+    _check_map(stage, shape)
+    return [nn.Upsample(scale_factor=2)], (shape[0], 2 * shape[1], 2 * shape[2])
+
+
+def _convolution(stage: Stage, shape: Shape, norm: str, act: Activation) -> tuple[list[nn.Module], Shape]:
     _check_map(stage, shape)
     transposed = stage.kind == "convt"
     kind: Any = nn.ConvTranspose2d if transposed else nn.Conv2d
@@ -152,8 +224,9 @@ def _check_map(stage: Stage, shape: Shape) -> None:
         )
 
 
-_STAGES: dict[str, Callable[[Stage, Shape, type[nn.Module]], tuple[list[nn.Module], Shape]]] = {
-    "conv": _convolution, "convt": _convolution, "block": _block, "linear": _linear
+_STAGES: dict[str, Callable[[Stage, Shape, str, Activation], tuple[list[nn.Module], Shape]]] = {
+    "conv": _convolution, "convt": _convolution, "block": _block, "res": _normed_block, "linear": _linear,
+    "pool": _pool, "up": _up,
 }
 
 
