@@ -159,6 +159,7 @@ def _curve(options: argparse.Namespace) -> int:
         options.run,
         options.betas,
         options.compare,
+        options.mark,
         options.split,
         options.samples,
         options.batch_size,

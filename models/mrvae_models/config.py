@@ -307,6 +307,14 @@ class TrainConfig:
     gate_lr_factor: float = _option(
         FROM_RECIPE, "learning rate of the gates, as a multiple of --lr", "optimisation", metavar="FACTOR", parse=float
     )
+    sigma_lr_factor: float = _option(
+        10.0,
+        "learning rate of the logarithms of learned sigmas, gaussian-shared's and l-vae's S0 and S1, as a multiple of "
+        "--lr (1 in the papers)",
+        "optimisation",
+        metavar="FACTOR",
+        parse=float,
+    )
     schedule: str = _option(
         FROM_RECIPE,
         "learning rate over the run: cosine down to --final-lr, linear down to it over the last 30 %, constant, or "
@@ -421,7 +429,7 @@ class TrainConfig:
         for name in ("latent", "patience", "checkpoint_every_steps", "threads", "resize"):
             value = getattr(self, name)
             expect(value is None or value >= 1, name, value, "a positive integer")
-        for name in ("lr", "gate_lr_factor"):
+        for name in ("lr", "gate_lr_factor", "sigma_lr_factor"):
             expect(getattr(self, name) > 0, name, getattr(self, name), "a positive number")
         for name in ("clip", "max_time", "sigma"):
             value = getattr(self, name)

@@ -21,14 +21,14 @@ so that an objective a SSE + beta R, which is 2 a [1/2 SSE + beta / (2 a) R], ha
     l-vae-sum         s0^-2 1/2 SSE + s1^-2 R              1/2        beta           L-VAE with this project's sums
 
 MSE = SSE / d. sigma-VAE's Eq. 7 and its text contradict each other by a factor of two. Its Table 1 was scored by the
-text: on d = 2352 the best bound that a variance allows is d/2 log(2 pi v) and a little, and at beta = 10, where the rate
-is near 0, the table's 4056 nats are 1176 log(2 pi 5) = 4054 and SSE / 10, while v = 10 would need 4869.
+text: on d = 2352 the best bound that a variance allows is d/2 log(2 pi v) and a little, and at beta = 10, where the
+rate is near 0, the table's 4056 nats are 1176 log(2 pi 5) = 4054 and SSE / 10, while v = 10 would need 4869.
 BS-VAE prints beta = 2 sigma^2 + sigma^2 log(2 pi sigma^2); its second term is a constant of the optimisation where
 sigma is constant, and only the first weighs R.
 
-In a model whose variance is not constant, beta and sigma^2 are apart (BS-VAE, Section 3.3): SSE / (2 v) + beta R has the
-minimum of 1/2 SSE + beta v R. unit_beta(beta, v) = beta v is therefore where it lands on the curve of Gaussian(sigma=1),
-and implied_beta() of a sigma-VAE, beta = 1, is its sigma^2.
+In a model whose variance is not constant, beta and sigma^2 are apart (BS-VAE, Section 3.3): SSE / (2 v) + beta R has
+the minimum of 1/2 SSE + beta v R. So unit_beta(beta, v) = beta v is where it lands on the curve of Gaussian(sigma=1):
+of a sigma-VAE, beta = 1, its sigma^2.
 """
 
 from __future__ import annotations

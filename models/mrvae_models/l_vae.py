@@ -3,9 +3,9 @@
     loss = L_R / s0^2 + KL / s1^2 + s0^2 + s1^2,        beta = s0^2 / s1^2
 
 L_R and KL are means over the batch. Where the gradient of a weight vanishes, s_i^4 = L_i; put back in, the loss is
-2 sqrt(L_R) + 2 sqrt(KL), and beta = sqrt(L_R / KL). Two things follow from that. The learned beta depends on the units of
-L_R: see `FORMS`. And the slope of sqrt(KL) is infinite at KL = 0: posteriors that have collapsed once drive s1 to 0, and
-stay.
+2 sqrt(L_R) + 2 sqrt(KL), and beta = sqrt(L_R / KL). Two things follow from that. The learned beta depends on the units
+of L_R: see `FORMS`. And the slope of sqrt(KL) is infinite at KL = 0: posteriors that have collapsed once drive s1 to 0,
+and stay.
 """
 
 from __future__ import annotations
@@ -112,8 +112,9 @@ class LearnedWeights(nn.Module):
             if any(weight >= COLLAPSED_WEIGHT * start for weight, start in zip(weights, self.first, strict=True)):
                 return None
             return (
-                f"l-vae: both weights have collapsed, 1/s0^2 = {weights[0]:.2g} and 1/s1^2 = {weights[1]:.2g}: the loss "
-                "goes to 0 whatever the network does, and s0^2/s1^2 is no learned beta; leave out --no-lvae-regulariser"
+                f"l-vae: both weights have collapsed, 1/s0^2 = {weights[0]:.2g} and 1/s1^2 = {weights[1]:.2g}: the "
+                "loss goes to 0 whatever the network does, and s0^2/s1^2 is no learned beta; leave out "
+                "--no-lvae-regulariser"
             )
         if second**2 < COLLAPSED_RATE:
             return (

@@ -81,8 +81,8 @@ class TrainingModule(pl.LightningModule):
     Validation: D + beta R at `config.validation_betas` betas over the range, averaged, with the same noise each time,
     and without annealing or free bits. With beta-tcvae D + alpha MI + beta TC + gamma DWKL, each batch of validation
     being taken for the whole set: of the mutual information it shows the log of its size at most, and what is beyond
-    counts as total correlation. With l-vae 2 sqrt(L_R) + 2 sqrt(KL), the least that its loss can be by its weights: what
-    they are does not make one epoch look better than another.
+    counts as total correlation. With l-vae 2 sqrt(L_R) + 2 sqrt(KL), the least that its loss can be by its weights:
+    what they are does not make one epoch look better than another.
     """
 
     def __init__(
@@ -123,7 +123,7 @@ class TrainingModule(pl.LightningModule):
             warnings.warn(trouble, stacklevel=1)
 
     def trajectory(self) -> dict[str, float]:
-        """What training logs of its course besides losses: s0, s1 and beta of L-VAE, sigma of a decoder that learns it."""
+        """What training logs besides losses: s0, s1 and beta of L-VAE, sigma of a plain decoder that learns it."""
         if self.learned is not None:
             return self.learned.values()
         sigma = learned_sigma(self.model)
@@ -251,15 +251,15 @@ class TrainingModule(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         config = self.config
-        if isinstance(self.model, mk.MultiRate):
-            groups = [
-                {"params": self.model.network_parameters(), "lr": config.lr},
-                {"params": self.model.gate_parameters(), "lr": config.lr * config.gate_lr_factor},
-            ]
-        else:
-            groups = [{"params": list(self.model.parameters()), "lr": config.lr}]
-        if self.learned is not None:
-            groups.append({"params": list(self.learned.parameters()), "lr": config.lr, "weight_decay": 0.0})
+        sigmas = [*plain_network(self.model).likelihood.parameters()]  # of the likelihoods only sigmas are learned
+        sigmas += [] if self.learned is None else self.learned.parameters()
+        of_sigmas = set(map(id, sigmas))
+        gates = self.model.gate_parameters() if isinstance(self.model, mk.MultiRate) else []
+        network = self.model.network_parameters() if isinstance(self.model, mk.MultiRate) else self.model.parameters()
+        groups = [{"params": [each for each in network if id(each) not in of_sigmas], "lr": config.lr}]
+        for parameters, factor in ((gates, config.gate_lr_factor), (sigmas, config.sigma_lr_factor)):
+            if parameters:
+                groups.append({"params": list(parameters), "lr": config.lr * factor})
         optimizer: torch.optim.Optimizer
         if config.optimizer == "adamax":
             optimizer = torch.optim.Adamax(groups, lr=config.lr)  # torch has no fused one

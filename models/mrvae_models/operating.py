@@ -1,14 +1,14 @@
 """Where a method that learns sigma or beta lands on the curve of a multi-rate network of the same data.
 
-The curve is that of D + beta R with a Gaussian decoder of fixed sigma_0, D = SSE / (2 sigma_0^2) + constant. A decoder of
-variance v at a KL weight b has the minimum of the curve's beta = b v / sigma_0^2 (conventions.py), so that
+The curve is that of D + beta R with a Gaussian decoder of fixed sigma_0, D = SSE / (2 sigma_0^2) + constant. A decoder
+of variance v at a KL weight b has the minimum of the curve's beta = b v / sigma_0^2 (conventions.py), so that
 
     sigma-VAE   (v = MSE, b = 1)                    lands where  beta sigma_0^2 = MSE(beta)
-    L-VAE       (beta = s0^2 / s1^2, s_i^4 = L_i)   lands where  beta = sqrt(E(beta) / R(beta)),  E = SSE / (2 sigma_0^2)
+    L-VAE       (beta = s0^2 / s1^2, s_i^4 = L_i)   lands where  beta = sqrt(E(beta) / R(beta)), E = SSE / (2 sigma_0^2)
 
-MSE and E being those of the curve at beta. Each is a stationary point of the loss with its sigmas put in: along an optimal
-curve dD = -beta dR, so that d/2 log MSE + R has d/dR = 1 - beta sigma_0^2 / MSE, and sqrt(E) + sqrt(R) likewise. Where the
-equation has several solutions, training goes to one with a lower loss.
+MSE and E being those of the curve at beta. Each is a stationary point of the loss with its sigmas put in: along an
+optimal curve dD = -beta dR, so that d/2 log MSE + R has d/dR = 1 - beta sigma_0^2 / MSE, and sqrt(E) + sqrt(R)
+likewise. Where the equation has several solutions, training goes to one with a lower loss.
 
 `FIXED_POINTS` are solved without training anything; `landing()` is where a run that was trained has landed.
 """
@@ -16,7 +16,7 @@ equation has several solutions, training goes to one with a lower loss.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,24 +65,20 @@ FIXED_POINTS = {
         lambda error, rate, d: 2 * math.sqrt(error) + 2 * math.sqrt(rate),
     ),
 }
-"""By the names of the objectives, those OF_ONE_BETA; L-VAE with its reconstruction loss summed over dimensions (--lvae-form sum)."""
+"""By the names of the objectives, those OF_ONE_BETA; L-VAE with a reconstruction loss of sums (--lvae-form sum)."""
 
 
 def curves_own(model: nn.Module, wanted: str) -> Gaussian:
     """The likelihood of a multi-rate model on whose curve a variance has a place; ValueError for another."""
     own = plain_network(model).likelihood
-    if isinstance(own, CalibratedGaussian):
-        raise ValueError(
-            f"{wanted} is looked for on the curve of a Gaussian of fixed sigma, and this run's likelihood is {own.name}, "
-            "which learns sigma at every beta: its sigma-VAE is beta = 1, mrvae bake --beta 1; or train with "
-            "--likelihood gaussian"
-        )
-    if not isinstance(own, Gaussian):
-        raise ValueError(
-            f"{wanted} is looked for on the curve of a Gaussian of fixed sigma, and this run's likelihood is {own.name}; "
-            "train with --likelihood gaussian"
-        )
-    return own
+    if isinstance(own, Gaussian):
+        return own
+    learns = isinstance(own, CalibratedGaussian)
+    there = ", which learns sigma at every beta: its sigma-VAE is beta = 1, mrvae bake --beta 1" if learns else ""
+    raise ValueError(
+        f"{wanted} is looked for on the curve of a Gaussian of fixed sigma, and this run's likelihood is "
+        f"{own.name}{there}; train with --likelihood gaussian"
+    )
 
 
 @dataclass(frozen=True)
@@ -143,6 +139,13 @@ class Landing:
         decoder = self.likelihood if self.variance is None else f"a decoder of variance {self.variance:.4g}"
         return f"{self.name}, beta = {self.beta:.4g}, {decoder}"
 
+    @property
+    def unit_beta(self) -> float:
+        """Its beta on the curve of Gaussian(sigma=1). ValueError without a variance."""
+        if self.variance is None:
+            raise ValueError(f"{self.name} has likelihood {self.likelihood}, no Gaussian, and so no place on its curve")
+        return unit_beta(self.beta, self.variance)
+
     def on(self, model: nn.Module) -> float:
         """The beta of a multi-rate model's curve that has the same minimum; ValueError where there is none."""
         own = plain_network(model).likelihood
@@ -153,24 +156,28 @@ class Landing:
                 f"{self.name} has likelihood {self.likelihood} and the curve {own.name}; expected the same, or "
                 "Gaussians on both sides"
             )
-        return unit_beta(self.beta, self.variance) / curves_own(model, self.name).sigma ** 2
+        return self.unit_beta / curves_own(model, self.name).sigma ** 2
 
 
 def landing(directory: str | Path) -> Landing:
     """Where the run in a directory landed: a beta-VAE, sigma-VAE, L-VAE or BS-VAE, or a baked model.
 
-    The variance is sigma^2 as learned; of per-image ones the mean over training, so that beta sigma^2 is the mean of the
-    images' own; of per-pixel ones the mean over the run's training images. ValueError for a multi-rate run.
+    The variance is sigma^2 as learned; of per-image ones the mean over training, so that beta sigma^2 is the mean of
+    the images' own; of per-pixel ones the mean over the run's training images. ValueError for a multi-rate run.
     """
-    model, document = load_model(directory)
+    return landing_of(*load_model(directory), Path(directory))
+
+
+def landing_of(model: nn.Module, document: Mapping[str, Any], directory: Path) -> Landing:
+    """landing() of a run that load_model() has read."""
     if isinstance(model, mk.MultiRate):
         raise ValueError(f"{directory} has gates, and so many betas; expected a run at one beta, or a baked model")
-    config = source_config(document)
+    config = source_config(dict(document))
     network = plain_network(model)
     own = network.likelihood
     beta = float(document["model"]["beta"])
     name = "baked" if "baked" in document else method(config, beta)
-    return Landing(name, beta, _variance(network, config, Path(directory)), own.name)
+    return Landing(name, beta, _variance(network, config, directory), own.name)
 
 
 def _variance(network: Any, config: TrainConfig, directory: Path) -> float | None:

@@ -98,8 +98,8 @@ class ProgressLine(Callback):
 
 
 class MetricsFile(Callback):
-    """metrics.csv and the loggers: a row an epoch with the means of training, what is learned besides the weights (sigma,
-    as it is when the epoch ends), and the validation where there was one.
+    """metrics.csv and the loggers: a row an epoch with the means of training, what is learned besides the weights
+    (sigma, as it is when the epoch ends), and the validation where there was one.
 
     Resuming drops the rows of epochs that are trained again.
     """

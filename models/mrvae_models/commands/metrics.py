@@ -20,8 +20,9 @@ and metrics-by-beta.json (metrics.csv is the log of training).
 metrics:
   rate distortion objective elbo        as mrvae curve has them, nats
   iwae                                  importance-weighted bound on log p(x), nats
-  nll_implied nll_optimal               bounds on -log p(x) of the decoder's means as a Gaussian: of the variance that beta
-                                        stands for, and of the best in training (nll_optimal_iw: importance-weighted)
+  nll_implied nll_optimal               bounds on -log p(x) of the decoder's means as a Gaussian: of the variance that
+                                        beta stands for, and of the best in training (nll_optimal_iw: importance-
+                                        weighted)
   nll_discretised                       bound on -log p(x) of 256 levels, of a density by the mass of each level's bin
   variance_ratio                        predicted variance of a Gaussian decoder over its mean squared error
   variance_bin_error coverage_error     the same by bins of the predicted variance, and how far the coverage of central

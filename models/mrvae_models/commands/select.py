@@ -56,7 +56,8 @@ def add(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--split",
         choices=("train", "validation", "test"),
-        help="examples to choose on (default: validation; with --like sigma-vae or l-vae train, where they learn theirs)",
+        help="examples to choose on (default: validation; train with --like sigma-vae or l-vae, which learn theirs "
+        "there)",
     )
     command.add_argument("--grid", metavar="N", type=int, default=13, help="betas of the first look (default: 13)")
     command.add_argument(
@@ -108,9 +109,9 @@ def run(options: argparse.Namespace) -> int:
         raise UsageError(wrong)
     from ..baking import bake_run, source_config
     from ..curve import evaluate
+    from ..operating import landing
     from ..report import calibration_for, dataset_for, points_table, to_device
     from ..run import check_directory, load_model, versions, write_json
-    from ..operating import landing
     from ..selection import landed, select_beta
 
     path = (options.out or options.run) / FILE
@@ -173,9 +174,11 @@ def sentence(chosen: Any) -> str:
         counted = chosen.standard_error is None
         text += f" ({'all' if counted else '95 % interval'} from {low:.4g} to {high:.4g})"
     if chosen.target is None and chosen.best is None:
-        return f"{text}, where {chosen.quantity} has landed; the curve goes from {chosen.reach[0]:g} to {chosen.reach[1]:g}"
+        low, high = chosen.reach
+        return f"{text}, where {chosen.quantity} has landed; the curve goes from {low:g} to {high:g}"
     if chosen.quantity in OF_ONE_BETA:
-        return f"{text}, where {chosen.quantity} lands: its own beta there is {chosen.beta * math.exp(chosen.value):.4g}"
+        own = chosen.beta * math.exp(chosen.value)
+        return f"{text}, where {chosen.quantity} lands: its own beta there is {own:.4g}"
     text += f": {chosen.quantity.replace('_', ' ')} {chosen.value:.6g}"
     if chosen.standard_error is not None:
         text += f" ± {chosen.standard_error:.2g}"

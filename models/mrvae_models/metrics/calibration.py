@@ -81,8 +81,8 @@ def calibrate(
 ) -> Calibration:
     """Predicted against empirical variance of all values of a set at one beta, one draw of z an example.
 
-    variance: of a Gaussian around the decoder's means, in place of its own likelihood: beta for the variance that the KL
-    weight of a beta-VAE with sigma = 1 implies. ValueError for a likelihood that is no Gaussian, without it; for a
+    variance: of a Gaussian around the decoder's means, in place of its own likelihood: beta for the variance that the
+    KL weight of a beta-VAE with sigma = 1 implies. ValueError for a likelihood that is no Gaussian, without it; for a
     network without one Gaussian latent vector, an empty set, and levels outside (0, 1).
     Values are binned by their own v in float64; memory of two numbers a value.
     """
@@ -129,7 +129,8 @@ def variances(likelihood: Likelihood, parameters: Tensor, x: Tensor, beta: float
     if isinstance(likelihood, Gaussian):
         return torch.full((1,), likelihood.sigma**2, dtype=torch.float64, device=x.device).reshape(first)
     if isinstance(likelihood, GaussianImage):
-        return (x - likelihood.mean(parameters)).square().flatten(1).mean(1).clamp_min(likelihood.least_variance).reshape(
+        return (x -
+        likelihood.mean(parameters)).square().flatten(1).mean(1).clamp_min(likelihood.least_variance).reshape(
             first
         )
     if isinstance(likelihood, CalibratedGaussian):

@@ -5,9 +5,9 @@ variance its KL weight stands for. So sigma-VAE's Table 1 has it, on single samp
 
     -log p < E[ d/2 log(2 pi v) + |x - mean|^2 / (2 v) ] + R,        v the variance that beta implies
 
-with sigma^2 = beta / 2 there, beta in this project's convention (conventions.py, where the table's numbers say so). Any v
-that was fixed before the test examples were seen gives a bound; the lowest on a set is at v = MSE of that set, where the
-first term is d/2 [log(2 pi MSE) + 1]. `train` is the set whose MSE is taken.
+with sigma^2 = beta / 2 there, beta in this project's convention (conventions.py, where the table's numbers say so). Any
+v that was fixed before the test examples were seen gives a bound; the lowest on a set is at v = MSE of that set, where
+the first term is d/2 [log(2 pi MSE) + 1]. `train` is the set whose MSE is taken.
 """
 
 from __future__ import annotations
