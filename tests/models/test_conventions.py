@@ -1,4 +1,4 @@
-"""sigma^2 and beta by each paper's convention, against numbers worked out by hand and against the objectives themselves."""
+"""sigma^2 and beta by each paper's convention, against numbers worked out by hand and the objectives themselves."""
 
 from __future__ import annotations
 
