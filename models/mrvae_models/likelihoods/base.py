@@ -76,7 +76,7 @@ class Likelihood(nn.Module, abc.ABC):
         return False
 
     def at(self, beta: float) -> Likelihood:
-        """The likelihood of the plain network at one beta: itself, or where it depends on beta, a copy with one sigma."""
+        """That of the plain network at one beta: itself, or where it depends on beta, a copy with one sigma."""
         return self
 
     def check_memory(self, examples: int, input_shape: Sequence[int], device: torch.device | str = "cpu") -> None:

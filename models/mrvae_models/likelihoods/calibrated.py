@@ -13,7 +13,7 @@ from torch import Tensor
 from .base import Beta
 from .gaussian import Continuous, check_minimum, squared_errors, standard_normal
 from .numerics import MIN_LOG_SIGMA, full_precision
-from .sigma_of_beta import DECAY, KNOTS, Knots, LearnedLogSigma, RunningVariance
+from .sigma_of_beta import DECAY, KNOTS, Knots, LearnedLogSigma, RunningVariance, best_variances
 
 
 class CalibratedGaussian(Continuous):
@@ -22,8 +22,9 @@ class CalibratedGaussian(Continuous):
         distortion = d/2 log(2 pi s) + |x - mean|^2 / (2 s),    d = dimensions of an example
 
     `sigma` is the number there is now, `sigma_at(beta)` the function of beta of one that has `knots` over a
-    `beta_range`, as a multi-rate network needs it; `at(beta)` is a copy with the one sigma of a beta. The sigma^2 of
-    D + R, here at the operating point of the method, is that beta of D + beta R with sigma = 1 which weighs the same.
+    `beta_range`, as a multi-rate network needs it (without a range all its betas share one sigma); `at(beta)` is a copy
+    with the one sigma of a beta. Where D + R is minimised, sigma^2 is the beta at which D + beta R with sigma = 1
+    weighs the two alike: the operating point of the method.
     """
 
     knots: Knots
@@ -116,7 +117,7 @@ class _Analytic(CalibratedGaussian):
         super().__init__()
         self.min_log_sigma = check_minimum("min_log_sigma", min_log_sigma)
         self.knots = Knots(beta_range, knots)
-        self.running = RunningVariance(self.knots, decay)
+        self.running = RunningVariance(self.knots, decay, self.least_variance)
 
     @property
     def least_variance(self) -> float:
@@ -124,26 +125,11 @@ class _Analytic(CalibratedGaussian):
 
     @torch.no_grad()
     def sigma_at(self, beta: Beta | None = None) -> Tensor:
-        found = self.running.at(beta, self.running.total).clamp_min(self.least_variance).sqrt()
+        found = self.running.at(beta, self.running.total).sqrt()
         return found if isinstance(beta, Tensor) and beta.dim() and self.depends_on_beta else found[0]
 
     def _keep(self, beta: float) -> None:
         self.running.keep(beta)
-
-    def _at_knots(self, errors: Tensor, beta: Beta | None) -> tuple[Tensor, Tensor]:
-        """The mean of errors (N,) at each knot, weighted by nearness, (K,), and the weights, (N, K) or (1, K).
-
-        v_k = sum_i weight_k(beta_i) e_i / sum_i weight_k(beta_i); a knot that no beta is near has the batch's mean. In
-        training mode the running average counts them.
-        """
-        weights = self.knots.weights(beta, errors)
-        spread = weights.expand(len(errors), -1)
-        evidence = spread.sum(0)
-        near = evidence > 0
-        at_knots = torch.where(near, spread.T @ errors / torch.where(near, evidence, 1.0), errors.mean())
-        if self.training:
-            self.running.update(at_knots.detach(), (evidence / len(errors)).detach())
-        return at_knots, weights
 
     def extra_repr(self) -> str:
         return f"min_log_sigma={self.min_log_sigma}"
@@ -156,9 +142,10 @@ class GaussianOptimal(_Analytic):
         evaluation  the running average of that (also what a sample has, in either mode)
 
     In training the batch's mean distortion is d/2 (log(2 pi MSE) + 1), and gradients flow through sigma* as well. With
-    knots sigma*^2 at a knot is the mean of MSE_i over the examples, weighted by how near their betas are, and
-    log-linear between knots: with one beta a batch that is the MSE of the batch again. It takes several examples a
-    knot; with few, sigma* nears the examples' own.
+    knots sigma*^2 is log-linear between its values there, which best_variances() brings near to the likeliest for the
+    batch: means of MSE_i over examples with betas near the knot, corrected for what changes between knots. With one
+    beta a batch that is the MSE of the batch again. With one an example it takes several examples a knot; with few,
+    sigma* nears the examples' own.
     The least variance is a plain maximum: a soft clip would move sigma* by 5 % at sigma = 0.05.
     """
 
@@ -167,10 +154,11 @@ class GaussianOptimal(_Analytic):
     def distortion(self, parameters: Tensor, x: Tensor, beta: Beta | None = None) -> Tensor:
         squared_error, dimensions = self._errors(parameters, x)
         if self.training and len(x):
-            at_knots, weights = self._at_knots(squared_error / dimensions, beta)
-            variance = torch.exp(weights @ at_knots.clamp_min(self.least_variance).log())
+            mse, weights = squared_error / dimensions, self.knots.weights(beta, squared_error)
+            self.running.update(mse.detach(), weights)
+            variance = torch.exp(weights @ best_variances(mse, weights, self.least_variance).log())
         else:
-            variance = self.running.at(beta, squared_error).clamp_min(self.least_variance)
+            variance = self.running.at(beta, squared_error)
         return nats(squared_error, dimensions, variance)
 
 
@@ -192,7 +180,7 @@ class GaussianImage(_Analytic):
         squared_error, dimensions = self._errors(parameters, x)
         mse = squared_error / dimensions
         if self.training and len(x):
-            self._at_knots(mse.detach(), beta)
+            self.running.update(mse.detach(), self.knots.weights(beta, mse))
         return nats(squared_error, dimensions, mse.clamp_min(self.least_variance))
 
 

@@ -12,8 +12,8 @@ from ..data.storage import PACKING, Chunks, Compact, Rows
 from .numerics import HIGHEST
 
 LEVEL_TOLERANCE = 1e-3
-"""Largest distance of 255 x from a whole number: 255 * (i / 255) in float32 is off by 3e-5 at most, in bfloat16 by more:
-there it is not a level any more."""
+"""Largest distance of 255 x from a whole number: 255 * (i / 255) in float32 is off by 3e-5 at most; bfloat16 has no
+levels."""
 
 
 def _parts(x: Rows) -> Iterator[Tensor]:

@@ -52,13 +52,32 @@ def log1mexp(x: Tensor) -> Tensor:
 def log_gamma_ratio(a: Tensor) -> Tensor:
     """log Gamma(a + 1/2) - log Gamma(a) for a > 0, without the cancellation of the two, to 1e-12.
 
-    1/2 log b - 1/(8 b) + 1/(192 b^3) - 1/(640 b^5) + 17/(14336 b^7) at b = a + 8, and Gamma(a + 1) = a Gamma(a) back.
+    1/2 log b - 1/(8 b) + 1/(192 b^3) - 1/(640 b^5) + 17/(14336 b^7) - 31/(18432 b^9) at b = a + 8, and back to a by
+    Gamma(a + 1) = a Gamma(a).
     """
     shifts = 8
     b = a + shifts
     r = 1 / b
-    series = 0.5 * b.log() - r / 8 + r**3 / 192 - r**5 / 640 + 17 * r**7 / 14336
-    return series + sum(torch.log1p(0.5 / (a + i)) for i in range(shifts))
+    series = 0.5 * b.log() - r / 8 + r**3 / 192 - r**5 / 640 + 17 * r**7 / 14336 - 31 * r**9 / 18432
+    return series - sum(torch.log1p(0.5 / (a + i)) for i in range(shifts))
+
+
+FAR = -20.0
+
+
+def log_ndtr(z: Tensor) -> Tensor:
+    """log Phi(z), Phi the normal distribution function, with a gradient that is right in the far tail too.
+
+    torch's own in float32 is off by 0.05 % at z = -200, and 0 at -5e5. Below FAR it is here, to 1e-13,
+
+        -z^2 / 2 - log(-z sqrt(2 pi)) + log(1 - 1/z^2 + 3/z^4 - 15/z^6 + 105/z^8 - 945/z^10 + 10395/z^12)
+    """
+    far = z < FAR
+    near = torch.special.log_ndtr(torch.where(far, 0.0, z))
+    y = torch.where(far, z, FAR)
+    r = y.square().reciprocal()
+    series = r * (-1 + r * (3 + r * (-15 + r * (105 + r * (-945 + r * 10395)))))
+    return torch.where(far, -0.5 * (y.square() + math.log(2 * math.pi)) - (-y).log() + torch.log1p(series), near)
 
 
 def levels_of(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -109,10 +128,10 @@ def log_normal_mass(levels: Tensor, mean: Tensor, log_sigma: Tensor) -> Tensor:
     series = width.log() - 0.5 * (square + math.log(2 * math.pi)) + torch.log1p(correction)
 
     z, h = torch.where(narrow, -1.0, z), torch.where(narrow, 1.0, half)
-    upper = torch.special.log_ndtr(z + h)
-    difference = torch.maximum(upper - torch.special.log_ndtr(z - h), 2 * h * z.abs())
+    upper = log_ndtr(z + h)
+    difference = torch.maximum(upper - log_ndtr(z - h), 2 * h * z.abs())
     inner = torch.where(narrow, series, upper + log1mexp(difference))
 
     tail = torch.where(levels <= 0, signed + half, half - signed)
     end = (levels <= 0) | (levels >= HIGHEST)
-    return torch.where(end, torch.special.log_ndtr(torch.where(end, tail, 0.0)), inner)
+    return torch.where(end, log_ndtr(torch.where(end, tail, 0.0)), inner)
