@@ -83,7 +83,7 @@ class Generation(nn.Module):
 
 
 class Prediction(nn.Module):
-    """x, (N, T, C, S, S), and noise, (N, latent) -> the first n_past frames of x and those that follow, of x's shape."""
+    """x, (N, T, C, S, S), and noise, (N, latent) -> the first n_past frames of x and as many more as make T."""
 
     def __init__(self, network: SVG) -> None:
         super().__init__()

@@ -28,6 +28,7 @@ FROM_RECIPE: Any = object()
 GATE_KINDS = ("sigmoid", "sqrt", "softplus")
 PRECISIONS = ("32-true", "64-true", "bf16-mixed", "16-mixed", "bf16-true")
 LOGS = ("csv", "tensorboard")
+LAYOUTS = ("NCHW", "NHWC", "NTHW", "TNHW", "NTCHW", "TNCHW", "NTHWC", "TNHWC")
 OPTIMIZERS = ("adam", "adamax", "adamw")
 
 
@@ -113,7 +114,8 @@ class TrainConfig:
     data: str = _option(
         "digits",
         "digits (embedded: 6,000 of MNIST's), a folder of images or of IDX files, a .npz, .npy or IDX file, "
-        "a public set by name, such as mnist, omniglot, cifar10, svhn, celeba or dsprites (mrvae data lists them), "
+        "a public set by name, such as mnist, omniglot, cifar10, svhn, celeba, dsprites or moving-digits (mrvae data "
+        "lists them), "
         "hf:NAME for any other of Hugging Face's; or text, one document a line: a .txt file, or a folder of train.txt, "
         "valid.txt and test.txt",
         "data",
@@ -127,8 +129,19 @@ class TrainConfig:
     )
     resize: int | None = _option(None, "resize images from files to this side", "data", metavar="SIDE")
     layout: str | None = _option(
-        None, "axes of 4-d arrays, where the shape leaves it open", "data", choices=("NCHW", "NHWC")
+        None,
+        "axes of arrays, where the shape leaves it open; NTHW or TNHW for clips of grey frames",
+        "data",
+        choices=LAYOUTS,
     )
+    frames: int | None = _option(
+        None,
+        "of clips: train on N frames in a row, from anywhere in a clip, and validate and test on the first N (default: "
+        "all); a folder of images is clips with it, one a sub-folder",
+        "data",
+        metavar="N",
+    )
+    frame_stride: int = _option(1, "of clips: take every N-th frame", "data", metavar="N")
     vocabulary: str | None = _option(
         None,
         "of text: a file of tokens, one a line, to use (default: the most frequent of the training documents)",
@@ -144,7 +157,9 @@ class TrainConfig:
     max_length: int | None = _option(
         None, "of text: keep the first N tokens of a document, </s> included (default: all)", "data", metavar="N"
     )
-    data_seed: int = _option(0, "seed of the validation split and of fixed binarisation", "data", metavar="N")
+    data_seed: int = _option(
+        0, "seed of the splits, of fixed binarisation and of data that are made", "data", metavar="N"
+    )
     train_on: str = _option(
         "train",
         "examples to train on: the 'train' split, or 'all' of a set that is not divided, as beta-TCVAEs are on "
@@ -344,10 +359,10 @@ class TrainConfig:
         parse=float,
     )
 
-    ema: float | None = _option(
+    ema: float = _option(
         FROM_RECIPE,
-        "validate and keep an exponential moving average of the weights with this decay a step, such as 0.9995 "
-        "(default: the weights themselves; 0.9995 in the recipe 'layers')",
+        "validate and keep an exponential moving average of the weights with this decay a step, such as 0.9995, that "
+        "of the recipe 'layers'; 0: the weights themselves. It takes some 1 / (1 - DECAY) steps to forget the first",
         "optimisation",
         metavar="DECAY",
         parse=float,
@@ -424,9 +439,10 @@ class TrainConfig:
         expect(
             self.warmup == 0 or self.schedule != "plateau", "warmup", self.warmup, "0 with schedule = 'plateau'"
         )
-        for name in ("min_count", "epochs", "batch_size", "validate_every", "validation_betas", "devices", "num_nodes"):
+        at_least_one = ("epochs", "batch_size", "validate_every", "validation_betas", "devices", "num_nodes")
+        for name in ("min_count", "frame_stride", *at_least_one):
             expect(getattr(self, name) >= 1, name, getattr(self, name), "a positive integer")
-        for name in ("latent", "patience", "checkpoint_every_steps", "threads", "resize"):
+        for name in ("latent", "patience", "checkpoint_every_steps", "threads", "resize", "frames"):
             value = getattr(self, name)
             expect(value is None or value >= 1, name, value, "a positive integer")
         for name in ("lr", "gate_lr_factor", "sigma_lr_factor"):
@@ -435,7 +451,7 @@ class TrainConfig:
             value = getattr(self, name)
             expect(value is None or value > 0, name, value, "a positive number")
         check_likelihood_options(self.likelihood, self.sigma, self.likelihood_options)
-        expect(self.ema is None or 0 < self.ema < 1, "ema", self.ema, "a decay between 0 and 1, e.g. 0.999")
+        expect(0 <= self.ema < 1, "ema", self.ema, "0 for none, or a decay below 1, e.g. 0.999")
         for name in ("warmup", "range_warmup"):
             expect(0 <= getattr(self, name) < 1, name, getattr(self, name), "a part of the run: from 0 to less than 1")
         expect(self.final_lr >= 0, "final_lr", self.final_lr, "zero or more")

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import mrvae_kernels as mk
 
-from .data import Chunks, InMemory, Rows, in_turn
+from .data import InMemory, Rows, in_turn, turns
 from .likelihoods import perplexity
 from .options import read_json
 from .run import plain_network, replace_file, versions, write_json
@@ -170,7 +170,7 @@ def evaluate(
 def batches_of(dataset: Examples, batch_size: int) -> Iterable[Tensor]:
     """All examples, in turn; those of text by length, in batches that fit into memory."""
     if getattr(dataset, "lengths", None) is None:
-        return Chunks(dataset.examples, batch_size)
+        return turns(dataset.examples, batch_size)
     return in_turn(cast(InMemory, dataset), batch_size)
 
 

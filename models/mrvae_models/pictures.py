@@ -1,4 +1,4 @@
-"""Images along beta: reconstructions and samples with the same noise at every beta, of any network but those of text."""
+"""Images along beta: reconstructions and samples with the same noise at every beta, of images and of videos."""
 
 from __future__ import annotations
 

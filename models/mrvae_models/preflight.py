@@ -15,7 +15,7 @@ from .baking import DECODER, PROGRAM
 from .commands import metrics
 from .config import FORMAT, TrainConfig
 from .curve import has_running_statistics
-from .data import DataError, InMemory, TextDataset
+from .data import DataError, InMemory, TextDataset, VideoDataset
 from .l_vae import learned_weights
 from .network_names import NETWORK_NAMES
 from .objective_options import OF_ONE_BETA
@@ -30,6 +30,7 @@ OWNED = (CONFIG, MODEL, LAST, BEST, METRICS, VOCABULARY)
 """Files that make a directory a run; --force removes these, the logs, and what was derived from the run in it."""
 
 TEXT_NETWORKS = ("lstm",)
+VIDEO_NETWORKS = ("svg-lp",)
 
 BAKED = (CONFIG, MODEL, PROGRAM, DECODER, VOCABULARY, SENTENCES, *CURVE_FILES)
 
@@ -39,24 +40,23 @@ def check_splits(train_set: InMemory, validation_set: InMemory, data: str) -> No
     if train_set.input_shape != validation_set.input_shape:
         raise DataError(
             f"{data}: training images have shape {train_set.input_shape} and validation images "
-            f"{validation_set.input_shape}; expected one shape (C, H, W) in all splits: resize the images "
+            f"{validation_set.input_shape}; expected one shape in all splits: resize the images "
             "(--resize for image files), or give data whose splits agree"
         )
 
 
 def check_kind(train_set: InMemory, config: TrainConfig) -> None:
-    """ValueError for a network of images on text, whose numbers it would take for pixels, and for the reverse."""
-    text = isinstance(train_set, TextDataset)
-    if text != (config.network in TEXT_NETWORKS):
-        holds, kinds = ("text", TEXT_NETWORKS) if text else ("images", _image_networks())
+    """ValueError for a network of one kind of data on another: text's numbers would pass for pixels."""
+    images = tuple(name for name in NETWORK_NAMES if name not in TEXT_NETWORKS + VIDEO_NETWORKS)
+    kinds = {"text": TEXT_NETWORKS, "clips": VIDEO_NETWORKS, "images": images}
+    holds = "text" if isinstance(train_set, TextDataset) else "images"
+    holds = "clips" if isinstance(train_set, VideoDataset) else holds
+    wants = next((kind for kind, names in kinds.items() if config.network in names), holds)  # build() refuses others
+    if wants != holds:
         raise ValueError(
             f"network is {config.network!r} and {config.data} holds {holds}; expected one for {holds}, "
-            f"--network {' or '.join(kinds)}, or other --data"
+            f"--network {' or '.join(kinds[holds])}, or other --data"
         )
-
-
-def _image_networks() -> tuple[str, ...]:
-    return tuple(name for name in NETWORK_NAMES if name not in TEXT_NETWORKS)
 
 
 def check_likelihood(model: nn.Module, config: TrainConfig, *sets: InMemory) -> None:

@@ -52,7 +52,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "warmup": 0.0,
         "batch_size": 128,
         "clip": None,
-        "ema": None,
+        "ema": 0.0,
         "free_bits": 0.0,
         "validate_every": 5,
     },
@@ -164,7 +164,8 @@ hidden64x64 for two), that all layers share them."""
 
 def default_recipe(network: str) -> str:
     """The recipe for a network, by its name."""
-    return {"linear": "linear", "lstm": "text", "nvae": "hierarchy", "hvae": "layers", "svg-lp": "video"}.get(network, "ranked")
+    own = {"linear": "linear", "lstm": "text", "nvae": "hierarchy", "hvae": "layers", "svg-lp": "video"}
+    return own.get(network, "ranked")
 
 
 def recipe_options(name: str) -> dict[str, Any]:

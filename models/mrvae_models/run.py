@@ -27,7 +27,7 @@ from torch import Tensor, nn
 import mrvae_kernels as mk
 
 from .config import FORMAT, TrainConfig
-from .data import ImageDataset, InMemory, TextDataset, TextOptions, load, text_files
+from .data import ImageDataset, InMemory, TextDataset, TextOptions, VideoDataset, load, text_files
 from .likelihood_names import takes_beta_range
 from .networks import NETWORKS, build
 from .options import check_format, read_json
@@ -171,7 +171,8 @@ def load_split(
     options = TextOptions(vocabulary, config.vocabulary_size, config.min_count, config.max_length)
     binarize = "fixed" if config.binarize == "dynamic" and not anew else config.binarize
     split = config.train_on if split == "train" else split
-    return load(config.data, split, binarize, config.data_seed, config.layout, config.resize, options)
+    layout, resize, clips = config.layout, config.resize, (config.frames, config.frame_stride)
+    return load(config.data, split, binarize, config.data_seed, layout, resize, options, *clips)
 
 
 def save_vocabulary(directory: Path, dataset: ImageDataset | TextDataset) -> None:
@@ -181,8 +182,10 @@ def save_vocabulary(directory: Path, dataset: ImageDataset | TextDataset) -> Non
 
 
 def calibration_images(train_set: InMemory) -> Tensor:
-    """The training images, at most CALIBRATION_EXAMPLES, that running statistics are recalibrated on."""
-    indices = torch.arange(min(len(train_set), CALIBRATION_EXAMPLES), device=train_set.examples.device)
+    """Training images, at most CALIBRATION_EXAMPLES, to recalibrate running statistics on; of clips as many frames."""
+    frames = train_set.input_shape[0] if isinstance(train_set, VideoDataset) else 1
+    most = max(2, CALIBRATION_EXAMPLES // frames)  # running statistics need two examples
+    indices = torch.arange(min(len(train_set), most), device=train_set.examples.device)
     return train_set.take(indices, torch.Generator(train_set.examples.device).manual_seed(0))
 
 

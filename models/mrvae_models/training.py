@@ -153,7 +153,7 @@ def _fit(
         MetricsFile(directory / METRICS if "csv" in config.log_to else None),
         RunCheckpoint(config, description, directory, loader),
     ]
-    if config.ema is not None:
+    if config.ema:
         callbacks.append(WeightAverage(config.ema))
     if progress:
         callbacks.append(ProgressLine())

@@ -138,7 +138,7 @@ UNIT = pictures(20, 4, 4) / 255
         (pictures(2, 4, 4), "2 examples: too few to split; expected at least 3"),
         (pictures(20, 784), r"\(20, 784\).*reshape"),
         (pictures(20), r"\(20,\); expected images"),
-        (pictures(20, 1, 1, 4, 4), r"\(20, 1, 1, 4, 4\); expected images"),
+        (pictures(20, 1, 1, 4, 4, 4), r"\(20, 1, 1, 4, 4, 4\); expected images"),
         (np.float32(0.5), "0 examples"),
     ],
 )

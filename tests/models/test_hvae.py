@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from mrvae_models.cli import main
 from mrvae_models.config import TrainConfig
 from mrvae_models.likelihoods import Gaussian, LogisticMixture
 from mrvae_models.networks import build
 from mrvae_models.networks.gated_resnet import GatedBlock, centred_convolution
 from mrvae_models.networks.hierarchy import Normal
 from mrvae_models.objectives import beta_vae, sample_beta
-from mrvae_models.run import build_model, describe
+from mrvae_models.run import build_model, describe, load_model
 from torch import nn
 from torch.distributions import kl_divergence
 
@@ -49,8 +50,10 @@ def test_the_published_sizes_have_54_4_million_parameters():
 
 @pytest.mark.parametrize(
     ("resize", "skip", "raw", "channels"),
-    [("keep", "none", False, 4), ("keep", "beside", False, 4), ("keep", "beside", True, 3), ("halve", "beside", False, 4),
-     ("double", "beside", True, 3), ("keep", "above", False, 4)],
+    [
+        ("keep", "none", False, 4), ("keep", "beside", False, 4), ("keep", "beside", True, 3),
+        ("halve", "beside", False, 4), ("double", "beside", True, 3), ("keep", "above", False, 4),
+    ],
 )
 def test_a_block_is_its_formula(resize, skip, raw, channels):
     torch.manual_seed(0)
@@ -177,7 +180,7 @@ def test_the_recipe_is_the_authors():
     config.check()
     found = (config.recipe, config.optimizer, config.lr, config.batch_size, config.free_bits, config.ema)
     assert found == ("layers", "adamax", 2e-3, 48, 2.0, 0.9995)
-    assert TrainConfig().ema is None and TrainConfig().free_bits == 0
+    assert TrainConfig().ema == TrainConfig().free_bits == 0
 
 
 def test_multi_rate_is_the_baked_network_at_each_beta():
@@ -202,19 +205,41 @@ def test_multi_rate_is_the_baked_network_at_each_beta():
 @pytest.mark.parametrize("multi_rate", [True, False])
 def test_a_short_training_lowers_the_loss(multi_rate):
     torch.manual_seed(0)
-    network = build("hvae", (1, 8, 8), **SMALL)
+    network = build("hvae", (1, 8, 8), **{**SMALL, "latents": (3, 2), "halve": (1, 2)})
     rows = torch.arange(8).view(1, 1, 8, 1)
     data = torch.exp(-((rows - torch.randint(8, (64, 1, 1, 1))) ** 2) / 4.0).expand(64, 1, 8, 8)
     model = mk.multirate(network, {"encoder": "softplus", "decoder": "softplus"}) if multi_rate else network
     optimizer = torch.optim.Adamax(model.parameters(), lr=5e-3)
     losses = []
-    for step in range(60):
+    for step in range(40):
         x = data[32 * (step % 2) :][:32]
         beta = sample_beta(32) if multi_rate else 1.0
-        objective = beta_vae(model(x, beta=beta) if multi_rate else model(x), x, beta, network.likelihood, free_bits=0.5)
+        out = model(x, beta=beta) if multi_rate else model(x)
+        objective = beta_vae(out, x, beta, network.likelihood, free_bits=0.5)
         optimizer.zero_grad()
         objective.loss.backward()
         assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
         optimizer.step()
         losses.append(objective.loss.item())
     assert np.isfinite(losses).all() and np.mean(losses[-5:]) < losses[0] - 20, losses
+
+
+@pytest.mark.slow
+def test_a_run_from_the_command_line_to_the_programs(tmp_path):
+    """train, curve and bake; what is baked has one sigma, that of its beta."""
+    images = np.random.default_rng(0).integers(0, 256, (30, 6, 6), dtype=np.uint8)
+    np.savez(tmp_path / "images.npz", train_images=images[:24], test_images=images[24:])
+    run = str(tmp_path / "run")
+    options = ["--set", "latents=2,2", "--set", "channels=4", "--set", "halve=1", "--set", "blocks=1"]
+    options += ["--batch-size", "8", "--epochs", "2", "--validate-every", "1", "--log-to", "none", "--quiet"]
+    data = ["--data", str(tmp_path / "images.npz")]
+    assert main(["train", "--network", "hvae", *data, "--out", run, *options]) == 0
+    assert main(["curve", "--run", run, "--betas", "0.1", "1"]) == 0
+    assert main(["bake", "--run", run, "--beta", "0.5"]) == 0
+    plain, description = load_model(tmp_path / "run" / "baked-0.5")
+    assert description["model"]["likelihood"] == "gaussian-optimal" and not plain.likelihood.depends_on_beta
+    x = torch.rand(3, 1, 6, 6)
+    program = torch.export.load(tmp_path / "run" / "baked-0.5" / "model.pt2").module()
+    reconstruction, _, rates = program(x)
+    torch.testing.assert_close(reconstruction, plain.reconstruct(x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(rates, plain.at_means(x).rates, rtol=1e-4, atol=1e-4)

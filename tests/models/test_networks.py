@@ -165,7 +165,7 @@ def test_every_network_has_its_name_in_the_list_for_the_help():
 def test_gates_can_be_chosen_by_the_prefixes_encoder_and_decoder():
     for name in NETWORKS:
         with torch.device("meta"):
-            vae = build(name, (20, 100) if name == "lstm" else (1, 64, 64))
+            vae = build(name, {"lstm": (20, 100), "svg-lp": (3, 1, 64, 64)}.get(name, (1, 64, 64)))
         layers = [key for key, m in vae.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d))]
         assert {key.split(".")[0] for key in layers} == {"encoder", "decoder"}, name
 

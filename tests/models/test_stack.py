@@ -33,6 +33,21 @@ def test_the_shape_said_is_the_shape_made(words, sides):
     assert layers(torch.rand(1, 2, *sides)).shape == (1, *shape)
 
 
+def test_stages_with_norms_of_their_own_pooling_and_doubling():
+    layers, shape = stack(
+        ["res 4 s2", "pool", "conv 3 k3 p1", "up", "linear 6x2x1 each", "linear 5 each bare"], (2, 9, 8), norm="batch"
+    )
+    assert [type(layer).__name__ for layer in layers] == [
+        "NormedBlock", "MaxPool2d", "Conv2d", "BatchNorm2d", "ReLU", "Upsample", "Flatten", "Linear", "Unflatten",
+        "EachNorm", "ReLU", "Flatten", "Linear", "EachNorm",
+    ]
+    x = torch.rand(3, 2, 9, 8)
+    assert layers[:1](x).shape == (3, 4, 5, 4) and layers[:6](x).shape == (3, 3, 4, 4)
+    assert layers(x).shape == (3, *shape) and shape == (5,)
+    plain, _ = stack(["linear 6x2x1 each"], (2, 9, 8), norm="none")
+    assert not [layer for layer in plain.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
+
+
 @pytest.mark.parametrize("sides", [(28, 28), (17, 31), (37, 96)])
 def test_doublings_undo_halvings(sides):
     down, features = stack(halvings((3, 4, 5)), (2, *sides))
@@ -60,7 +75,13 @@ def test_residual_block_is_its_formula_in_value_and_gradient(activation):
 @pytest.mark.parametrize(
     ("stages", "shape", "message"),
     [
-        (["pool 2"], (2, 8, 8), "'pool 2' begins with 'pool'.*conv, convt, block, linear"),
+        (["dense 2"], (2, 8, 8), "'dense 2' begins with 'dense'.*conv, convt, block, res, linear, pool, up"),
+        (["pool 2"], (2, 8, 8), "'pool 2': '2' comes after 'pool'; expected nothing"),
+        (["conv 4 k2", "pool"], (2, 2, 9), "'pool' leaves nothing of maps of 1x8"),
+        (["linear 4", "up"], (2, 2, 9), "'up' gets data of shape"),
+        (["res 4 bare"], (2, 8, 8), "cannot read 'bare'.*sN, xN"),
+        (["res 4 s0"], (2, 8, 8), "at least 1"),
+        (["conv 4 k3 each"], (2, 8, 8), "cannot read 'each'"),
         ([""], (2, 8, 8), "begins with ''"),
         (["conv"], (2, 8, 8), "'conv': 'nothing' comes after 'conv'.*channels, as in 'conv 128'"),
         (["conv 4x4 k3"], (2, 8, 8), "'4x4' comes after 'conv'"),

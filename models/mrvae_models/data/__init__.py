@@ -1,4 +1,4 @@
-"""Images or text as one tensor in memory: the embedded digits, files of the user's own, or a public set by name.
+"""Images, clips or text as one tensor in memory: the embedded digits, files of the user's own, or a public set by name.
 
     train = load("digits", split="train", binarize="dynamic", seed=0)
     for x in batches(train, 128, shuffle=True, seed=0): ...        # x: (128, 1, 28, 28), float32 in [0, 1]
@@ -24,9 +24,10 @@ from torch import Tensor
 
 from . import amat, arrays, celeba, cifar, dsprites, folder, hub, idx, omniglot, public, svhn, text
 from .checks import DataError, Factors, Raw, checked
+from .clips import VideoDataset, clips_first
 from .dataset import Batches, ImageDataset, InMemory, batches, in_turn
 from .splits import SPLITS, Sets, check_seed, choose
-from .storage import Chunks, Compact, Rows
+from .storage import Chunks, Compact, Rows, turns
 from .text import TextDataset, TextOptions
 from .vocabulary import Vocabulary
 
@@ -42,14 +43,14 @@ __all__ = [
     "Rows",
     "TextDataset",
     "TextOptions",
+    "VideoDataset",
     "Vocabulary",
     "batches",
     "in_turn",
     "load",
     "text_files",
+    "turns",
 ]
-
-DIGITS = Path(__file__).parent.parent / "data_files" / "mnist6k.npz"
 
 
 def load(
@@ -60,14 +61,18 @@ def load(
     layout: str | None = None,
     resize: int | tuple[int, int] | None = None,
     options: TextOptions | None = None,
+    frames: int | None = None,
+    frame_stride: int = 1,
 ) -> ImageDataset | TextDataset:
     """One split of a set of images, as float32 in [0, 1], shape (N, C, H, W); or of sentences, as int64, (N, T).
+
+    Clips are a VideoDataset, (N, T, C, H, W), with the frames before the channels.
 
     source:
       "digits"     6,000 MNIST digits that come with the package: 4,500 train, 500 validation, 1,000 test
       a name       of public.PUBLIC: "mnist", "binarized-mnist", "omniglot", "cifar10", "cifar100", "svhn",
-                   "svhn-extra", "celeba", "dsprites", "dsprites-generated"; from files under MRVAE_DATA, or else
-                   fetched; a folder of such a name is "./mnist"
+                   "svhn-extra", "celeba", "dsprites", "dsprites-generated", "moving-digits"; from files under
+                   MRVAE_DATA, or else fetched or made; a folder of such a name is "./mnist"
       "hf:NAME"    a public set through Hugging Face `datasets`; "hf:NAME:CONFIG" chooses a configuration
       a folder     with the files of one of these sets as published; or of IDX files (MNIST's names, .gz or not), or of
                    images; sub-folders train, validation, test are the splits, and any others the labels
@@ -77,11 +82,14 @@ def load(
       an array     numpy or torch
     split: "train", "validation" or "test"; "all" is an undivided set whole and in its own order. A source with all
       three is used as it is; one with train and test holds out a tenth of train for validation; one undivided set is
-      split 8 : 1 : 1. `seed` decides: give every split the same.
+      split 8 : 1 : 1. Of an .npz with an array `source` beside its images, no source is in two splits (see splits.py).
+      `seed` decides, also of what is made: give every split the same.
     binarize: "none"; "fixed", one Bernoulli draw from `seed`, kept; "dynamic", drawn anew at every access.
-    layout: of 4-d arrays, "NCHW" or "NHWC", where the shape leaves it open.
-    resize: side, or (height, width), for images in files (folders and "hf:").
+    layout: of arrays, "NCHW" or "NHWC", where the shape leaves it open; "NTHW" or "TNHW" for 4-d arrays of clips.
+    resize: side, or (height, width), for images in files (folders and "hf:"), and for moving-digits.
     options: of text: its vocabulary and the greatest length; see TextOptions.
+    frames, frame_stride: of clips: how many frames an example has, every frame_stride-th; None takes all. Training
+      draws where they start in a clip, at every access; the other splits have the first.
 
     Values: uint8 0 to 255 (divided by 255; a uint8 set of 0 and 1 only is taken as binary), bool, or floats in [0, 1].
     Raises DataError, a ValueError, for anything else.
@@ -91,7 +99,8 @@ def load(
     check_seed(seed)
     named = str(source) if isinstance(source, (str, os.PathLike)) else "the array"
     if paths := text_files(source):
-        for name, value in (("binarize", binarize if binarize != "none" else None), ("layout", layout)):
+        given = {"binarize": binarize if binarize != "none" else None, "layout": layout, "frames": frames}
+        for name, value in given.items():
             if value is not None:
                 raise DataError(f"{name}={value!r} is for images, and {named} holds text: leave it out")
         if resize is not None:
@@ -99,11 +108,19 @@ def load(
         return text.load_text(paths, split, seed, options or TextOptions(), named)
     if options is not None and options != TextOptions():
         raise DataError(f"{options} is for text, and {named} holds images: leave it out")
-    raw, kept = choose(_sets(source, resize), split, seed, named)
+    sets = _sets(source, resize, seed)
+    if layout is not None and layout.startswith("TN"):
+        sets, layout = clips_first(sets), f"NT{layout[2:]}"
+    raw, kept = choose(sets, split, seed, named)
     images, labels = checked(raw, kept, layout)
     factors = raw.factors
     if factors is not None:
         factors = factors._replace(classes=factors.classes[kept])
+    if images.dim() == 5:
+        moving = split in ("train", "all")
+        return VideoDataset(images, labels, binarize, seed, factors, frames, frame_stride, moving)
+    if (frames, frame_stride) != (None, 1):
+        raise DataError(f"frames={frames}, frame_stride={frame_stride} is for clips, and {named} holds images")
     return ImageDataset(images, labels, binarize, seed, factors)
 
 
@@ -114,16 +131,16 @@ def text_files(source: Any) -> dict[str, Path]:
     return text.files(Path(source).expanduser()) if is_path else {}
 
 
-def _sets(source: Any, resize: int | tuple[int, int] | None) -> Sets:
+def _sets(source: Any, resize: int | tuple[int, int] | None, seed: int) -> Sets:
     if isinstance(source, str) and source.startswith("hf:"):
         return hub.sets(source.removeprefix("hf:"), resize)
     if public.is_public(source):
-        return public.sets(source, resize)
+        return public.sets(source, resize, seed)
     if isinstance(source, (str, os.PathLike)) and str(source) != "digits":
         return _sets_of_path(Path(source).expanduser(), resize)
     _refuse_resize(resize)
     if isinstance(source, (str, os.PathLike)):
-        return arrays.sets(DIGITS)
+        return arrays.sets(arrays.DIGITS)
     if isinstance(source, Tensor):
         source = source.detach().cpu()
         source = (source.float() if source.dtype == torch.bfloat16 else source).numpy()  # numpy has no bfloat16

@@ -1,9 +1,14 @@
-"""Arrays in .npz and .npy files."""
+"""Arrays in .npz and .npy files.
+
+An array `source` beside the images, (N,), says which photograph, person or recording each is from: `load` then divides
+by source, so that what is tested on comes from sources that were not trained on.
+"""
 
 from __future__ import annotations
 
 import zipfile
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +17,13 @@ import numpy as np
 from .checks import DataError, Raw
 from .splits import NAMES, Sets
 
-UNDIVIDED = ("images", "imgs", "x", "data", "arr_0")
+DIGITS = Path(__file__).parent.parent / "data_files" / "mnist6k.npz"
+"""The embedded digits, 5,000 train and 1,000 test."""
+
+UNDIVIDED = ("images", "imgs", "patches", "x", "data", "arr_0")
+GROUPS = ("source", "sources", "group", "groups")
+"""Keys of (N,) whole numbers or texts: what each image is a part of, such as the photograph of a patch."""
+
 EXPECTED = "train_images, validation_images, test_images (or x_train, x_val, x_test), or images for one undivided set"
 
 
@@ -25,22 +36,41 @@ def sets(path: Path) -> Sets:
     for word, split in NAMES.items():
         for image_key, label_key in ((f"{word}_images", f"{word}_labels"), (f"x_{word}", f"y_{word}")):
             if image_key in keys and split not in found:
-                found[split] = _reader(path, image_key, label_key if label_key in keys else None)
+                group_key = _first(keys, *(f"{word}_{key}" for key in GROUPS), *(f"{key}_{word}" for key in GROUPS))
+                found[split] = _reader(path, image_key, _first(keys, label_key), group_key)
     if found:
         return found
     only = keys[0] if len(keys) == 1 else None
-    undivided = next((key for key in UNDIVIDED if key in keys), only)
+    undivided = _first(keys, *UNDIVIDED) or only
     if undivided is None:
         raise DataError(f"{path}: holds {', '.join(keys) or 'no array'}; expected {EXPECTED}: rename the arrays")
-    return {"all": _reader(path, undivided, next((key for key in ("labels", "y") if key in keys), None))}
+    return {"all": _reader(path, undivided, _first(keys, "labels", "y"), _first(keys, *GROUPS))}
 
 
-def _reader(path: Path, image_key: str, label_key: str | None) -> Any:
+def _first(keys: Sequence[str], *wanted: str) -> str | None:
+    return next((key for key in wanted if key in keys), None)
+
+
+def _reader(path: Path, image_key: str, label_key: str | None, group_key: str | None) -> Any:
     def raw() -> Raw:
         labels = None if label_key is None else read(path, label_key)
-        return Raw(read(path, image_key), labels, f"{path} [{image_key}]")
+        images = read(path, image_key)
+        groups = None if group_key is None else _groups(read(path, group_key), len(images), f"{path} [{group_key}]")
+        return Raw(images, labels, f"{path} [{image_key}]", groups=groups)
 
     return raw
+
+
+def _groups(array: np.ndarray, n: int, origin: str) -> np.ndarray | None:
+    """Numbers of groups, (n,), from 0; None for one text, of where the set is from. DataError for anything else."""
+    if array.ndim == 0 and array.dtype.kind in "US":
+        return None
+    if array.shape != (n,) or array.dtype.kind not in "iubUS":
+        raise DataError(
+            f"{origin}: {array.dtype}, shape {array.shape}; expected a whole number or a text for each of the {n} "
+            "images, what it is a part of: correct it, or leave it out to split by row"
+        )
+    return np.unique(array, return_inverse=True)[1]
 
 
 def read(path: Path, key: str | None = None) -> Any:

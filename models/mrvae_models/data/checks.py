@@ -17,6 +17,9 @@ __all__ = ["DataError", "Factors", "Raw", "checked"]
 
 CHANNELS = (1, 2, 3, 4)
 
+LAYOUTS = ("NHW", "NCHW", "NHWC", "NTHW", "NTCHW", "NTHWC")
+"""Axes of arrays: images, and clips of T frames. `load` takes clips with T before N, too."""
+
 COMPACT_ABOVE = 2**30
 """Bytes as float32 above which a split of 8-bit or binary images stays packed (storage.Compact)."""
 
@@ -30,27 +33,37 @@ class Factors(NamedTuple):
 
 
 class Raw(NamedTuple):
-    """Images as they were read, their labels or None, the file that errors name, and their factors or None."""
+    """Images as they were read, their labels or None, the file that errors name, and their factors or None.
+
+    groups: (N,) whole numbers, of what each image is a part of, such as a photograph of which it is a patch: a split
+    takes a group whole (splits.py). None where every image is on its own. layout: of LAYOUTS, or None where the shape
+    tells it.
+    """
 
     images: Any  # an array, or what has shape, dtype, min and max and is indexed like one (sprites.Sprites)
     labels: np.ndarray | None
     origin: str
     factors: Factors | None = None
+    groups: np.ndarray | None = None
+    layout: str | None = None
 
 
 def checked(raw: Raw, kept: np.ndarray, layout: str | None = None) -> tuple[Tensor | Compact, Tensor | None]:
-    """The images `kept` (indices) of a raw set, (N, C, H, W) float32 in [0, 1], and labels (N,) int64 or None.
+    """The images `kept` (indices) of a raw set, float32 in [0, 1], and labels (N,) int64 or None.
 
-    The whole set is checked, not only what is kept. 8-bit and binary images that would take more than COMPACT_ABOVE
-    bytes stay packed. Raises DataError, also where memory would run out.
+    Images are (N, C, H, W), clips (N, T, C, H, W). The whole set is checked, not only what is kept. 8-bit and binary
+    images that would take more than COMPACT_ABOVE bytes stay packed, and such clips do in any case. Raises DataError,
+    also where memory would run out.
     """
+    if layout is not None and raw.layout not in (None, layout):
+        raise DataError(f"{raw.origin}: layout is {layout!r}; expected {raw.layout!r}, or none: leave it out")
     check_type(raw.images, raw.origin)
-    arranged = channels_first(raw.images, raw.origin, layout)
+    arranged = channels_first(raw.images, raw.origin, layout or raw.layout)
     divisor = check_values(raw.images, raw.origin)
     labels = None if raw.labels is None else _labels(raw, kept)
     values = len(kept) * math.prod(arranged.shape[1:])
     remedy = "give fewer or smaller images"
-    if arranged.dtype.kind in "bu" and 4 * values > COMPACT_ABOVE:
+    if arranged.dtype.kind in "bu" and (4 * values > COMPACT_ABOVE or arranged.ndim == 5):
         check_memory(values // 8 if divisor == 1 else values, raw.origin, remedy)
         return pack(arranged, kept, divisor), labels
     check_memory(4 * values, raw.origin, f"{remedy}; uint8 or bool arrays are kept in a quarter or less of it")
@@ -61,31 +74,40 @@ def checked(raw: Raw, kept: np.ndarray, layout: str | None = None) -> tuple[Tens
 
 
 def channels_first(array: Any, origin: str, layout: str | None = None) -> Any:
-    """(N, H, W), (N, C, H, W) or (N, H, W, C) as a view of shape (N, C, H, W)."""
+    """A view of shape (N, C, H, W) of images, (N, T, C, H, W) of clips, by LAYOUTS.
+
+    Without a layout three axes are (N, H, W), four are of images and five of clips, with the channels where there are
+    at most four of them.
+    """
     shape = array.shape
-    if layout not in (None, "NHW", "NCHW", "NHWC"):
-        raise DataError(f"layout {layout!r} is not known; expected 'NHW', 'NCHW' or 'NHWC'")
-    if array.ndim not in (3, 4) or (layout is not None and len(layout) != array.ndim):
+    if layout not in (None, *LAYOUTS):
+        raise DataError(f"layout {layout!r} is not known; expected one of {', '.join(LAYOUTS)}")
+    if array.ndim not in (3, 4, 5) or (layout is not None and len(layout) != array.ndim):
         hint = ""
         if array.ndim == 2:
             hint = f": reshape rows of {shape[1]} values to images, e.g. array.reshape(-1, 28, 28)"
-        raise DataError(
-            f"{origin}: the array has shape {shape}; expected images, (N, H, W), (N, C, H, W) or (N, H, W, C)"
-            f"{f', here {layout}' if layout else ''}{hint}"
-        )
+        kinds = "clips" if "T" in (layout or "") else "images"
+        expected = f"{kinds}, here {layout}"
+        if layout is None:
+            expected = "images, (N, H, W), (N, C, H, W) or (N, H, W, C), or clips, (N, T, C, H, W) or (N, T, H, W, C)"
+        raise DataError(f"{origin}: the array has shape {shape}; expected {expected}{hint}")
     if 0 in shape:
         raise DataError(f"{origin}: the array has shape {shape}: the set is empty; expected at least one image")
-    if array.ndim == 3:
-        return array[:, None]
-    if layout is None:
-        first, last = shape[1] in CHANNELS, shape[3] in CHANNELS
+    if layout is None and array.ndim == 3:
+        layout = "NHW"
+    elif layout is None:
+        first, last = shape[-3] in CHANNELS, shape[-1] in CHANNELS
+        frames = "T" * (array.ndim - 4)
         if first == last:
+            clips = ", or 'NTHW' or 'TNHW' for clips of grey frames" if array.ndim == 4 else ""
             raise DataError(
                 f"{origin}: shape {shape} does not tell which axis holds the channels; "
-                "pass layout='NCHW' or layout='NHWC'"
+                f"pass layout='N{frames}CHW' or layout='N{frames}HWC'{clips}"
             )
-        layout = "NCHW" if first else "NHWC"
-    return array if layout == "NCHW" else array.transpose(0, 3, 1, 2)
+        layout = f"N{frames}CHW" if first else f"N{frames}HWC"
+    if "C" not in layout:
+        return array[:, None] if layout == "NHW" else array[:, :, None]
+    return array if layout.endswith("CHW") else np.moveaxis(array, -1, -3)
 
 
 def check_type(array: Any, origin: str) -> None:

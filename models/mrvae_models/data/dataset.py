@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from .checks import DataError, Factors
 from .splits import check_seed
-from .storage import PACKING, Chunks, Compact, pack
+from .storage import PACKING, Chunks, Compact, at_once, pack, turns
 
 BINARIZE = ("none", "fixed", "dynamic")
 
@@ -29,6 +29,7 @@ class InMemory(Protocol):
 
     examples: Any  # Rows, (N, ...); a trainer may exchange it for the same on another device
     binarize: str
+    draws: bool  # whether `take` draws anything
 
     @property
     def lengths(self) -> Tensor | None:
@@ -57,6 +58,7 @@ class ImageDataset(Dataset[Tensor]):
     """
 
     lengths = None
+    shape_of_one: tuple[str, ...] = ("C", "H", "W")
 
     def __init__(
         self,
@@ -66,10 +68,10 @@ class ImageDataset(Dataset[Tensor]):
         seed: int = 0,
         factors: Factors | None = None,
     ):
-        if images.dim() != 4 or images.dtype != torch.float32 or len(images) == 0:
+        if images.dim() != 1 + len(self.shape_of_one) or images.dtype != torch.float32 or len(images) == 0:
             raise DataError(
-                f"images are {images.dtype}, shape {tuple(images.shape)}; expected float32, (N, C, H, W), N at least "
-                "1: load(array) converts other arrays"
+                f"images are {images.dtype}, shape {tuple(images.shape)}; expected float32, "
+                f"(N, {', '.join(self.shape_of_one)}), N at least 1: load(array) converts other arrays"
             )
         if labels is not None and labels.shape != images.shape[:1]:
             raise DataError(f"labels have shape {tuple(labels.shape)}; expected ({len(images)},), one an image")
@@ -82,13 +84,14 @@ class ImageDataset(Dataset[Tensor]):
             )
         if binarize == "fixed":
             images = _drawn(images, torch.Generator(images.device).manual_seed(seed))
-        self.examples = images
+        self.examples: Any = images
         self.factors = None if factors is None else torch.from_numpy(factors.classes)
         self.factor_names = () if factors is None else factors.names
         self.factor_sizes = () if factors is None else factors.sizes
         self.labels = labels
         self.binarize = binarize
-        self.input_shape = tuple(images.shape[1:])
+        self.draws = binarize == "dynamic"
+        self.input_shape: tuple[int, ...] = tuple(images.shape[1:])
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -166,7 +169,7 @@ class Batches:
         for position in range(start, len(self)):
             rows = order[position * size : (position + 1) * size]
             rows = rows[: len(rows) // world * world]
-            if self.dataset.binarize == "dynamic":  # draws for the whole batch, so that they do not depend on `world`
+            if self.dataset.draws:  # draws for the whole batch, so that they do not depend on `world`
                 x = self.dataset.take(rows, _generator(device, 1, self.seed, epoch, position))[rank::world]
             else:
                 x = self.dataset.take(rows[rank::world])
@@ -238,7 +241,7 @@ def _drawn(images: Tensor | Compact, generator: torch.Generator) -> Tensor | Com
         return bernoulli(images, generator)
     parts = [
         pack(bernoulli(part, generator).numpy().astype(bool), np.arange(len(part)), 1).stored
-        for part in Chunks(images, PACKING)
+        for part in Chunks(images, at_once(images.shape[1:], PACKING))
     ]
     return Compact(torch.cat(parts), tuple(images.shape[1:]), 1, True)
 
@@ -257,13 +260,13 @@ class Parts:
 
 
 def in_turn(dataset: InMemory, batch_size: int, numbers: int = 2**25) -> Chunks | Parts:
-    """All examples in batches to evaluate on: images in their order, sequences by length.
+    """All examples in batches to evaluate on: images and clips in their order, sequences by length.
 
     Batches of sequences are smaller than batch_size where the likelihood's parameters would be more than `numbers`
     numbers (128 MiB in float32), as of 500 sentences over a large vocabulary.
     """
     if dataset.lengths is None:
-        return Chunks(dataset.examples, batch_size)
+        return turns(dataset.examples, batch_size)
     order, parts = dataset.lengths.argsort(stable=True), []
     while len(order):
         size = batch_size

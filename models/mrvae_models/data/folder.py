@@ -101,13 +101,30 @@ def decode(
     return images
 
 
+def resized(images: np.ndarray, resize: int | tuple[int, int], filter: str = "BICUBIC") -> np.ndarray:
+    """Grey uint8 images (..., H, W) at another size, by one of Pillow's (antialiased) filters."""
+    from PIL import Image
+
+    height, width = height_and_width(resize)
+    made = np.empty((math.prod(images.shape[:-2]), height, width), np.uint8)
+    for i, image in enumerate(images.reshape(-1, *images.shape[-2:])):
+        made[i] = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling[filter]))
+    return made.reshape(*images.shape[:-2], height, width)
+
+
+def height_and_width(resize: int | tuple[int, int]) -> tuple[int, int]:
+    """Of a side, or of both; DataError for less than a pixel."""
+    height, width = (resize, resize) if isinstance(resize, int) else resize
+    if height < 1 or width < 1:
+        raise DataError(f"resize is {resize}; expected a side, or (height, width), of at least 1 pixel")
+    return height, width
+
+
 def _target(resize: int | tuple[int, int] | None) -> tuple[int, int] | None:
     """(width, height), as PIL has it."""
     if resize is None:
         return None
-    height, width = (resize, resize) if isinstance(resize, int) else resize
-    if height < 1 or width < 1:
-        raise DataError(f"resize is {resize}; expected a side, or (height, width), of at least 1 pixel")
+    height, width = height_and_width(resize)
     return width, height
 
 

@@ -60,8 +60,9 @@ def _arrays(raw: Raw) -> str:
     check_type(raw.images, raw.origin)
     kind = "0 to 255" if check_values(raw.images, raw.origin) == 255 else f"{raw.images.dtype} in [0, 1]"
     shape = " x ".join(map(str, raw.images.shape[1:]))
+    what = "clips" if raw.images.ndim == 5 or "T" in (raw.layout or "") else "images"
     labels = "no labels" if raw.labels is None else f"labels {raw.labels.min()} to {raw.labels.max()}"
-    return f"{len(raw.images):,} images of {shape}, {kind}, {labels}"
+    return f"{len(raw.images):,} {what} of {shape}, {kind}, {labels}"
 
 
 def _published(path: Path) -> Iterator[str]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from . import amat, celeba, checksums, cifar, dsprites, hub, idx, omniglot, svhn
+from . import amat, celeba, checksums, cifar, dsprites, hub, idx, moving_digits, omniglot, svhn
 from .checks import DataError
 from .splits import Sets
 
@@ -33,12 +33,18 @@ class PublicSet:
     sets: Callable[..., Sets]
     options: dict[str, Any] = field(default_factory=dict)
     resizable: bool = False  # image files
+    seeded: bool = False  # made from the seed
+    variant: Callable[[str], dict[str, Any]] | None = None  # options from what follows a colon
     repository: str | None = None  # of Hugging Face, NAME or NAME:CONFIG, read by:
     fetched: Callable[..., Sets] = hub.sets
 
 
 def _mnist_found(path: Path) -> bool:
     return path.is_dir() and bool(idx.files(path))
+
+
+def _thinned(text: str) -> dict[str, Any]:
+    return {"every": dsprites.parse_every(text)}
 
 
 PUBLIC: dict[str, PublicSet] = {
@@ -122,6 +128,7 @@ PUBLIC: dict[str, PublicSet] = {
         ("dsprites",),
         dsprites.found,
         dsprites.sets,
+        variant=_thinned,
         repository="eurecom-ds/dsprites",
         fetched=hub.sprites,
     ),
@@ -132,6 +139,19 @@ PUBLIC: dict[str, PublicSet] = {
         (),
         lambda path: False,
         dsprites.generated,
+        variant=_thinned,
+    ),
+    "moving-digits": PublicSet(
+        "2,000 train, 200 validation and 200 test clips of 20 frames, two of the embedded digits bouncing off walls, "
+        "grey, 64x64; or as moving-digits:deterministic,clips=500,frames=30 says",
+        "made, not read, from the seed; as in Denton and Fergus, 2018",
+        "",
+        (),
+        lambda path: False,
+        moving_digits.sets,
+        resizable=True,
+        seeded=True,
+        variant=moving_digits.parse_variant,
     ),
 }
 
@@ -166,8 +186,8 @@ def root() -> Path:
 
 def split_name(source: str) -> tuple[str, str | None]:
     """("dsprites", "4") from "dsprites:4"."""
-    name, sign, every = source.partition(":")
-    return name, every if sign else None
+    name, sign, variant = source.partition(":")
+    return name, variant if sign else None
 
 
 def is_public(source: object) -> bool:
@@ -180,17 +200,23 @@ def place(name: str) -> Path | None:
     return next((path for path in candidates if path.is_dir() and PUBLIC[name].found(path)), None)
 
 
-def sets(source: str, resize: int | tuple[int, int] | None = None) -> Sets:
+def sets(source: str, resize: int | tuple[int, int] | None = None, seed: int = 0) -> Sets:
     """The sets of a name, such as "mnist" or "dsprites:4". DataError where it is neither in files nor to be fetched."""
-    name, every = split_name(source)
+    name, variant = split_name(source)
     public = PUBLIC[name]
     options = dict(public.options)
-    if every is not None:
-        if not name.startswith("dsprites"):
-            raise DataError(f"{source}: only dsprites and dsprites-generated take a number after a colon; give {name}")
-        options["every"] = dsprites.parse_every(every)
+    if variant is not None:
+        if public.variant is None:
+            variable = ", ".join(name for name, entry in PUBLIC.items() if entry.variant is not None)
+            raise DataError(f"{source}: only {variable} take something after a colon; give {name}")
+        options |= public.variant(variant)
     if not public.files:
-        _refuse_resize(name, resize)
+        if public.seeded:
+            options["seed"] = seed
+        if public.resizable:
+            options["resize"] = resize
+        else:
+            _refuse_resize(name, resize)
         return public.sets(**options)
     path = place(name)
     if path is None:

@@ -22,7 +22,8 @@ def choose(sets: Sets, split: str, seed: int, origin: str) -> tuple[Raw, np.ndar
     """The raw set that holds `split`, and the indices of `split` in it, shuffled.
 
     A set of that name is taken whole. A missing validation set is a tenth of train. A source of one set gives a tenth
-    each to validation and test; "all" is that set, undivided and in its own order.
+    each to validation and test; "all" is that set, undivided and in its own order. Where examples come in groups, no
+    group is in two parts; see `_whole_groups`.
     """
     if split == "all":
         if set(sets) != {"all"}:
@@ -55,10 +56,47 @@ def _parts(raw: Raw, seed: int, tenths: dict[str, int]) -> dict[str, np.ndarray]
             f"expected at least {len(tenths) + 1}"
         )
     # RandomState's stream is frozen by NumPy's policy, so a seed means the same split under every version.
-    order = np.random.RandomState(seed).permutation(n)
+    random = np.random.RandomState(seed)
+    if raw.groups is not None and tenths:
+        members = _whole_groups(raw.groups, raw.origin, random, tenths)
+        return {name: random.permutation(np.flatnonzero(mask)) for name, mask in members.items()}
+    order = random.permutation(n)
     parts, taken = {}, 0
     for name, count in tenths.items():
         size = max(1, count * n // 10)
         parts[name] = order[taken : taken + size]
         taken += size
     return parts | {"train": order[taken:]}
+
+
+def _whole_groups(
+    groups: np.ndarray, origin: str, random: np.random.RandomState, tenths: dict[str, int]
+) -> dict[str, np.ndarray]:
+    """Masks (N,) of the parts, each group in one part: patches of a photograph that was trained on are no test.
+
+    Groups come in an order drawn by `random`. A part takes the next one as long as it has fewer than its `tenths` of
+    the examples, but none that would bring it above twice that; where none is small enough, the smallest that is left.
+    The rest is train. Groups differ in size, so a part's size is near a tenth, and seldom a tenth.
+    """
+    names, of, sizes = np.unique(groups, return_inverse=True, return_counts=True)
+    if len(names) <= len(tenths):
+        raise DataError(
+            f"{origin}: its {len(groups)} examples are from {len(names)} source{'s' * (len(names) != 1)}; expected at "
+            f"least {len(tenths) + 1}, one each for train, {' and '.join(tenths)}, as no source is in two of them: "
+            "add some, give arrays for each split, or leave the sources out to split by row"
+        )
+    left = [int(group) for group in random.permutation(len(names))]
+    members: dict[str, list[int]] = {}
+    for name, count in tenths.items():
+        wanted, chosen, taken = max(1, count * len(groups) // 10), [], 0
+        for group in list(left):
+            after = len(left) - 1 >= len(tenths) - len(members)  # a group each for the parts to come, and for train
+            if taken < wanted and after and taken + sizes[group] <= 2 * wanted:
+                left.remove(group)
+                chosen.append(group)
+                taken += sizes[group]
+        if not chosen:
+            chosen = [min(left, key=lambda group: sizes[group])]
+            left.remove(chosen[0])
+        members[name] = chosen
+    return {name: np.isin(of, chosen) for name, chosen in {**members, "train": left}.items()}

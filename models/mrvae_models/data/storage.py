@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,6 +12,11 @@ from torch import Tensor
 
 PACKING = 4096
 """Examples converted at a time: a few ten megabytes for images of 64 by 64."""
+
+
+def at_once(shape: Sequence[int], most: int = PACKING, values: int = 2**26) -> int:
+    """How many examples of a shape to take at a time: `most`, or as few as `values` numbers are, but one at least."""
+    return max(1, min(most, values // math.prod(shape)))
 
 
 class Rows(Protocol):
@@ -87,14 +92,14 @@ class Compact:
 def pack(images: Any, kept: np.ndarray, divisor: int) -> Compact:
     """The images `kept` (indices) of an array (N, *shape) of bytes or bools; bits where the divisor is 1.
 
-    The memory of the result is all that it takes, but for PACKING images. The array may be anything that has `shape`
+    The memory of the result is all that it takes, but for `at_once` images. The array may be anything that has `shape`
     and that an array of indices can index.
     """
     shape = tuple(images.shape[1:])
-    size, bits = math.prod(shape), divisor == 1
+    size, bits, step = math.prod(shape), divisor == 1, at_once(shape)
     stored = np.empty((len(kept), -(-size // 8) if bits else size), np.uint8)
-    for start in range(0, len(kept), PACKING):
-        rows = images[kept[start : start + PACKING]].reshape(-1, size)
+    for start in range(0, len(kept), step):
+        rows = images[kept[start : start + step]].reshape(-1, size)
         stored[start : start + len(rows)] = np.packbits(rows, axis=1) if bits else rows
     return Compact(torch.from_numpy(stored), shape, divisor, bits)
 
@@ -112,3 +117,16 @@ class Chunks:
     def __iter__(self) -> Iterator[Tensor]:
         for start in range(0, len(self.examples), self.size):
             yield self.examples[start : start + self.size]
+
+
+CLIP_VALUES = 2**22
+"""Numbers in a batch of clips to evaluate on: 51 clips of twenty grey frames of 64 by 64."""
+
+
+def turns(examples: Rows, batch_size: int) -> Chunks:
+    """Examples in order to evaluate on, `batch_size` at a time; fewer of clips (N, T, C, H, W), of CLIP_VALUES numbers.
+
+    A network holds what it makes of every frame: 500 clips of twenty frames are 10,000 images.
+    """
+    of_clips = len(examples.shape) == 5
+    return Chunks(examples, at_once(examples.shape[1:], batch_size, CLIP_VALUES) if of_clips else batch_size)

@@ -48,6 +48,7 @@ class TextDataset(Dataset[Tensor]):
     """
 
     binarize = "none"
+    draws = False
 
     def __init__(
         self, examples: Tensor, vocabulary: Vocabulary, labels: Tensor | None = None, longest: int | None = None

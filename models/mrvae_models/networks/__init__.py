@@ -3,8 +3,9 @@
     vae = build("cnn", (3, 32, 32), latent=256)
 
 A network is a function of the data's shape that returns a `VAE`, or for more than one latent vector, for videos or for
-text, a module with the same face (see `vae.Output`, `hierarchy.Hierarchy`, `svg.SVG` and `lstm.SentenceVAE`); `NETWORKS`
-is the list of them. To add one, write the function in a file of its own and name it there and in network_names.py.
+text, a module with the same face (see `vae.Output`, `hierarchy.Hierarchy`, `svg.SVG` and `lstm.SentenceVAE`).
+`NETWORKS` is the list of them. To add one, write the function in a file of its own and name it there and in
+network_names.py.
 """
 
 from __future__ import annotations

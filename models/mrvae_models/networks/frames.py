@@ -91,15 +91,18 @@ class FrameEncoder(nn.Module):
 
 
 class FrameDecoder(nn.Module):
-    """Features (N, g) and the encoder's maps -> (N, C, S, S)."""
+    """Features (N, g) and the encoder's maps -> (N, C, S, S), by `last` in the end."""
 
-    def __init__(self, stages: FrameStages, features: int, maps: Sequence[Shape]) -> None:
+    def __init__(
+        self, stages: FrameStages, features: int, maps: Sequence[Shape], last: Sequence[nn.Module] = ()
+    ) -> None:
         super().__init__()
         self.first, shape = stack(stages.first, (features, 1, 1), "batch", ACTIVATION)
         made = []
         for words, skipped in zip(reversed(stages.decoder), reversed(maps), strict=True):
             layers, shape = stack(words, (shape[0] + skipped[0], *shape[1:]), "batch", ACTIVATION)
             made.append(layers)
+        made[-1].extend(last)
         self.stages = nn.ModuleList(made)
 
     def forward(self, features: Tensor, skips: Sequence[Tensor]) -> Tensor:

@@ -136,7 +136,7 @@ class Hierarchy(nn.Module, abc.ABC):
         )
 
     def divergence(self, posterior: Normal, prior: Normal, noise: Tensor) -> Tensor:
-        """KL(q(z_l | z_<l, x) || p(z_l | z_<l)) of a group's elements given the draws above, where both depend on these.
+        """KL(q(z_l | z_<l, x) || p(z_l | z_<l)) of a group's elements, both given the draws above.
 
         A network whose posteriors depend on other draws than its priors has log q - log p at its own draw instead.
         """

@@ -10,7 +10,6 @@ The posterior goes bottom-up, "without the top-down and bottom-up connections" t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -128,6 +127,7 @@ class HVAE(Hierarchy):
         pairs: list[tuple[Normal, Normal]] = []
         made: list[Tensor] | None = None
         for group, (stage, part) in enumerate(zip(self.decoder.stages, noise, strict=True)):
+            assert isinstance(stage, DecoderStage)
             prior = stage.prior(made, part)
             posterior = prior if posteriors is None else posteriors[group]
             pairs.append((posterior, prior))
@@ -140,6 +140,7 @@ class HVAE(Hierarchy):
         posteriors: list[Normal] = []
         skip: Tensor | None = None
         for stage, part in zip(self.encoder, reversed(noise), strict=True):
+            assert isinstance(stage, EncoderStage)
             skip = stage(x, skip)
             posteriors.append(stage.posterior(skip))
             x = posteriors[-1].draw(part)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from ..likelihoods import GaussianOptimal, Likelihood
 from ..vae import VAE
@@ -38,5 +39,6 @@ def sigma_cnn(
         f"convt {shape[0]} k5 p2 bare",
     ]
     vae = described_vae(shape, latent, encoder, decoder, likelihood=likelihood)
-    vae.decoder.extend(squash(likelihood, shape))
+    decoding: Any = vae.decoder
+    decoding.extend(squash(likelihood, shape))
     return vae

@@ -100,8 +100,8 @@ class SVG(nn.Module):
     """See `svg_lp`. x: (N, T, C, S, S), in [0, 1].
 
     Frames go through encoder and decoder one at a time, so that a batch norm's statistics are of one time, as in the
-    authors' code, and a gate has one row an example. The LSTMs take all times at once where frames are known, and one at
-    a time in `predict`.
+    authors' code, and a gate has one row an example. The LSTMs take all times at once where frames are known, and one
+    at a time in `predict`.
     """
 
     def __init__(
@@ -191,6 +191,12 @@ class SVG(nn.Module):
             h = encode(video[-1])[0]
         return torch.stack(video, 1)
 
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """ValueError: there is no video without its first frames."""
+        raise ValueError(
+            f"svg-lp continues videos: give their first {self.n_past} frames, predict(x), in place of sample({n})"
+        )
+
     def _noise(
         self, x: Tensor, frames: int, noise: Tensor | None, generator: torch.Generator | None = None
     ) -> Tensor:
@@ -199,7 +205,7 @@ class SVG(nn.Module):
         if noise is None:
             noise = torch.randn(expected, dtype=x.dtype, device=x.device, generator=generator)
         elif noise.shape != expected:
-            raise ValueError(f"noise has shape {tuple(noise.shape)}; expected {expected}, the noise of all frames a row")
+            raise ValueError(f"noise has shape {tuple(noise.shape)}; expected {expected}, all frames' in a row")
         return noise.unflatten(1, (frames - 1, self.step_latent))
 
     def _check(self, x: Tensor, frames: int, exactly: bool = False) -> None:
@@ -207,8 +213,8 @@ class SVG(nn.Module):
         if not fits or (x.shape[1] != frames if exactly else x.shape[1] < frames):
             size = ", ".join(map(str, self.input_shape[1:]))
             raise ValueError(
-                f"x has shape {tuple(x.shape)}; expected videos, (N, {'' if exactly else 'at least '}{frames}, {size}), "
-                "as the network was built for: build(name, dataset.input_shape)"
+                f"x has shape {tuple(x.shape)}; expected videos, (N, {'' if exactly else 'at least '}{frames}, "
+                f"{size}), as the network was built for: build(name, dataset.input_shape)"
             )
 
 
@@ -251,14 +257,13 @@ def svg_lp(
     for name, size in (sizes | {"width": width}).items():
         check_sizes(name, [size])
     if n_past >= shape[0]:
-        raise ValueError(f"n_past is {n_past} and videos have {shape[0]} frames; expected at least one frame to predict")
+        raise ValueError(f"n_past is {n_past} and videos have {shape[0]} frames; expected one to predict at least")
     likelihood = GaussianOptimal() if likelihood is None else likelihood
     frame = shape[1:]
     widths = widths_of(frame[1], width)
     stages = BACKBONES[backbone](likelihood.parameter_shape(frame)[0], features, widths)
     frames = FrameEncoder(stages, frame)
-    decoder = FrameDecoder(stages, features, frames.maps)
-    decoder.stages[-1].extend(squash(likelihood, frame))
+    decoder = FrameDecoder(stages, features, frames.maps, squash(likelihood, frame))
     network = SVG(
         Inference(frames, GaussianRecurrence(features, hidden, 1, latent)),
         Generation(
