@@ -22,7 +22,7 @@ def by_bytes(images) -> list[bytes]:
 def agree(data, images: np.ndarray, labels: np.ndarray | None = None) -> None:
     """Every example is one of the images, / 255 where they are bytes, and with its own label."""
     expected = images.astype(np.float32) / (255 if images.dtype == np.uint8 and images.max() > 1 else 1)
-    assert by_bytes(data.examples.numpy()) == by_bytes(expected.reshape(len(data), *data.input_shape))
+    assert by_bytes(data.examples[:].numpy()) == by_bytes(expected.reshape(len(data), *data.input_shape))
     if labels is None:
         assert data.labels is None
     else:

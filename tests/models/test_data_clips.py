@@ -9,6 +9,7 @@ from mrvae_models.cli import main
 from mrvae_models.config import TrainConfig
 from mrvae_models.data import Compact, DataError, VideoDataset, arrays, batches, load, moving_digits, turns
 from mrvae_models.data.clips import Windows
+from mrvae_models.likelihoods import likelihood
 from mrvae_models.preflight import check_kind
 from mrvae_models.run import calibration_images
 from test_data_files import multiset, pictures
@@ -145,10 +146,20 @@ def test_clips_are_taken_few_at_a_time_to_evaluate_and_to_calibrate():
     assert len(calibration_images(numbered(400, 9))) == 222  # 2,000 frames
 
 
+def test_a_likelihood_looks_at_few_packed_clips_at_a_time(monkeypatch):
+    data, taken = load(np.tile(CLIPS, (9, 1, 1, 1, 1)), "train", frames=3), []
+    monkeypatch.setattr("mrvae_models.likelihoods.data_checks.at_once", lambda shape, most: 50)
+    original = Compact.__getitem__
+    monkeypatch.setattr(Compact, "__getitem__", lambda self, index: taken.append(original(self, index)) or taken[-1])
+    likelihood("bitwise").check_data(data.examples)
+    assert taken and max(map(len, taken)) == 44  # every fifth of 216, of whole clips
+    assert taken[0].shape[1] == 7
+
+
 def test_a_network_of_one_kind_of_data_on_another(tmp_path):
     for network, data, message in [
         ("cnn", SMALL, "network is 'cnn' and .* holds clips; expected one for clips, --network svg-lp, or other"),
-        ("svg-lp", "digits", "network is 'svg-lp' and digits holds images; expected one for images, --network linear or mlp or"),
+        ("svg-lp", "digits", "network is 'svg-lp' and digits holds images; .*, --network linear or mlp or"),
         ("lstm", SMALL, "holds clips"),
     ]:
         config = TrainConfig(network=network, data=data, out=str(tmp_path / "run"), recipe="ranked")
@@ -171,6 +182,9 @@ def test_moving_digits_are_made_of_the_seed(digits):
     assert train.input_shape == (6, 1, 64, 64) and isinstance(train.examples, Compact) and train.labels is None
     assert torch.equal(train.examples[:], load(SMALL).examples[:])
     assert not torch.equal(train.examples[:], load(SMALL, seed=1).examples[:])
+    paths = [moving_digits.sets(clips=10, seed=seed)[split]().images.positions for seed, split in
+             ((0, "validation"), (0, "test"), (1, "test"))]  # fmt: skip
+    assert not np.array_equal(paths[0], paths[1]) and not np.array_equal(paths[1], paths[2])
     levels = train.examples[:] * 255
     assert torch.equal(levels.round() / 255, train.examples[:]) and levels.max() == 255 and levels.min() == 0
     assert 0.03 < train.examples[:].mean() < 0.09  # two digits of 0.1 of a quarter of the frame each

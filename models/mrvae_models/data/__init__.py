@@ -8,8 +8,8 @@ raises `DataError`, which names the file, what was found, what was expected and 
 
 Memory: a split takes 4 bytes a value, as float32. Above 1 GiB that way, one of 8-bit images stays 8-bit (CelebA at 64
 by 64: 2.0 GB for train), and one of zeros and ones takes a bit a value (dSprites: 378 MB); batches are converted as
-they are drawn. While loading, the whole set lies in memory as read, too: 3.0 GB for dSprites' file, 3.5 GB at the peak.
-What does not fit is refused.
+they are drawn. Clips do so at any size. While loading, the whole set lies in memory as read, too: 3.0 GB for dSprites'
+file, 3.5 GB at the peak. What does not fit is refused. MPI3D's images stay in their file (mapped.py).
 """
 
 from __future__ import annotations
@@ -22,10 +22,29 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import amat, arrays, celeba, cifar, dsprites, folder, hub, idx, omniglot, public, svhn, text
+from . import (
+    amat,
+    arrays,
+    bair,
+    celeba,
+    cifar,
+    dsprites,
+    folder,
+    frame_folders,
+    frey,
+    hub,
+    idx,
+    moving_mnist,
+    mpi3d,
+    omniglot,
+    public,
+    svhn,
+    text,
+)
 from .checks import DataError, Factors, Raw, checked
 from .clips import VideoDataset, clips_first
 from .dataset import Batches, ImageDataset, InMemory, batches, in_turn
+from .mapped import Mapped
 from .splits import SPLITS, Sets, check_seed, choose
 from .storage import Chunks, Compact, Rows, turns
 from .text import TextDataset, TextOptions
@@ -71,14 +90,17 @@ def load(
     source:
       "digits"     6,000 MNIST digits that come with the package: 4,500 train, 500 validation, 1,000 test
       a name       of public.PUBLIC: "mnist", "binarized-mnist", "omniglot", "cifar10", "cifar100", "svhn",
-                   "svhn-extra", "celeba", "dsprites", "dsprites-generated", "moving-digits"; from files under
-                   MRVAE_DATA, or else fetched or made; a folder of such a name is "./mnist"
+                   "svhn-extra", "celeba", "dsprites", "mpi3d-toy", "frey-face", "bair", "moving-mnist" and more; from
+                   files under MRVAE_DATA, or else fetched; or made, "dsprites-generated" and "moving-digits"; a folder
+                   of such a name is "./mnist"
       "hf:NAME"    a public set through Hugging Face `datasets`; "hf:NAME:CONFIG" chooses a configuration
       a folder     with the files of one of these sets as published; or of IDX files (MNIST's names, .gz or not), or of
-                   images; sub-folders train, validation, test are the splits, and any others the labels
+                   images; sub-folders train, validation, test are the splits, and any others the labels. With `frames`
+                   a folder of images is one of clips: those of each sub-folder are the frames of one, by number
       text         a .txt file, or a folder of train.txt, valid.txt and test.txt; one document a line, its tokens
                    divided by white space. A label before a TAB in every line is taken off
-      a file       .npz, .npy, IDX, .amat, chardata.mat, SVHN's .mat, or dSprites' .npz, which has factors
+      a file       .npz, .npy, IDX, .amat, .tfrecord, chardata.mat, SVHN's and Frey Face's .mat, or dSprites' and
+                   MPI3D's .npz, which have factors
       an array     numpy or torch
     split: "train", "validation" or "test"; "all" is an undivided set whole and in its own order. A source with all
       three is used as it is; one with train and test holds out a tenth of train for validation; one undivided set is
@@ -108,7 +130,7 @@ def load(
         return text.load_text(paths, split, seed, options or TextOptions(), named)
     if options is not None and options != TextOptions():
         raise DataError(f"{options} is for text, and {named} holds images: leave it out")
-    sets = _sets(source, resize, seed)
+    sets = _sets(source, resize, seed, of_clips=frames is not None)
     if layout is not None and layout.startswith("TN"):
         sets, layout = clips_first(sets), f"NT{layout[2:]}"
     raw, kept = choose(sets, split, seed, named)
@@ -117,6 +139,7 @@ def load(
     if factors is not None:
         factors = factors._replace(classes=factors.classes[kept])
     if images.dim() == 5:
+        assert not isinstance(images, Mapped)
         moving = split in ("train", "all")
         return VideoDataset(images, labels, binarize, seed, factors, frames, frame_stride, moving)
     if (frames, frame_stride) != (None, 1):
@@ -131,13 +154,13 @@ def text_files(source: Any) -> dict[str, Path]:
     return text.files(Path(source).expanduser()) if is_path else {}
 
 
-def _sets(source: Any, resize: int | tuple[int, int] | None, seed: int) -> Sets:
+def _sets(source: Any, resize: int | tuple[int, int] | None, seed: int, of_clips: bool) -> Sets:
     if isinstance(source, str) and source.startswith("hf:"):
         return hub.sets(source.removeprefix("hf:"), resize)
     if public.is_public(source):
         return public.sets(source, resize, seed)
     if isinstance(source, (str, os.PathLike)) and str(source) != "digits":
-        return _sets_of_path(Path(source).expanduser(), resize)
+        return _sets_of_path(Path(source).expanduser(), resize, of_clips)
     _refuse_resize(resize)
     if isinstance(source, (str, os.PathLike)):
         return arrays.sets(arrays.DIGITS)
@@ -153,18 +176,19 @@ def _refuse_resize(resize: int | tuple[int, int] | None) -> None:
         raise DataError(f"resize={resize} is for image files (a folder of them, or hf:NAME); this source holds arrays")
 
 
-def _sets_of_path(path: Path, resize: int | tuple[int, int] | None) -> Sets:
+def _sets_of_path(path: Path, resize: int | tuple[int, int] | None, of_clips: bool) -> Sets:
     if not path.exists():
         raise DataError(
             f"{path}: no such file or folder; expected 'digits', {', '.join(public.PUBLIC)}, 'hf:NAME', a .npz, .npy, "
             "IDX or .txt file, or a folder of IDX files, images or text (train.txt, valid.txt, test.txt)"
         )
-    for published in (celeba, omniglot):
+    for published in (celeba, omniglot, bair):
         if published.found(path):
             return published.sets(path, resize)
-    arrays_of = next((published for published in (amat, cifar, svhn, dsprites) if published.found(path)), None)
+    formats = (amat, cifar, svhn, dsprites, frey, moving_mnist, mpi3d)
+    arrays_of = next((published for published in formats if published.found(path)), None)
     if arrays_of is None and path.is_dir() and not idx.files(path):
-        return folder.sets(path, resize)
+        return (frame_folders if of_clips else folder).sets(path, resize)
     _refuse_resize(resize)
     if arrays_of is not None:
         return arrays_of.sets(path)
@@ -173,6 +197,6 @@ def _sets_of_path(path: Path, resize: int | tuple[int, int] | None) -> Sets:
     if path.suffix.lower() in (".npz", ".npy"):
         return arrays.sets(path)
     raise DataError(
-        f"{path}: this kind of file is not known; expected .npz, .npy, .amat, chardata.mat, ..._32x32.mat, or an IDX "
-        "file (named ...-ubyte, ...-ubyte.gz or .idx); for images give their folder"
+        f"{path}: this kind of file is not known; expected .npz, .npy, .amat, .tfrecord, chardata.mat, ..._32x32.mat, "
+        f"{frey.FILE}, or an IDX file (named ...-ubyte, ...-ubyte.gz or .idx); for images give their folder"
     )

@@ -6,9 +6,12 @@ by source, so that what is tested on comes from sources that were not trained on
 
 from __future__ import annotations
 
+import contextlib
+import math
+import struct
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,9 @@ import numpy as np
 
 from .checks import DataError, Raw
 from .splits import NAMES, Sets
+
+LOCAL_HEADER = 30
+"""Bytes before an entry's name in a zip file; the last four are the lengths of the name and of what follows it."""
 
 DIGITS = Path(__file__).parent.parent / "data_files" / "mnist6k.npz"
 """The embedded digits, 5,000 train and 1,000 test."""
@@ -75,12 +81,57 @@ def _groups(array: np.ndarray, n: int, origin: str) -> np.ndarray | None:
 
 def read(path: Path, key: str | None = None) -> Any:
     """The array of an .npy file, the keys of an .npz file, or its array `key`. Pickled objects are refused."""
-    try:
+    with _damage(path, key):
         content = np.load(path, allow_pickle=False)
         if isinstance(content, np.ndarray):
             return content
         with content:
             return content.files if key is None else content[key]
+
+
+def header(path: Path, key: str) -> tuple[tuple[int, ...], np.dtype]:
+    """Shape and type of an array of an .npz file, which is not read."""
+    with _damage(path), zipfile.ZipFile(path) as content, content.open(f"{key}.npy") as entry:
+        shape, _, kind = _read_header(entry)
+        return shape, kind
+
+
+def mapped(path: Path, key: str) -> np.ndarray | None:
+    """An array of an .npz file, mapped from it and read where it is indexed; None where it is compressed.
+
+    The checksum of the .npz is of the whole array, and is not looked at.
+    """
+    with _damage(path), zipfile.ZipFile(path) as content, open(path, "rb") as file:
+        entry = content.getinfo(f"{key}.npy")
+        if entry.compress_type != zipfile.ZIP_STORED:
+            return None
+        file.seek(entry.header_offset)
+        local = file.read(LOCAL_HEADER)
+        if local[:4] != b"PK\3\4":
+            raise ValueError(f"no entry at byte {entry.header_offset}")
+        begin = entry.header_offset + LOCAL_HEADER + sum(struct.unpack("<HH", local[-4:]))  # its name and extra field
+        file.seek(begin)
+        shape, fortran, kind = _read_header(file)
+        values = math.prod(shape) * kind.itemsize
+        if file.tell() - begin + values != entry.file_size or kind.hasobject:
+            raise ValueError(f"{key} is {kind}, shape {shape}, in {entry.file_size} bytes")
+        order: Any = "F" if fortran else "C"
+        return np.memmap(path, kind, "r", file.tell(), shape, order)
+
+
+def _read_header(file: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
+    version = np.lib.format.read_magic(file)
+    reader = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
+    if reader is None:
+        raise ValueError(f"the format of arrays has version {version}; expected 1.0 or 2.0")
+    return reader(file)
+
+
+@contextlib.contextmanager
+def _damage(path: Path, key: str | None = None) -> Iterator[None]:
+    """Turns what a damaged file raises into a DataError, and what refuses one of Python objects."""
+    try:
+        yield
     except (ValueError, OSError, EOFError, KeyError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
         if "allow_pickle" in str(error):
             raise DataError(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .errors import DataError
+from .mapped import Mapped, MappedRows
 from .memory import check_memory
 from .storage import Compact, pack
 
@@ -48,12 +49,12 @@ class Raw(NamedTuple):
     layout: str | None = None
 
 
-def checked(raw: Raw, kept: np.ndarray, layout: str | None = None) -> tuple[Tensor | Compact, Tensor | None]:
+def checked(raw: Raw, kept: np.ndarray, layout: str | None = None) -> tuple[Tensor | Compact | Mapped, Tensor | None]:
     """The images `kept` (indices) of a raw set, float32 in [0, 1], and labels (N,) int64 or None.
 
     Images are (N, C, H, W), clips (N, T, C, H, W). The whole set is checked, not only what is kept. 8-bit and binary
-    images that would take more than COMPACT_ABOVE bytes stay packed, and such clips do in any case. Raises DataError,
-    also where memory would run out.
+    images that would take more than COMPACT_ABOVE bytes stay packed, and such clips do in any case; those that are
+    mapped stay in their file. Raises DataError, also where memory would run out.
     """
     if layout is not None and raw.layout not in (None, layout):
         raise DataError(f"{raw.origin}: layout is {layout!r}; expected {raw.layout!r}, or none: leave it out")
@@ -61,6 +62,8 @@ def checked(raw: Raw, kept: np.ndarray, layout: str | None = None) -> tuple[Tens
     arranged = channels_first(raw.images, raw.origin, layout or raw.layout)
     divisor = check_values(raw.images, raw.origin)
     labels = None if raw.labels is None else _labels(raw, kept)
+    if isinstance(arranged, MappedRows):
+        return Mapped(arranged, kept, divisor), labels
     values = len(kept) * math.prod(arranged.shape[1:])
     remedy = "give fewer or smaller images"
     if arranged.dtype.kind in "bu" and (4 * values > COMPACT_ABOVE or arranged.ndim == 5):

@@ -73,6 +73,8 @@ def clips_first(sets: Sets) -> Sets:
     def turned(read: Callable[[], Raw]) -> Callable[[], Raw]:
         def read_and_turn() -> Raw:
             raw = read()
+            if raw.layout is not None:
+                return raw  # its file says it
             if raw.images.ndim not in (4, 5):
                 raise DataError(f"{raw.origin}: shape {raw.images.shape}; expected clips, (T, N, H, W)")
             return raw._replace(images=np.swapaxes(raw.images, 0, 1))

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .checks import DataError, Factors
+from .mapped import Mapped
 from .splits import check_seed
 from .storage import PACKING, Chunks, Compact, at_once, pack, turns
 
@@ -48,10 +49,10 @@ class InMemory(Protocol):
 class ImageDataset(Dataset[Tensor]):
     """Images in memory, and what is drawn from them.
 
-    images: (N, C, H, W) float32 in [0, 1], or a Compact that reads like it; labels: (N,) int64, or None; input_shape:
-    (C, H, W). `examples` are the images: index them, by a slice or by a tensor of indices, and the result is a float32
-    tensor. factors: (N, F) int64, the classes of what generated each image, or None; factor_names and factor_sizes:
-    F names and numbers of classes.
+    images: (N, C, H, W) float32 in [0, 1], or a Compact or Mapped that reads like it; labels: (N,) int64, or None;
+    input_shape: (C, H, W). `examples` are the images: index them, by a slice or by a tensor of indices, and the result
+    is a float32 tensor. factors: (N, F) int64, the classes of what generated each image, or None; factor_names and
+    factor_sizes: F names and numbers of classes.
     An item is one image (C, H, W), without its label. binarize: "none", the images as they are; "fixed", one Bernoulli
     draw from `seed`, which then are `images`; "dynamic", a draw at every access, `images` being the probabilities. A
     dynamic item takes torch's global generator; `batches` takes its own, so that its draws can be repeated.
@@ -62,7 +63,7 @@ class ImageDataset(Dataset[Tensor]):
 
     def __init__(
         self,
-        images: Tensor | Compact,
+        images: Tensor | Compact | Mapped,
         labels: Tensor | None = None,
         binarize: str = "none",
         seed: int = 0,
@@ -235,7 +236,7 @@ def batches(
     return made
 
 
-def _drawn(images: Tensor | Compact, generator: torch.Generator) -> Tensor | Compact:
+def _drawn(images: Tensor | Compact | Mapped, generator: torch.Generator) -> Tensor | Compact:
     """One Bernoulli draw of all images; packed as bits where they were packed, and the same draw."""
     if isinstance(images, Tensor):
         return bernoulli(images, generator)

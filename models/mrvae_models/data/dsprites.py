@@ -16,28 +16,21 @@ from pathlib import Path
 import numpy as np
 
 from . import arrays
-from .checks import DataError, Factors, Raw
+from .checks import DataError, Raw
+from .grid import Every, parse_every, thinned
 from .memory import check_memory
 from .splits import Sets
 from .sprites import NAMES, SIZES, Sprites
 
 FILE = "dsprites_ndarray_co1sh3sc6or40x32y32_64x64.npz"
-Every = tuple[int, int, int, int, int]
 ALL: Every = (1, 1, 1, 1, 1)
+WHOLE = 2
+"""Factors that one number of `every` leaves alone: shapes and scales."""
 
 
-def parse_every(text: str) -> Every:
-    """(1, 1, 4, 4, 4) from "4", which leaves shapes and scales alone, or five numbers from "1,2,4,4,4"."""
-    words = text.split(",")
-    numbers = tuple(int(word) if word.strip().isdecimal() else 0 for word in words)
-    if len(numbers) == 1:
-        numbers = (1, 1, *numbers * 3)
-    if len(numbers) != len(SIZES) or any(not 1 <= n <= size for n, size in zip(numbers, SIZES, strict=True)):
-        raise DataError(
-            f"every is {text!r}; expected one number, of orientations and positions, or five, of {', '.join(NAMES)}, "
-            f"each from 1 to {', '.join(map(str, SIZES))}"
-        )
-    return numbers[0], numbers[1], numbers[2], numbers[3], numbers[4]
+def variant(text: str) -> dict[str, Every]:
+    """The options of what follows a colon, "4" or "1,2,4,4,4"."""
+    return {"every": parse_every(text, NAMES, SIZES, WHOLE)}
 
 
 def found(path: Path) -> bool:
@@ -58,20 +51,9 @@ def sets(path: Path, every: Every = ALL) -> Sets:
 
 def generated(every: Every = ALL) -> Sets:
     """The images that sprites.py draws, in the same order and with the same factors."""
-    grid, sizes = _grid(SIZES, every)
-    classes = np.stack(np.unravel_index(grid, SIZES), 1)
-    factors = Factors(_renumbered(classes, every), NAMES, sizes)
+    places, factors = thinned(NAMES, SIZES, every)
+    classes = np.stack(np.unravel_index(places, SIZES), 1)
     return {"all": lambda: Raw(Sprites(classes), None, "dsprites-generated", factors)}
-
-
-def _grid(sizes: tuple[int, ...], every: Every) -> tuple[np.ndarray, tuple[int, ...]]:
-    """Indices in the whole grid of what `every` keeps, and the sizes of that."""
-    kept = np.arange(np.prod(sizes)).reshape(sizes)[tuple(slice(None, None, step) for step in every)]
-    return kept.ravel(), kept.shape
-
-
-def _renumbered(classes: np.ndarray, every: Every) -> np.ndarray:
-    return np.ascontiguousarray(classes // np.array(every), np.int64)
 
 
 def _original(path: Path, every: Every) -> Raw:
@@ -104,7 +86,5 @@ def gridded(images: np.ndarray, classes: np.ndarray, origin: str, every: Every =
             f"{origin}: image {wrong} has the classes {classes[wrong].tolist()}; expected the order of the grid "
             f"{sizes}, the last factor varying fastest"
         )
-    grid, kept_sizes = _grid(sizes, every)
-    if every != ALL:
-        images, classes = images[grid], classes[grid]
-    return Raw(images, None, origin, Factors(_renumbered(classes, every), NAMES, kept_sizes))
+    places, factors = thinned(NAMES, sizes, every)
+    return Raw(images if every == ALL else images[places], None, origin, factors)

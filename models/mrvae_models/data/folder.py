@@ -38,14 +38,15 @@ def _raw(root: Path, resize: int | tuple[int, int] | None) -> Raw:
             f"{root}: no images; expected files ending in {', '.join(sorted(SUFFIXES))}, or IDX files "
             "(train-images-idx3-ubyte.gz); for .npz and .npy give the file itself"
         )
-    images = decode([str(file) for file in files], lambda i: _open(files[i]), resize)
+    images = decode([str(file) for file in files], lambda i: opened(files[i]), resize)
     classes = [file.relative_to(root).parts[0] if file.parent != root else "" for file in files]
     names = sorted(set(classes))
     labels = None if "" in names else np.array([names.index(name) for name in classes])
     return Raw(images, labels, str(root))
 
 
-def _open(path: Path) -> Any:
+def opened(path: Path) -> Any:
+    """A file as a PIL image, not decoded yet."""
     from PIL import Image
 
     return Image.open(path)

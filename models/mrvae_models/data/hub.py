@@ -10,6 +10,7 @@ import numpy as np
 
 from . import celeba, dsprites, folder
 from .checks import DataError, Raw
+from .grid import Every
 from .splits import NAMES, Sets
 
 SPRITE_COLUMNS = ("label_shape", "label_scale", "label_orientation", "label_x_position", "label_y_position")
@@ -36,7 +37,7 @@ def faces(name: str, resize: int | tuple[int, int] | None) -> Sets:
     return sets(name, side, crop=celeba.CROP, filter="BILINEAR")
 
 
-def sprites(name: str, resize: int | tuple[int, int] | None, every: dsprites.Every = dsprites.ALL) -> Sets:
+def sprites(name: str, resize: int | tuple[int, int] | None, every: Every = dsprites.ALL) -> Sets:
     """dSprites with the classes of its factors as columns, put into the order of the grid."""
     if resize is not None:
         raise DataError(f"resize={resize} would blur hf:{name}, whose images are 0 and 1: leave it out")

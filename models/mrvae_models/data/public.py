@@ -10,13 +10,29 @@ for test.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from . import amat, celeba, checksums, cifar, dsprites, hub, idx, moving_digits, omniglot, svhn
+from . import (
+    amat,
+    bair,
+    celeba,
+    checksums,
+    cifar,
+    dsprites,
+    frey,
+    hub,
+    idx,
+    moving_digits,
+    moving_mnist,
+    mpi3d,
+    omniglot,
+    svhn,
+)
 from .checks import DataError
 from .splits import Sets
 
@@ -43,8 +59,17 @@ def _mnist_found(path: Path) -> bool:
     return path.is_dir() and bool(idx.files(path))
 
 
-def _thinned(text: str) -> dict[str, Any]:
-    return {"every": dsprites.parse_every(text)}
+def _mpi3d(published: mpi3d.Published, about: str) -> PublicSet:
+    sizes = " x ".join(map(str, published.sizes))
+    return PublicSet(
+        f"{math.prod(published.sizes):,} {about} of seven factors, {sizes}, colour, 64x64, one undivided set",
+        "Gondal et al., 2019",
+        published.file,
+        ("mpi3d",),
+        published.found,
+        published.sets,
+        variant=published.variant,
+    )
 
 
 PUBLIC: dict[str, PublicSet] = {
@@ -128,7 +153,7 @@ PUBLIC: dict[str, PublicSet] = {
         ("dsprites",),
         dsprites.found,
         dsprites.sets,
-        variant=_thinned,
+        variant=dsprites.variant,
         repository="eurecom-ds/dsprites",
         fetched=hub.sprites,
     ),
@@ -139,7 +164,36 @@ PUBLIC: dict[str, PublicSet] = {
         (),
         lambda path: False,
         dsprites.generated,
-        variant=_thinned,
+        variant=dsprites.variant,
+    ),
+    "mpi3d-toy": _mpi3d(mpi3d.TOY, "simply rendered images"),
+    "mpi3d-realistic": _mpi3d(mpi3d.REALISTIC, "realistically rendered images"),
+    "mpi3d-real": _mpi3d(mpi3d.REAL, "photographs"),
+    "mpi3d-complex": _mpi3d(mpi3d.REAL_COMPLEX, "photographs, of other objects,"),
+    "frey-face": PublicSet(
+        "1,965 frames of one face, grey, 28x20, one undivided set, split by 20 blocks of frames in a row",
+        "Frey and Roweis",
+        frey.FILE,
+        ("frey-face", "frey_face"),
+        frey.found,
+        frey.sets,
+    ),
+    "bair": PublicSet(
+        "43,264 train and 256 test clips of 30 frames, a robot arm that pushes things, colour, 64x64",
+        "Ebert et al., 2017",
+        "softmotion30_44k/train and test (TFRecord files), or processed_data/train and test (folders of frames)",
+        ("bair", "bair_robot_pushing"),
+        bair.found,
+        bair.sets,
+        resizable=True,
+    ),
+    "moving-mnist": PublicSet(
+        "10,000 clips of 20 frames, two digits that bounce off walls, grey, 64x64, one undivided set",
+        "Srivastava et al., 2015",
+        moving_mnist.FILE,
+        ("moving-mnist", "MovingMNIST"),
+        moving_mnist.found,
+        moving_mnist.sets,
     ),
     "moving-digits": PublicSet(
         "2,000 train, 200 validation and 200 test clips of 20 frames, two of the embedded digits bouncing off walls, "
@@ -175,8 +229,12 @@ OFFICIAL_MD5 = {
     "extra_32x32.mat": "a93ce644f1a588dc4d68dda5feec44a7",
     "img_align_celeba.zip": "00d2c5bc6d35e252742224ab0c1e8fcb",
     "list_eval_partition.txt": "d32c9cbf5e040fd4025c592c306e6668",
+    "mpi3d_toy.npz": "55889cb7c7dfc655d6e0277beee88868",
+    "mpi3d_realistic.npz": "59a6225b88b635365f70c91b3e52f70f",
+    "mpi3d_real.npz": "0f33f609918fb5c97996692f91129802",
 }
-"""MD5 of the files as published, as torchvision checks them after downloading; of other files none is known."""
+"""MD5 of the files as published, as torchvision, or disent for MPI3D's, checks them after downloading; of other files
+none is known."""
 
 
 def root() -> Path:

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..data.storage import PACKING, Chunks, Compact, Rows
+from ..data.mapped import Mapped
+from ..data.storage import PACKING, Chunks, Compact, Rows, at_once
 from .numerics import HIGHEST
 
 LEVEL_TOLERANCE = 1e-3
@@ -17,9 +18,11 @@ levels."""
 
 
 def _parts(x: Rows) -> Iterator[Tensor]:
-    if isinstance(x, Compact):  # bytes or bits, which cannot be anything else: a part shows which
-        x = x[:: max(1, len(x) // PACKING)]
-    yield from Chunks(x, PACKING)
+    x = getattr(x, "clips", x)  # of videos, whatever frames are taken of them
+    size = at_once(x.shape[1:], PACKING)
+    if isinstance(x, (Compact, Mapped)):  # bytes or bits, which cannot be anything else: a part shows which
+        x = x[:: -(-len(x) // size)]
+    yield from Chunks(x, size)
 
 
 def _floats(x: Rows, name: str, remedy: str) -> None:
