@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from .config import TrainConfig
 from .likelihoods import Gaussian, Likelihood
 from .objective_options import LVAE_FORMS as FORMS
+from .vae import dimensions_of
 
 BOUND = 10.0
 """Of |log s|: weights 1 / s^2 from 2e-9 to 5e8. The fixed point s^4 = L of any loss from 1e-17 to 1e17 lies within."""
@@ -144,7 +145,7 @@ def learned_weights(config: TrainConfig, network: Any) -> LearnedWeights | None:
     """What L-VAE learns of a run by `config`, as it is at the start; None for other objectives."""
     if config.objective != "l-vae":
         return None
-    scale = Scale(network.likelihood, math.prod(network.input_shape), config.lvae_form)
+    scale = Scale(network.likelihood, dimensions_of(network), config.lvae_form)
     return LearnedWeights(scale, 1.0 if config.beta is None else config.beta, config.lvae_regulariser)
 
 

@@ -31,6 +31,7 @@ from .conventions import unit_beta
 from .curve import Measurement
 from .likelihoods import CalibratedGaussian, Gaussian, GaussianPixel
 from .run import load_model, plain_network
+from .vae import dimensions_of
 
 LEAST_RATE = 1e-12
 """Nats, below which a rate is taken for this: its logarithm stays finite."""
@@ -122,7 +123,7 @@ class OwnBeta:
 def own_beta(model: nn.Module, name: str) -> OwnBeta:
     """The fixed point of that name on a multi-rate model's curve; ValueError for one of no Gaussian of fixed sigma."""
     point = FIXED_POINTS[name]
-    return OwnBeta(point, curves_own(model, point.title), math.prod(plain_network(model).input_shape))
+    return OwnBeta(point, curves_own(model, point.title), dimensions_of(plain_network(model)))
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from .curve import Examples, Measurement, measure_all
 from .likelihoods import Gaussian, Likelihood
 from .run import plain_network
+from .vae import dimensions_of
 
 
 class Means(Likelihood):
@@ -76,7 +77,7 @@ def squared_errors(model: nn.Module, dataset: Examples, beta: float, **settings:
 
     settings: batch_size, samples, seed and calibration, as there.
     """
-    dimensions = math.prod(plain_network(model).input_shape)
+    dimensions = dimensions_of(plain_network(model))
     with scored_as(model, BARE):
         measured = measure_all(model, dataset, beta, **settings)
     return measured._replace(distortion=measured.distortion / (math.pi * dimensions))

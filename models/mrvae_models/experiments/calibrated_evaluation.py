@@ -37,6 +37,7 @@ from ..report import calibration_for, dataset_for
 from ..run import plain_network, read_description
 from ..scored import gaussian_nats, scored_as, squared_errors
 from ..selection import call_metric, metric_called
+from ..vae import dimensions_of
 from .plan import Evaluation
 
 TRAINING_EXAMPLES = 1000
@@ -75,7 +76,7 @@ def _row(
     train_set: Any,
 ) -> dict[str, float]:
     network = plain_network(model)
-    dimensions = math.prod(network.input_shape)
+    dimensions = dimensions_of(network)
     batch_norms = calibration_for(model, config)
     fixed = isinstance(network.likelihood, Gaussian)
     if isinstance(model, mk.MultiRate):

@@ -22,6 +22,7 @@ from ..likelihoods import LEVELS_256, DiscretizedGaussian, Gaussian
 from ..likelihoods.numerics import MIN_LOG_SIGMA
 from ..run import plain_network
 from ..scored import gaussian_nats, scored_as, squared_errors
+from ..vae import dimensions_of
 from .bound import DRAWS, importance_weighted_bound
 
 
@@ -55,7 +56,7 @@ def bound_at(
     if variance is None:
         variance = best_sigma(model, dataset, beta, train, **settings) ** 2
     measured = squared_errors(model, dataset, beta, **settings)
-    dimensions = math.prod(plain_network(model).input_shape)
+    dimensions = dimensions_of(plain_network(model))
     return gaussian_nats(measured.distortion.mean().item(), dimensions, variance) + measured.rate.mean().item()
 
 
