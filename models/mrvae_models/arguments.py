@@ -54,6 +54,7 @@ examples:
   mrvae curve --run runs/digits
   mrvae curve --run runs/digits --betas 0.01 0.1 1 10 --samples 10
   mrvae curve --run runs/digits --compare runs/single-0.1 runs/single-1      with separately trained beta-VAEs beside it
+  mrvae curve --run runs/photos --mark runs/sigma-vae runs/l-vae             and where other methods land on it
 """
 
 BAKE = """\
@@ -202,6 +203,15 @@ def _add_curve(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument(
         "--compare", metavar="RUN", type=Path, nargs="+", default=[], help="runs at one beta, to draw beside it"
+    )
+    command.add_argument(
+        "--mark",
+        metavar="RUN",
+        type=Path,
+        nargs="+",
+        default=[],
+        help="runs of sigma-VAEs, L-VAEs, BS-VAEs or beta-VAEs, each marked where it lands on the curve, by the beta "
+        "that its sigma^2 or learned weights stand for",
     )
     command.add_argument(
         "--split", choices=("train", "validation", "test"), default="test", help="data to evaluate on (default: test)"

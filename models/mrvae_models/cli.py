@@ -16,6 +16,7 @@ from typing import Any
 from .arguments import parser
 from .commands import MODULES
 from .config import TrainConfig, changes_of_resume
+from .objective_options import OF_ONE_BETA
 from .options import UsageError
 from .recipes import recipe_options
 
@@ -115,12 +116,14 @@ def config_of(options: argparse.Namespace) -> TrainConfig:
 
 
 def _warn_of_unused(given: dict[str, Any], entries: dict[str, dict[str, Any]]) -> None:
-    """A warning for options of gates and of the range of betas beside --beta, which trains a network without either."""
+    """A warning for options of gates and of the range of betas where a network without either is trained."""
     named = OF_MANY_BETAS & {*given, *entries}
     unused = [entry for entry in fields(TrainConfig) if entry.name in named]
-    if "beta" in given and unused:
+    objective = given.get("objective")
+    if unused and ("beta" in given or objective in OF_ONE_BETA):
         names = ", ".join(entry.metadata.get("flag", "--" + entry.name.replace("_", "-")) for entry in unused)
-        warnings.warn(f"--beta trains one network without gates at one KL weight: {names} not used", stacklevel=2)
+        one = "--beta" if "beta" in given else f"--objective {objective}"
+        warnings.warn(f"{one} trains one network without gates at one KL weight: {names} not used", stacklevel=2)
 
 
 def _changed(base: TrainConfig, given: dict[str, Any], entries: dict[str, dict[str, Any]]) -> TrainConfig:
@@ -156,6 +159,7 @@ def _curve(options: argparse.Namespace) -> int:
         options.run,
         options.betas,
         options.compare,
+        options.mark,
         options.split,
         options.samples,
         options.batch_size,

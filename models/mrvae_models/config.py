@@ -15,7 +15,7 @@ from typing import Any
 
 from .likelihood_names import LIKELIHOOD_NAMES, check_likelihood_options
 from .network_names import DEFAULT_LIKELIHOODS, NETWORK_NAMES
-from .objective_options import OBJECTIVES, TCVAE_SAMPLING, check_objective
+from .objective_options import LVAE_FORMS, OBJECTIVES, TCVAE_SAMPLING, check_objective, chosen_together
 from .options import check_format, check_type, expect, parse_duration, parse_gate, parse_setting, read_json
 from .recipes import RECIPES, default_recipe, gate_fields, recipe_options
 
@@ -223,8 +223,11 @@ class TrainConfig:
 
     objective: str = _option(
         "beta-vae",
-        "what is minimised: beta-vae, D + beta R; or beta-tcvae, D + ALPHA * mutual information + beta * total "
-        "correlation + GAMMA * dimension-wise KL, the rate's three parts",
+        "what is minimised: beta-vae, D + beta R; beta-tcvae, D + ALPHA * mutual information + beta * total "
+        "correlation + GAMMA * dimension-wise KL, the rate's three parts; sigma-vae, D + R of a Gaussian whose "
+        "variance is learned (--likelihood gaussian-optimal unless told, or gaussian-shared, -image, -pixel); bs-vae, "
+        "D + beta R with --likelihood gaussian-image; or l-vae, L / S0^2 + R / S1^2 + S0^2 + S1^2, which learns S0 and "
+        "S1, of one network without gates; --beta is S0^2 / S1^2 to start from (default: 1)",
         "objective",
         choices=OBJECTIVES,
     )
@@ -236,6 +239,16 @@ class TrainConfig:
         "how beta-tcvae estimates the aggregate posterior from a batch: minibatch-'weighted' or 'stratified' sampling",
         "objective",
         choices=TCVAE_SAMPLING,
+    )
+    lvae_form: str = _option(
+        "sum",
+        "what l-vae's reconstruction loss L is: the 'sum' over an example's dimensions, D without its constant, or the "
+        "'mean', the paper's MSE",
+        "objective",
+        choices=LVAE_FORMS,
+    )
+    lvae_regulariser: bool = _option(
+        True, "l-vae's S0^2 + S1^2 in the loss; without it both weights collapse (the paper's ablation)", "objective"
     )
     free_bits: float = _option(
         FROM_RECIPE,
@@ -309,6 +322,14 @@ class TrainConfig:
     gate_lr_factor: float = _option(
         FROM_RECIPE, "learning rate of the gates, as a multiple of --lr", "optimisation", metavar="FACTOR", parse=float
     )
+    sigma_lr_factor: float = _option(
+        10.0,
+        "learning rate of the logarithms of learned sigmas, gaussian-shared's and l-vae's S0 and S1, as a multiple of "
+        "--lr (1 in the papers)",
+        "optimisation",
+        metavar="FACTOR",
+        parse=float,
+    )
     schedule: str = _option(
         FROM_RECIPE,
         "learning rate over the run: cosine down to --final-lr, linear down to it over the last 30 %, constant, or "
@@ -362,8 +383,11 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.recipe is FROM_RECIPE:
             self.recipe = default_recipe(self.network)
+        usual = DEFAULT_LIKELIHOODS.get(self.network)
+        for name, value in chosen_together(self, usual).items():
+            setattr(self, name, value)
         if self.likelihood is None:
-            self.likelihood = DEFAULT_LIKELIHOODS.get(self.network)
+            self.likelihood = usual
         if self.sample is FROM_RECIPE and self.objective == "beta-tcvae":
             self.sample = "step"
         for name, value in recipe_options(self.recipe if self.recipe in RECIPES else "ranked").items():
@@ -421,7 +445,7 @@ class TrainConfig:
         for name in ("latent", "patience", "checkpoint_every_steps", "threads", "resize", "frames"):
             value = getattr(self, name)
             expect(value is None or value >= 1, name, value, "a positive integer")
-        for name in ("lr", "gate_lr_factor"):
+        for name in ("lr", "gate_lr_factor", "sigma_lr_factor"):
             expect(getattr(self, name) > 0, name, getattr(self, name), "a positive number")
         for name in ("clip", "max_time", "sigma"):
             value = getattr(self, name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,7 +16,9 @@ import mrvae_kernels as mk
 from .config import TrainConfig
 from .curve import at, calibrated, log_spaced, measure
 from .data import Batches
+from .l_vae import LearnedTerms, learned_weights
 from .objectives import Terms, annealing_factor, beta_vae_terms, sample_beta
+from .operating import learned_sigma
 from .run import plain_network
 from .total_correlation import beta_tcvae_terms, decompose
 from .vae import Output, target_of
@@ -71,13 +74,15 @@ class TrainingModule(pl.LightningModule):
     while the KL weight is annealed, or the range of betas still grows; of one with a method `target`, the distortion is
     of what that makes of a batch (the frames that a video is predicted by).
     With `objective` beta-tcvae the loss is mean(D_i + alpha MI_i + beta TC_i + gamma DWKL_i), one beta a step.
+    With `objective` l-vae the loss is L-VAE's, whose two weights, in `learned`, are trained as the network is.
     Annealing multiplies the KL weights in the loss and nothing else: the gates get beta, and weight_power counts it.
     Annealing the betas themselves would teach the gates a smaller range, and leave the upper end to the last steps.
     A batch is a tensor of images, (N, *input_shape), or of sentences, (N, T).
     Validation: D + beta R at `config.validation_betas` betas over the range, averaged, with the same noise each time,
     and without annealing or free bits. With beta-tcvae D + alpha MI + beta TC + gamma DWKL, each batch of validation
     being taken for the whole set: of the mutual information it shows the log of its size at most, and what is beyond
-    counts as total correlation.
+    counts as total correlation. With l-vae 2 sqrt(L_R) + 2 sqrt(KL), the least that its loss can be by its weights:
+    what they are does not make one epoch look better than another.
     """
 
     def __init__(
@@ -88,6 +93,8 @@ class TrainingModule(pl.LightningModule):
         self.loader = loader
         self.config = config
         self.steps = 0  # optimiser steps of the whole run
+        self._told = False
+        self.learned = learned_weights(config, plain_network(model))
         self._calibration = [calibration]  # in a list: a tensor attribute is no state, and is not moved to the device
         self.recent_averages = RunningAverages()  # for the progress line
         self.epoch_averages = RunningAverages()  # of the epoch so far
@@ -107,6 +114,20 @@ class TrainingModule(pl.LightningModule):
 
     def on_train_epoch_start(self) -> None:
         self.epoch_averages = RunningAverages()
+
+    def on_train_epoch_end(self) -> None:
+        """One warning, with what to do, when L-VAE's weights have collapsed."""
+        trouble = None if self.learned is None or self._told else self.learned.trouble()
+        if trouble is not None:
+            self._told = True
+            warnings.warn(trouble, stacklevel=1)
+
+    def trajectory(self) -> dict[str, float]:
+        """What training logs besides losses: s0, s1 and beta of L-VAE, sigma of a plain decoder that learns it."""
+        if self.learned is not None:
+            return self.learned.values()
+        sigma = learned_sigma(self.model)
+        return {} if sigma is None else {"sigma": sigma}
 
     def is_finite(self) -> bool:
         """Whether the epoch's mean loss so far and all weights are finite; waits for the device.
@@ -142,9 +163,13 @@ class TrainingModule(pl.LightningModule):
             self.epoch_averages.add(step)
         return loss
 
-    def _terms(self, output: Output, x: Tensor, beta: float | Tensor) -> Terms:
+    def _terms(self, output: Output, x: Tensor, beta: float | Tensor) -> Terms | LearnedTerms:
         """What the step's loss is made of."""
         config = self.config
+        if self.learned is not None:
+            likelihood = plain_network(self.model).likelihood
+            distortion = likelihood.distortion(output.parameters, x)
+            return LearnedTerms(distortion, output.rates.flatten(1).sum(1), self.learned)
         annealing = annealing_factor(self.global_step, self.steps, config.annealing, config.annealing_cycles)
         likelihood = plain_network(self.model).likelihood
         if config.objective == "beta-tcvae":
@@ -176,7 +201,8 @@ class TrainingModule(pl.LightningModule):
     @property
     def validation_metrics(self) -> list[str]:
         """Names of what a validation logs."""
-        names = [f"validation/{{}}/beta={beta:.3g}" for beta in self.betas_of_validation]
+        betas = ["learned"] if self.learned is not None else [f"{beta:.3g}" for beta in self.betas_of_validation]
+        names = [f"validation/{{}}/beta={beta}" for beta in betas]
         return [OBJECTIVE, *(name.format(quantity) for quantity in ("distortion", "rate") for name in names)]
 
     def on_validation_epoch_start(self) -> None:
@@ -195,6 +221,8 @@ class TrainingModule(pl.LightningModule):
                 objective = distortion + beta * rate
                 if self.config.objective == "beta-tcvae":
                     objective = self._tcvae_objective(x, beta, distortion, generator)
+                elif self.learned is not None:
+                    objective = self.learned.scale.reconstruction(distortion)
             sums.append(torch.stack([objective.sum(), distortion.sum(), rate.sum(), rate.new_tensor(len(x))]))
         self._validation.append(torch.stack(sums).double())  # (betas, 4)
 
@@ -212,7 +240,10 @@ class TrainingModule(pl.LightningModule):
         sums = torch.stack(self._validation).sum(0)
         sums = self.trainer.strategy.reduce(sums, reduce_op="sum")
         means = sums[:, :3] / sums[:, 3:]
-        values = [means[:, 0].mean(), *means[:, 1], *means[:, 2]]
+        objective = means[:, 0].mean()
+        if self.learned is not None:
+            objective = 2 * objective.sqrt() + 2 * means[:, 2].mean().sqrt()
+        values = [objective, *means[:, 1], *means[:, 2]]
         self.log_dict(dict(zip(self.validation_metrics, (value.float() for value in values), strict=True)))
         if self._plateau is not None:
             self._plateau.step(float(values[0]))
@@ -220,13 +251,15 @@ class TrainingModule(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         config = self.config
-        if isinstance(self.model, mk.MultiRate):
-            groups = [
-                {"params": self.model.network_parameters(), "lr": config.lr},
-                {"params": self.model.gate_parameters(), "lr": config.lr * config.gate_lr_factor},
-            ]
-        else:
-            groups = [{"params": list(self.model.parameters()), "lr": config.lr}]
+        sigmas = [*plain_network(self.model).likelihood.parameters()]  # of the likelihoods only sigmas are learned
+        sigmas += [] if self.learned is None else self.learned.parameters()
+        of_sigmas = set(map(id, sigmas))
+        gates = self.model.gate_parameters() if isinstance(self.model, mk.MultiRate) else []
+        network = self.model.network_parameters() if isinstance(self.model, mk.MultiRate) else self.model.parameters()
+        groups = [{"params": [each for each in network if id(each) not in of_sigmas], "lr": config.lr}]
+        for parameters, factor in ((gates, config.gate_lr_factor), (sigmas, config.sigma_lr_factor)):
+            if parameters:
+                groups.append({"params": list(parameters), "lr": config.lr * factor})
         optimizer: torch.optim.Optimizer
         if config.optimizer == "adamax":
             optimizer = torch.optim.Adamax(groups, lr=config.lr)  # torch has no fused one

@@ -6,10 +6,39 @@ from typing import Any
 
 from .options import expect
 
-OBJECTIVES = ("beta-vae", "beta-tcvae")
+OBJECTIVES = ("beta-vae", "beta-tcvae", "sigma-vae", "bs-vae", "l-vae")
 TCVAE_SAMPLING = ("weighted", "stratified")
-TCVAE_ONLY: dict[str, Any] = {"tcvae_weights": (1.0, 1.0), "tcvae_sampling": "weighted"}
-"""Options that the beta-VAE has no use for, and their defaults."""
+LVAE_FORMS = ("sum", "mean")
+
+OPTIONS_OF: dict[str, dict[str, Any]] = {
+    "beta-tcvae": {"tcvae_weights": (1.0, 1.0), "tcvae_sampling": "weighted"},
+    "l-vae": {"lvae_form": "sum", "lvae_regulariser": True},
+}
+"""Options that other objectives have no use for, and their defaults."""
+
+CALIBRATED: dict[str, tuple[str, ...]] = {
+    "sigma-vae": ("gaussian-optimal", "gaussian-shared", "gaussian-image", "gaussian-pixel"),
+    "bs-vae": ("gaussian-image",),
+}
+"""Likelihoods of the objectives that are one with a decoder's variance, the first being taken unless told."""
+
+OF_ONE_BETA = ("sigma-vae", "l-vae")
+"""Objectives of one network without gates: the first weighs the rate by 1, the second learns what it weighs it by."""
+
+
+def chosen_together(config: Any, usual: str | None) -> dict[str, Any]:
+    """What the objective of a TrainConfig sets of the options that were left out: name -> value.
+
+    usual: the network's own likelihood; L-VAE takes the unit Gaussian in place of one that learns its variance.
+    """
+    chosen: dict[str, Any] = {}
+    if config.objective in CALIBRATED and config.likelihood is None:
+        chosen["likelihood"] = CALIBRATED[config.objective][0]
+    if config.objective == "l-vae" and config.likelihood is None and usual in CALIBRATED["sigma-vae"]:
+        chosen["likelihood"] = "gaussian"
+    if config.objective in OF_ONE_BETA and config.beta is None:
+        chosen["beta"] = 1.0
+    return chosen
 
 
 def check_objective(config: Any) -> None:
@@ -24,12 +53,43 @@ def check_objective(config: Any) -> None:
         config.annealing_cycles,
         "1 without annealing: give the part of each cycle over which the weight rises, e.g. annealing = 0.5",
     )
+    for objective, options in OPTIONS_OF.items():
+        for name, default in options.items():
+            value = getattr(config, name)
+            alone = config.objective == objective
+            expect(alone or value == default, name, value, f"{default} unless objective = {objective!r}")
     if config.objective == "beta-tcvae":
         _check_tcvae(config)
+    if config.objective in CALIBRATED:
+        names = CALIBRATED[config.objective]
+        expected = f"{' or '.join(names)} with objective = {config.objective!r}"
+        expect(config.likelihood in names, "likelihood", config.likelihood, expected)
+    if config.objective in OF_ONE_BETA:
+        _check_one_beta(config)
+
+
+def _check_one_beta(config: Any) -> None:
+    """A sigma-VAE or L-VAE is one network at one beta."""
+    objective = config.objective
+    usual = type(config)().beta_range
+    expect(
+        config.beta_range == usual,
+        "beta_range",
+        config.beta_range,
+        f"none with objective = {objective!r}, of which a multi-rate network has no single one: it trains a network "
+        "without gates; leave the range out, or choose objective = 'beta-vae'",
+    )
+    if objective == "sigma-vae":
+        expect(
+            config.beta == 1,
+            "beta",
+            config.beta,
+            "1 with objective = 'sigma-vae', whose variance takes the place of beta; 'bs-vae' has both",
+        )
         return
-    for name, default in TCVAE_ONLY.items():
+    for name in ("free_bits", "annealing"):
         value = getattr(config, name)
-        expect(value == default, name, value, f"{default} unless objective = 'beta-tcvae'")
+        expect(value == 0, name, value, "0 with objective = 'l-vae', which learns what the rate costs")
 
 
 def _check_tcvae(config: Any) -> None:

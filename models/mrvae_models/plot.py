@@ -34,15 +34,22 @@ STYLE: Any = {
 }
 COLOURS = "viridis"
 LINE = "#35506b"
+MARKS = "DsP^vXp*<>"
+MARK_COLOURS = ("#c8553d", "#8c5e99", "#6a8d3c", "#b8860b", "#3a9188", "#d17aa5", "#5b5b5b")
 BASELINES = ("#c8553d", "#6a8d3c", "#8c5e99", "#b8860b")
 
 
 def draw(
-    curve: Curve, path: str | Path, images: Pictures | None = None, others: Mapping[str, Curve] | None = None
+    curve: Curve,
+    path: str | Path,
+    images: Pictures | None = None,
+    others: Mapping[str, Curve] | None = None,
+    marks: Mapping[str, Curve] | None = None,
 ) -> None:
     """Write the figure of `curve` to a PNG (or PDF, SVG: by the name's ending), with `images` along beta below.
 
     others: label -> curve, such as separately trained beta-VAEs of one point each, drawn beside it.
+    marks: label -> points of a method where it lands on the curve, drawn on it, with a line at its beta.
     Error bars are one standard error. Nothing is written when drawing fails.
     """
     path = Path(path)
@@ -56,10 +63,10 @@ def draw(
         figure = Figure(figsize=(10.0, curves + grid), layout="constrained")
         FigureCanvasAgg(figure)
         if images is None:
-            _curves(figure.subplots(1, 3), curve, others or {})
+            _curves(figure.subplots(1, 3), curve, others or {}, marks or {})
         else:
             top, bottom = cast(Any, figure.subfigures(2, 1, height_ratios=[curves, grid]))
-            _curves(top.subplots(1, 3), curve, others or {})
+            _curves(top.subplots(1, 3), curve, others or {}, marks or {})
             _images(bottom.subplots(1, 2), images)
         write_figure(figure, path)
 
@@ -70,7 +77,31 @@ def write_figure(figure: Figure, path: Path) -> None:
     replace_file(path, lambda temporary: figure.savefig(temporary, format=kind))
 
 
-def _curves(axes: Sequence[Axes], curve: Curve, others: Mapping[str, Curve]) -> None:
+def mark(axis: Axes, index: int, label: str, x: Sequence[float], y: Sequence[float]) -> None:
+    """The points of one method, by its place among the methods: a colour and a shape of its own."""
+    axis.plot(
+        x,
+        y,
+        linestyle="none",
+        marker=MARKS[index % len(MARKS)],
+        markersize=8,
+        color=MARK_COLOURS[index % len(MARK_COLOURS)],
+        markeredgecolor="white",
+        markeredgewidth=0.7,
+        zorder=6,
+        label=label,
+    )
+
+
+def mark_beta(axis: Axes, index: int, betas: Sequence[float]) -> None:
+    """A thin line at each beta of the method, in its colour."""
+    for beta in betas:
+        axis.axvline(beta, color=MARK_COLOURS[index % len(MARK_COLOURS)], linewidth=0.8, linestyle=":", zorder=1)
+
+
+def _curves(
+    axes: Sequence[Axes], curve: Curve, others: Mapping[str, Curve], marks: Mapping[str, Curve]
+) -> None:
     plane, objective, active = axes
     betas = curve.column("beta")
     norm = LogNorm(min(betas), max(betas)) if len(betas) > 1 else LogNorm(betas[0] / 10, betas[0] * 10)
@@ -123,15 +154,23 @@ def _curves(axes: Sequence[Axes], curve: Curve, others: Mapping[str, Curve]) -> 
                 zorder=4,
                 label=label,
             )
+        for index, (label, found) in enumerate(marks.items()):
+            mark(axis, index, label, found.column(x), found.column(y))
+            if axis is not plane:
+                mark_beta(axis, index, found.column("beta"))
         axis.margins(0.08)
     active.yaxis.set_major_locator(MaxNLocator(integer=True))
-    points = [point for each in (curve, *others.values()) for point in each.points]
+    points = [point for each in (curve, *others.values(), *marks.values()) for point in each.points]
     most = max(1, *(point.active_units + np.nan_to_num(point.active_units_se) for point in points))
     active.set_ylim(-0.05 * most, 1.1 * most)  # points at 0 are drawn whole
     for axis in (objective, active):
-        log_axis(axis, [*betas, *(beta for other in others.values() for beta in other.column("beta"))])
+        drawn = (*others.values(), *marks.values())
+        log_axis(axis, [*betas, *(beta for other in drawn for beta in other.column("beta"))])
     if others:
         objective.legend(loc="best")
+    if marks:
+        handles = [pair for pair in zip(*plane.get_legend_handles_labels(), strict=True) if pair[1] in marks]
+        plane.legend(*zip(*handles, strict=True), loc="upper right", fontsize=7)
     mark_betas(plane, betas, np.column_stack([curve.column("rate"), curve.column("distortion")]))
 
 

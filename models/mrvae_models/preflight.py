@@ -9,12 +9,16 @@ from pathlib import Path
 import torch
 from torch import nn
 
+import mrvae_kernels as mk
+
 from .baking import DECODER, PROGRAM
 from .commands import metrics
 from .config import FORMAT, TrainConfig
 from .curve import has_running_statistics
 from .data import DataError, InMemory, TextDataset, VideoDataset
+from .l_vae import learned_weights
 from .network_names import NETWORK_NAMES
+from .objective_options import OF_ONE_BETA
 from .options import check_format, read_json
 from .progress import METRICS
 from .run import BEST, CONFIG, CURVE_FILES, LAST, MODEL, SENTENCES, VOCABULARY, check_directory, plain_network
@@ -90,6 +94,12 @@ def check_last_batch(model: nn.Module, n: int, config: TrainConfig) -> None:
 
 def check_objective(model: nn.Module, n: int, config: TrainConfig) -> None:
     """ValueError where the objective asks more of the network, or of n training images, than they have."""
+    if config.objective in OF_ONE_BETA and isinstance(model, mk.MultiRate):
+        raise ValueError(
+            f"objective is {config.objective!r} and the network has gates; expected a plain network, of which there is "
+            "one beta: give --beta 1"
+        )
+    learned_weights(config, plain_network(model))  # L-VAE's, where the likelihood has what it weighs
     if config.objective != "beta-tcvae":
         return
     if not isinstance(plain_network(model), VAE):

@@ -98,7 +98,8 @@ class ProgressLine(Callback):
 
 
 class MetricsFile(Callback):
-    """metrics.csv and the loggers: a row an epoch with the means of training, and the validation where there was one.
+    """metrics.csv and the loggers: a row an epoch with the means of training, what is learned besides the weights
+    (sigma, as it is when the epoch ends), and the validation where there was one.
 
     Resuming drops the rows of epochs that are trained again.
     """
@@ -110,6 +111,7 @@ class MetricsFile(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, TrainingModule)
         self._columns = ["epoch", "step", "seconds", "lr", *(f"train/{name}" for name in Averages._fields)]
+        self._columns += [f"train/{name}" for name in pl_module.trajectory()]
         self._columns += pl_module.validation_metrics
         if self.path is None or not trainer.is_global_zero:
             return
@@ -129,7 +131,7 @@ class MetricsFile(Callback):
             "step": trainer.global_step,
             "seconds": round(time.time(), 1),
             "lr": pl_module.optimizers().param_groups[0]["lr"],  # type: ignore[union-attr]
-            **{f"train/{name}": value for name, value in averages._asdict().items()},
+            **{f"train/{name}": value for name, value in {**averages._asdict(), **pl_module.trajectory()}.items()},
         }
         if pl_module.validated_epoch == trainer.current_epoch:
             row |= {name: value.item() for name, value in trainer.callback_metrics.items() if name in self._columns}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from .baking import source_config
 from .config import TrainConfig
 from .curve import Curve, Point, evaluate, has_running_statistics, round_betas
 from .data import ImageDataset, TextDataset, Vocabulary
+from .operating import landing_of
 from .pictures import pictures
 from .run import (
     CURVE_FILES,
@@ -26,6 +29,7 @@ from .run import (
     load_split,
     plain_network,
 )
+from .scored import scored_as
 from .sentences import sentences, write_sentences
 
 PICTURED_BETAS = 6
@@ -36,6 +40,7 @@ def report(
     run: Path,
     betas: Sequence[float] | None = None,
     compare: Sequence[Path] = (),
+    mark: Sequence[Path] = (),
     split: str = "test",
     samples: int = 1,
     batch_size: int = 500,
@@ -48,6 +53,8 @@ def report(
 
     betas: default round_betas over the run's range; a plain model's own beta. The data are the run's. ValueError when
     the runs to compare with have gates, or another image shape, likelihood, sigma, data or binarize.
+    mark: runs of methods that learn sigma or beta (beta-VAEs as well), each drawn where it has landed on this curve,
+    its rate and distortion being those of its means as the curve's own Gaussian: their likelihoods may differ.
     """
     out = run if out is None else out
     check_directory(out)
@@ -72,6 +79,12 @@ def report(
         others[name] = Curve((*others.get(name, Curve(())).points, *point.points))
     if others:
         about["compared"] = [str(path) for path in compare]
+    marks: dict[str, Curve] = {}
+    for path in mark:
+        name, found = _mark(path, run, model, document, dataset, device, settings)
+        marks[name] = Curve((*marks.get(name, Curve(())).points, *found.points))
+    if marks:
+        about["marked"] = {name: asdict(point) for name, each in marks.items() for point in each.points}
     curve = Curve(curve.points, {**curve.about, **about})
     files = [out / name for name in CURVE_FILES]
     out.mkdir(parents=True, exist_ok=True)
@@ -81,14 +94,34 @@ def report(
 
     shown = _spread(sorted(betas))
     if isinstance(dataset, TextDataset):
-        draw(curve, files[2], None, others)
+        draw(curve, files[2], None, others, marks)
         if images:
             files.append(out / SENTENCES)
             write_sentences(files[-1], curve, sentences(model, dataset, shown, PICTURED_IMAGES, seed))
         return curve, files
     grid = pictures(model, dataset, shown, PICTURED_IMAGES, seed, calibration) if images else None
-    draw(curve, files[2], grid, others)
+    draw(curve, files[2], grid, others, marks)
     return curve, files
+
+
+def _mark(
+    path: Path,
+    run: Path,
+    model: nn.Module,
+    document: dict[str, Any],
+    dataset: ImageDataset | TextDataset,
+    device: str,
+    settings: dict[str, Any],
+) -> tuple[str, Curve]:
+    """Where the run at `path` has landed on the curve of `model`: the name of its method, and a point."""
+    other, its_document = load_model(path)
+    landed = landing_of(other, its_document, path)
+    _check_comparable(path, other, its_document, run, model, document, likelihood=False)
+    beta = landed.on(model)
+    other = to_device(other, device)
+    same = landed.variance is None
+    with contextlib.nullcontext() if same else scored_as(other, plain_network(model).likelihood):
+        return landed.name, evaluate(other, dataset, [beta], **settings)
 
 
 def points_table(points: Sequence[Point], labels: Sequence[str] | None = None) -> str:
@@ -115,16 +148,23 @@ def points_table(points: Sequence[Point], labels: Sequence[str] | None = None) -
 
 
 def _check_comparable(
-    path: Path, other: nn.Module, its_document: dict[str, Any], run: Path, model: nn.Module, document: dict[str, Any]
+    path: Path,
+    other: nn.Module,
+    its_document: dict[str, Any],
+    run: Path,
+    model: nn.Module,
+    document: dict[str, Any],
+    likelihood: bool = True,
 ) -> None:
     """ValueError where the numbers of two runs would be of different quantities, or of models of different data."""
     its, own = source_config(its_document), source_config(document)
     one, two = plain_network(other), plain_network(model)
     pairs = [
         ("input_shape", tuple(one.input_shape), tuple(two.input_shape)),
-        ("likelihood", repr(one.likelihood), repr(two.likelihood)),  # names sigma, and resolves what was left out
         ("binarize", its.binarize, own.binarize),
     ]
+    if likelihood:  # its words name sigma, and resolve what was left out
+        pairs.append(("likelihood", repr(one.likelihood), repr(two.likelihood)))
     vocabularies = [directory / VOCABULARY for directory in (path, run)]
     if all(file.exists() for file in vocabularies):
         first, second = (Vocabulary.read(file) for file in vocabularies)

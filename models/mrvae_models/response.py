@@ -78,11 +78,15 @@ def _check_reach(response: Response, betas: Sequence[float], target: float) -> N
 
 
 def crossing(
-    response: Response, betas: Sequence[float], target: float, elbo: Callable[[float], float]
+    response: Response,
+    betas: Sequence[float],
+    target: float,
+    better: Callable[[float], float],
+    better_by: str = "the highest ELBO",
 ) -> tuple[float, list[str]]:
-    """The beta where the response equals the target; of several, the one with the highest ELBO, and a note.
+    """The beta where the response equals the target; of several, the one where `better` is highest, and a note.
 
-    ValueError for a target that is not met between the betas.
+    better_by: what that one has, for the note. ValueError for a target that is not met between the betas.
     """
     _check_reach(response, betas, target)
 
@@ -95,9 +99,9 @@ def crossing(
             found.append(_beta(brentq(excess, math.log(low), math.log(high), xtol=TOLERANCE)))
     if len(found) == 1:
         return found[0], []
-    chosen = max(found, key=elbo)
+    chosen = max(found, key=better)
     others = ", ".join(f"{beta:.4g}" for beta in sorted(found) if beta != chosen)
-    return chosen, [f"{response.name} = {target:g} is met at beta = {others} too; this one has the highest ELBO"]
+    return chosen, [f"{response.name} = {target:g} is met at beta = {others} too; this one has {better_by}"]
 
 
 def optimum(response: Response, betas: list[float], best: str) -> tuple[float, list[str]]:

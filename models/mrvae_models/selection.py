@@ -7,6 +7,8 @@ A quantity q is evaluated on a grid of betas, log-spaced over the range that the
 them the beta with q(beta) = target is found by Brent's method in log beta, and the beta of the best q by Brent's
 bounded search. Every beta sees the same examples and the same noise, so that q is one smooth function of beta.
 
+A method that learns its beta has one of its own on the curve: select_beta(model, data, "sigma-vae"), see operating.py.
+
 Along the optimal curve R falls with beta and D rises (MR-VAE, Section 2: -dD/dR = beta); a model that does otherwise is
 told of in `notes`.
 """
@@ -19,7 +21,7 @@ import importlib
 import importlib.util
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ from torch import Tensor, nn
 import mrvae_kernels as mk
 
 from .curve import ACTIVE_VARIANCE, Measurement, Point, calibrated, check, measure_all, point_of, tokens_of
+from .operating import FIXED_POINTS, OwnBeta, own_beta
 from .response import RESAMPLES, Response, crossing, monotonicity, optimum, plateau, uncertainty
 from .spacing import log_spaced
 
@@ -82,7 +85,7 @@ def select_beta(
     """The beta at which a MultiRate model has `quantity` equal to `target`, or at its best.
 
     quantity    "rate", "distortion", "elbo" (nats an example), "active_units" (a count), the name of a metric, or a
-                function(model, dataset, beta) -> number
+                function(model, dataset, beta) -> number; or "sigma-vae" or "l-vae", whose target is their own
     target      None looks for the best: `best` is "max" or "min"; an ELBO's best is its highest
     beta_range  where to look, log-uniformly at `grid` betas first (default: the range that the model was trained for)
     resamples   of the examples, behind the interval; default RESAMPLES, for a metric 0: each costs an evaluation of the
@@ -104,10 +107,14 @@ def select_beta(
     if not low < high or grid < 3:
         raise ValueError(f"beta_range is ({low:g}, {high:g}) and grid {grid}; expected low < high and at least 3")
     settings: dict[str, Any] = dict(batch_size=batch_size, samples=samples, seed=seed, calibration=calibration)
+    method = own_beta(model, named) if named in FIXED_POINTS else None
     measured = functools.lru_cache(4)(lambda beta: measure_all(model, dataset, beta, **settings))
-    response = Response(named, _evaluation(model, dataset, quantity, measured, settings), len(dataset.examples))
+    evaluation = _evaluation(model, dataset, quantity, measured, settings, method)
+    response = Response(named if method is None else method.quantity, evaluation, len(dataset.examples))
     betas = log_spaced(low, high, grid)
     values = [response(beta) for beta in betas]
+    if method is not None:
+        method.check_reach(betas, values)
     notes = monotonicity(response, betas, seed)
     interval: tuple[float, float] | None
     error: float | None = None
@@ -116,11 +123,14 @@ def select_beta(
         count = target if target is not None else (min if best == "min" else max)(values)
         beta, interval, more = plateau(response, betas, count)
     else:
-        if target is not None:
+        if method is not None:
+            beta, more = crossing(response, betas, 0.0, lambda b: -method.loss(measured(b)), "the lower loss")
+        elif target is not None:
             beta, more = crossing(response, betas, target, lambda b: BY_EXAMPLE["elbo"](measured(b)).mean().item())
         else:
             beta, more = optimum(response, betas, best or "max")
-        draws = (RESAMPLES if named in BY_EXAMPLE else 0) if resamples is None else resamples
+        cheap = named in BY_EXAMPLE or method is not None
+        draws = (RESAMPLES if cheap else 0) if resamples is None else resamples
         interval, error, also = uncertainty(response, beta, target, best, draws, seed, (low, high))
     notes = [*notes, *more, *also]
     reach = (min(response.found.values()), max(response.found.values()))
@@ -130,10 +140,33 @@ def select_beta(
     )
 
 
+def landed(
+    model: nn.Module, dataset: Any, beta: float, named: str, notes: Sequence[str] = (), **settings: Any
+) -> Selection:
+    """A Selection of the beta of a run that was trained, with the point of the curve there; nothing is solved for.
+
+    settings as in curve.evaluate. ValueError for a beta outside the range that the model was trained for.
+    """
+    if not isinstance(model, mk.MultiRate):
+        raise ValueError("the model has no gates: it is one point of a curve, and there is no beta to choose")
+    low, high = model.beta_range
+    if not low <= beta <= high:
+        raise ValueError(
+            f"{named} has beta = {beta:.4g} on this curve, outside its range, {low:g} to {high:g}; train for a "
+            "--beta-range that holds it"
+        )
+    point = point_of(beta, measure_all(model, dataset, beta, **settings), tokens_of(dataset))
+    return Selection(named, None, None, beta, None, beta, None, (low, high), point, tuple(notes))
+
+
 def _wanted(quantity: str, target: float | None, best: str | None) -> tuple[float | None, str | None]:
     """The target or the direction, of which there is one."""
     if target is None and best is None and quantity == "elbo":
         best = "max"
+    if quantity in FIXED_POINTS:
+        if target not in (None, 0.0) or best is not None:
+            raise ValueError(f"{quantity} has a beta of its own: expected no target ({target}) and no best ({best!r})")
+        target = 0.0
     if (target is None) == (best is None):
         raise ValueError(f"for {quantity} target is {target} and best {best!r}; expected one of the two")
     if best is not None and best not in ("min", "max"):
@@ -171,9 +204,17 @@ def metric_called(name: str) -> Metric:
 
 
 def _evaluation(
-    model: nn.Module, dataset: Any, quantity: str | Metric, measured: Callable[[float], Measurement], settings: Any
+    model: nn.Module,
+    dataset: Any,
+    quantity: str | Metric,
+    measured: Callable[[float], Measurement],
+    settings: Any,
+    method: OwnBeta | None = None,
 ) -> Callable[[float, Tensor | None], float]:
     """(beta, rows or None) -> the quantity on those examples."""
+    if method is not None:
+        found = functools.cache(lambda beta: Measurement(*measured(beta)[:2], Tensor()))  # the means are not needed
+        return lambda beta, rows: method.excess(beta, found(beta), rows)
     if quantity in BY_EXAMPLE:
         values = functools.cache(lambda beta: BY_EXAMPLE[str(quantity)](measured(beta)))
         return lambda beta, rows: (values(beta) if rows is None else values(beta)[rows]).mean().item()

@@ -37,6 +37,7 @@ from .checkpoint import (
 )
 from .config import TrainConfig
 from .data import Batches, InMemory, batches, in_turn
+from .l_vae import learned_values
 from .lightning_module import OBJECTIVE, TrainingModule
 from .networks import start_from
 from .preflight import (
@@ -220,13 +221,18 @@ def _finish(
     model = model.cpu()
     _load_weights(model, checkpoint, directory)
     if is_first_process():
+        learned = learned_values(config, plain_network(model), checkpoint["state_dict"])
+        if learned is not None:
+            description = {**description, "beta": learned["beta"]}
+            write_config(directory, description, config=config.to_dict(), learned=learned)
         save_model(directory, model, description)
     return TrainResult(directory, model.eval(), steps, saved["best"], seconds)
 
 
 def _load_weights(model: nn.Module, checkpoint: dict[str, Any], path: Path) -> None:
     prefix = "model."
-    state = {name.removeprefix(prefix): value for name, value in checkpoint["state_dict"].items()}
+    whole = checkpoint["state_dict"].items()  # with what the objective learns
+    state = {name.removeprefix(prefix): value for name, value in whole if name.startswith(prefix)}
     try:
         model.load_state_dict(state)
     except (RuntimeError, ValueError) as error:

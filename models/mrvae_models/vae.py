@@ -32,6 +32,11 @@ def target_of(network: Any, x: Tensor) -> Tensor:
     return x if target is None else target(x)
 
 
+def dimensions_of(network: Any) -> int:
+    """Dimensions of what an example's distortion is of: of target_of() it."""
+    return target_of(network, torch.empty(1, *network.input_shape)).numel()
+
+
 class VAEOutput(NamedTuple):
     """What one forward pass gives; N examples, k latent dimensions."""
 

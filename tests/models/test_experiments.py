@@ -278,7 +278,7 @@ def test_options_that_make_no_sense_are_trainconfigs_own_errors(tmp_path, capsys
         (["abacus"], "experiment 'abacus' is not known; expected one of retraining"),
         ([], "no NAME given"),
         (["linear", "--processes", "0"], "--processes is 0"),
-        (["linear", "--metric", "fid"], "--metric is for fid and mig"),
+        (["linear", "--metric", "fid"], "--metric is for fid, mig and calibrated"),
     ):
         assert main(["experiment", *arguments]) == 2
         assert message in capsys.readouterr().err

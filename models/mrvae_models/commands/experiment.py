@@ -38,14 +38,16 @@ def add(command: argparse.ArgumentParser) -> None:
     size.add_argument("--full", action="store_true", help="the paper's network, data and epochs")
     size.add_argument("--small", action="store_true", help="seconds: one epoch of a tiny network, two betas, one seed")
     command.add_argument("--seeds", metavar="N", type=int, nargs="+", help="seeds (default: 0 1 2 for most)")
-    command.add_argument("--betas", metavar="N", type=int, help="number of betas (default: 10)")
+    command.add_argument("--betas", metavar="N", type=int, help="number of betas (default: 10 for most)")
     command.add_argument(
         "--baselines",
         nargs="+",
         choices=tuple(BASELINES),
         help="beta-VAEs to compare with: trained at a constant KL weight, or with it annealed (default: the paper's)",
     )
-    command.add_argument("--metric", metavar="NAME", help="of fid and mig: another metric, or file.py:function")
+    command.add_argument(
+        "--metric", metavar="NAME", help="of fid, mig and calibrated: another metric, or file.py:function"
+    )
     group = command.add_argument_group("options of every run")
     for name, kind in (("epochs", int), ("network", str), ("data", str), ("recipe", str)):
         group.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS, help=f"as --{name} of mrvae train")
@@ -77,7 +79,7 @@ def listing() -> str:
     """Names, figures, and what they cost: runs and epochs, by default and of the paper's size."""
     lines = []
     for experiment in EXPERIMENTS.values():
-        settings = Settings(seeds=experiment.seeds, baselines=experiment.baselines)
+        settings = Settings(experiment.seeds, experiment.count, baselines=experiment.baselines)
         costs = []
         for size, full in (("default", False), ("--full", True)):
             options = options_of(experiment, {}, full, False)
@@ -103,8 +105,8 @@ def usage_error(options: argparse.Namespace) -> str | None:
         value = getattr(options, name)
         if value is not None and value < 1:
             return f"--{name} is {value}; expected a positive integer"
-    if options.metric is not None and EXPERIMENTS[options.name].evaluation.kind != "metric":
-        return f"--metric is for fid and mig; {options.name} has none"
+    if options.metric is not None and EXPERIMENTS[options.name].evaluation.kind not in ("metric", "calibrated"):
+        return f"--metric is for fid, mig and calibrated; {options.name} has none"
     return None
 
 
@@ -119,7 +121,7 @@ def run(options: argparse.Namespace) -> int:
     given = {name: getattr(options, name) for name in ("epochs", "network", "data", "recipe") if hasattr(options, name)}
     settings = Settings(
         seeds=tuple(options.seeds or ((0,) if options.small else experiment.seeds)),
-        count=options.betas or (2 if options.small else 10),
+        count=options.betas or (2 if options.small else experiment.count),
         options=options_of(experiment, {**given, **dict(options.option)}, options.full, options.small),
         baselines=tuple(options.baselines or experiment.baselines),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import inspect
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,13 @@ and metrics-by-beta.json (metrics.csv is the log of training).
 metrics:
   rate distortion objective elbo        as mrvae curve has them, nats
   iwae                                  importance-weighted bound on log p(x), nats
+  nll_implied nll_optimal               bounds on -log p(x) of the decoder's means as a Gaussian: of the variance that
+                                        beta stands for, and of the best in training (nll_optimal_iw: importance-
+                                        weighted)
+  nll_discretised                       bound on -log p(x) of 256 levels, of a density by the mass of each level's bin
+  variance_ratio                        predicted variance of a Gaussian decoder over its mean squared error
+  variance_bin_error coverage_error     the same by bins of the predicted variance, and how far the coverage of central
+                                        intervals is from their probability
   active_units                          latent dimensions in use
   mi marginal_kl                        mutual information of x and z, and KL(q(z) || p(z)): they add up to the rate
   tc dimension_wise_kl                  total correlation, and the dimensions' own KL: they add up to marginal_kl
@@ -90,7 +98,8 @@ def run(options: argparse.Namespace) -> int:
     model = to_device(model, options.device)
     dataset = dataset_for(model, config, options.split, options.run)
     settings: dict[str, Any] = {"batch_size": options.batch_size, "seed": options.seed}
-    if "probe" in functions and options.split != "train":
+    of_training = any("train" in inspect.signature(function).parameters for function in functions.values())
+    if of_training and options.split != "train":
         settings["train"] = dataset_for(model, config, "train", options.run)
     calibration = calibration_for(model, config)
     betas = betas_of(document["model"], config) if options.betas is None else sorted(set(options.betas))

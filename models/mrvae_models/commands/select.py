@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ..objective_options import OF_ONE_BETA
 from ..options import UsageError
 
-HELP = "choose beta by a rate, a distortion, active units, the ELBO or a metric"
+HELP = "choose beta by a rate, a distortion, active units, the ELBO, a metric, or where another method lands"
 
 TEXT = """\
 Find the KL weight at which a trained run has what you want of it, without training again: a grid over the run's range,
@@ -25,6 +27,8 @@ examples:
   mrvae select --run runs/digits --metric fid --best min    the best value of a metric
   mrvae select --run runs/digits --metric mine.py:sharpness --target 0.8    function(model, dataset, beta) -> number
   mrvae select --run runs/digits --rate 25 --bake           and write the plain network at that beta
+  mrvae select --run runs/photos --like sigma-vae --bake    where a sigma-VAE lands, sigma^2 = beta = its squared error
+  mrvae select --run runs/photos --like runs/other          where a trained sigma-VAE, L-VAE or BS-VAE has landed
 """
 
 FILE = "select.json"
@@ -41,13 +45,19 @@ def add(command: argparse.ArgumentParser) -> None:
     wanted.add_argument(
         "--metric", metavar="NAME", help="a metric, or file.py:function; with --target, or --best min or max"
     )
+    wanted.add_argument(
+        "--like",
+        metavar="METHOD",
+        help="where a method lands that learns its beta: sigma-vae or l-vae, solved for on this curve without training "
+        "(of runs with --likelihood gaussian); or the directory of such a run that was trained",
+    )
     command.add_argument("--target", metavar="VALUE", type=float, help="value of the metric")
     command.add_argument("--best", choices=("min", "max"), help="look for the metric's lowest or highest value")
     command.add_argument(
         "--split",
         choices=("train", "validation", "test"),
-        default="validation",
-        help="examples to choose on (default: validation)",
+        help="examples to choose on (default: validation; train with --like sigma-vae or l-vae, which learn theirs "
+        "there)",
     )
     command.add_argument("--grid", metavar="N", type=int, default=13, help="betas of the first look (default: 13)")
     command.add_argument(
@@ -72,6 +82,8 @@ def usage_error(options: argparse.Namespace) -> str | None:
         return "--target and --best belong to --metric"
     if options.metric is not None and (options.target is None) == (options.best is None):
         return f"--metric {options.metric} needs one of --target VALUE and --best min|max"
+    if options.like is not None and options.like not in OF_ONE_BETA and not Path(options.like).is_dir():
+        return f"--like {options.like} is no directory of a run, and no method; expected {' or '.join(OF_ONE_BETA)}"
     for name in ("samples", "batch_size"):
         if getattr(options, name) < 1:
             return f"--{name.replace('_', '-')} is {getattr(options, name)}; expected a positive integer"
@@ -86,6 +98,8 @@ def _wanted(options: argparse.Namespace) -> tuple[str, float | None, str | None]
     for name in ("rate", "distortion", "active_units"):
         if getattr(options, name) is not None:
             return name, getattr(options, name), None
+    if options.like is not None:
+        return options.like, None, None
     return ("elbo", None, "max") if options.elbo else (options.metric, options.target, options.best)
 
 
@@ -95,9 +109,10 @@ def run(options: argparse.Namespace) -> int:
         raise UsageError(wrong)
     from ..baking import bake_run, source_config
     from ..curve import evaluate
+    from ..operating import landing
     from ..report import calibration_for, dataset_for, points_table, to_device
     from ..run import check_directory, load_model, versions, write_json
-    from ..selection import select_beta
+    from ..selection import landed, select_beta
 
     path = (options.out or options.run) / FILE
     check_directory(path.parent)
@@ -109,18 +124,18 @@ def run(options: argparse.Namespace) -> int:
         name: getattr(options, name) for name in ("samples", "batch_size", "seed")
     } | {"calibration": calibration}
     quantity, target, best = _wanted(options)
-    chosen = select_beta(
-        model,
-        dataset_for(model, config, options.split, options.run),
-        quantity,
-        target,
-        best,
-        grid=options.grid,
-        resamples=options.resamples,
-        **settings,
-    )
-    points = {options.split: chosen.point}
-    if options.split != "test":
+    split = options.split or ("train" if options.like in OF_ONE_BETA else "validation")
+    dataset = dataset_for(model, config, split, options.run)
+    if options.like is not None and options.like not in OF_ONE_BETA:
+        other = landing(options.like)
+        note = f"of {options.like}: {other}"
+        chosen = landed(model, dataset, other.on(model), other.name, [note], **settings)
+    else:
+        chosen = select_beta(
+            model, dataset, quantity, target, best, grid=options.grid, resamples=options.resamples, **settings
+        )
+    points = {split: chosen.point}
+    if split != "test":
         test_set = dataset_for(model, config, "test", options.run)
         (points["test"],) = evaluate(model, test_set, [chosen.beta], **settings).points
     baked = None
@@ -135,7 +150,7 @@ def run(options: argparse.Namespace) -> int:
             **selection,
             "points": {split: asdict(point) for split, point in points.items()},
             "run": str(options.run),
-            "split": options.split,
+            "split": split,
             "settings": {name: value for name, value in settings.items() if name != "calibration"},
             "baked": None if baked is None else str(baked),
             "versions": versions(),
@@ -158,6 +173,12 @@ def sentence(chosen: Any) -> str:
         low, high = chosen.interval
         counted = chosen.standard_error is None
         text += f" ({'all' if counted else '95 % interval'} from {low:.4g} to {high:.4g})"
+    if chosen.target is None and chosen.best is None:
+        low, high = chosen.reach
+        return f"{text}, where {chosen.quantity} has landed; the curve goes from {low:g} to {high:g}"
+    if chosen.quantity in OF_ONE_BETA:
+        own = chosen.beta * math.exp(chosen.value)
+        return f"{text}, where {chosen.quantity} lands: its own beta there is {own:.4g}"
     text += f": {chosen.quantity.replace('_', ' ')} {chosen.value:.6g}"
     if chosen.standard_error is not None:
         text += f" ± {chosen.standard_error:.2g}"

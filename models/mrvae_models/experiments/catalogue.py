@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from . import recipe_study
+from . import calibrated, recipe_study
 from .plan import Evaluation, Experiment, Run, Settings, multirate, retrained
 
 RESNET = {"network": "resnet", "recipe": "paper", "gated": "paper", "epochs": 200}
@@ -25,7 +25,11 @@ OPENED = {
 }
 """The paper's gates, started open: as drawn in Listing 1 many sqrt gates are dead, which would hide any difference."""
 
-SMALL_NETWORKS: dict[str, dict[str, Any]] = {"mlp": {"hidden": [16]}, "cnn": {"channels": [4, 4]}}
+SMALL_NETWORKS: dict[str, dict[str, Any]] = {
+    "mlp": {"hidden": [16]},
+    "cnn": {"channels": [4, 4]},
+    "sigma-cnn": {"channels": 2},
+}
 
 
 def _compared(settings: Settings) -> list[Run]:
@@ -188,6 +192,27 @@ _LIST = [
         ("against",),
         full={"network": "mlp", "data": "mnist", "binarize": "fixed", "epochs": 8, "batch_size": 64},
         baselines=("constant",),
+        of_paper=False,
+    ),
+    Experiment(
+        "calibrated",
+        "Table 1 of sigma-VAE on the curve of one multi-rate run",
+        "Where sigma-VAEs, BS-VAEs and an L-VAE, which learn their variance or beta, land on the rate-distortion curve "
+        "of one multi-rate run, and how their bounds on -log p compare with those of beta-VAEs at fixed betas.",
+        calibrated.runs,
+        "calibrated",
+        ("landings", "learned_betas"),
+        Evaluation("calibrated", draws=4),
+        options={
+            "network": "sigma-cnn",
+            "network_options": {"channels": 8},
+            "beta_range": calibrated.RANGE,
+            "epochs": 60,
+        },
+        full={"data": "svhn", "network_options": {"channels": 32}, "epochs": 10},
+        seeds=(0,),
+        count=5,
+        note=calibrated.NOTE,
         of_paper=False,
     ),
 ]

@@ -19,6 +19,7 @@ from ..pictures import pictures
 from ..report import calibration_for, dataset_for
 from ..run import load_split, plain_network, replace_file
 from ..selection import call_metric, metric_called
+from .calibrated_evaluation import calibrated_columns
 from .plan import Evaluation
 
 Columns = dict[str, list[float]]
@@ -114,6 +115,7 @@ EVALUATIONS: Mapping[str, Callable[..., Columns]] = {
     "metric": _with_metric,
     "samples": _with_samples,
     "linear": _linear,
+    "calibrated": calibrated_columns,
 }
 
 

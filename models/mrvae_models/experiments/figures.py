@@ -16,9 +16,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from ..plot import BASELINES, LINE, STYLE, log_axis, mark_betas, mosaic, write_figure
+from .calibrated_figure import calibrated
 from .evaluation import SAMPLES
 from .plan import MULTIRATE, Experiment
-from .tables import Row, along_beta, by_line, over_retraining
+from .rows import Row, along_beta, by_line
+from .tables import over_retraining
 
 MARKERS = "oDs^v<>"
 BETA = r"KL weight $\beta$"
@@ -215,4 +217,5 @@ FIGURES: dict[str, Callable[[Figure, Experiment, Sequence[Row], Path], None]] = 
     "linear": _linear,
     "samples": _samples,
     "against": _against,
+    "calibrated": calibrated,
 }

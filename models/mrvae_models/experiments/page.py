@@ -13,7 +13,8 @@ from ..run import replace_file, versions, write_json
 from .command_lines import command_of
 from .execution import configured
 from .plan import Experiment, Run
-from .tables import TABLES, rows_of, seconds
+from .rows import rows_of
+from .tables import TABLES, seconds
 
 CSV, PICTURE, CONFIG = "results.csv", "figure.png", "config.json"
 

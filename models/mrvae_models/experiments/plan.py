@@ -37,7 +37,8 @@ class Evaluation:
     """What is evaluated of a trained run: the curve on the test split, and more by kind.
 
     kind     "curve"; "metric": the metric besides; "samples": images from the prior besides; "linear": in place of it,
-             rate and expected distortion on the training split, and the closed form's
+             rate and expected distortion on the training split, and the closed form's; "calibrated": the curve that all
+             Gaussian decoders share, bounds on -log p, information and calibration (calibrated_evaluation.py)
     metric   name of a metric, or file.py:function
     split    examples that the metric is of: "test"; or "all", of a set with factors, and its test split of any other
     draws    of z an example that a distortion averages over
@@ -81,6 +82,7 @@ class Experiment:
     full: Mapping[str, Any] = field(default_factory=dict)  # the paper's size
     small: Mapping[str, Any] = field(default_factory=dict)
     seeds: tuple[int, ...] = (0, 1, 2)
+    count: int = 10  # betas
     baselines: tuple[str, ...] = ()
     note: str = ""
     of_paper: bool = True

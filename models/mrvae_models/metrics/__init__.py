@@ -20,9 +20,11 @@ from torch import Tensor, nn
 from ..curve import Examples, evaluate
 from .area import area_under_curve, area_with_error, common_interval
 from .bound import importance_weighted_bound
+from .calibration import of_calibration
 from .digits import frechet_digits
 from .frechet import fid, frechet_distance
 from .gap import mig, mig_discretised
+from .gaussian_bound import nll_discretised, nll_implied, nll_optimal, nll_optimal_weighted
 from .information import dimension_wise_kl, marginal_kl, mutual_information, total_correlation
 from .probes import beta_vae_score, linear_probe
 
@@ -82,6 +84,17 @@ METRICS: dict[str, Metric] = {
     "objective": Metric(_of_curve("objective"), "nats", "min", "D + beta R"),
     "elbo": Metric(_of_curve("elbo"), "nats", "max", "-(D + R)"),
     "iwae": Metric(importance_weighted_bound, "nats", "max", "importance-weighted bound on log p(x), 100 draws"),
+    "nll_implied": Metric(nll_implied, "nats", "min", "bound on -log p at the variance that beta implies (sigma-VAE)"),
+    "nll_optimal": Metric(nll_optimal, "nats", "min", "bound on -log p at the best constant variance in training"),
+    "nll_optimal_iw": Metric(nll_optimal_weighted, "nats", "min", "the same, importance-weighted, 100 draws"),
+    "nll_discretised": Metric(nll_discretised, "nats", "min", "bound on -log P of 256 levels"),
+    "variance_ratio": Metric(of_calibration("ratio"), "of 1", None, "predicted variance over mean squared error"),
+    "variance_bin_error": Metric(
+        of_calibration("bin_error"), "nats", "min", "|log(predicted / empirical variance)| over bins of the predicted"
+    ),
+    "coverage_error": Metric(
+        of_calibration("coverage_error"), "of 1", "min", "|coverage - level| of a Gaussian decoder's central intervals"
+    ),
     "active_units": Metric(active_units, "latent dimensions", None, "latent dimensions in use"),
     "mi": Metric(mutual_information, "nats", None, "mutual information of x and z"),
     "marginal_kl": Metric(marginal_kl, "nats", "min", "KL(q(z) || p(z)), q(z) the aggregate posterior"),
