@@ -154,11 +154,13 @@ def test_decoding_in_parts_gives_the_same_distortion(config, monkeypatch):
 @pytest.mark.parametrize("name", ["gaussian-pixel", "categorical", "logistic-mixture"])
 @pytest.mark.parametrize("network", [name for name in NETWORKS if name not in ("lstm", "linear")])
 def test_every_network_makes_the_numbers_that_a_likelihood_takes(network, name):
-    shape = (3, 64, 64)
+    shape = (4, 3, 64, 64) if network == "svg-lp" else (3, 64, 64)
     options = {"channels": 4, "groups": 2, "cells": 1, "process_cells": 1} if network == "nvae" else {}
     with torch.device("meta"):
         vae = build(network, shape, 4, likelihood=name, **options)
-        assert vae(torch.zeros(2, *shape)).parameters.shape == (2, *vae.likelihood.parameter_shape(shape))
+        channels, *rest = vae.likelihood.parameter_shape(shape[-3:])
+        frames = [shape[0] - 1] if network == "svg-lp" else []  # those that a video's first is the condition of
+        assert vae(torch.zeros(2, *shape)).parameters.shape == (2, channels, *frames, *rest)
 
 
 def test_a_linear_vae_has_one_number_a_value():
