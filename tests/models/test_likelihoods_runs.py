@@ -125,7 +125,8 @@ def test_training_on_data_of_another_measure_is_refused(config, tmp_path):
     with pytest.raises(ValueError, match="of a level.*categorical"):
         train(replace(config, data=str(path), layout=None, likelihood="categorical"), progress=False)
     with pytest.warns(UserWarning, match="0 and 1 only"):
-        train(replace(config, likelihood="bitwise", binarize="dynamic", epochs=1), progress=False)
+        drawn = replace(config, data=str(path), layout=None, likelihood="bitwise", binarize="dynamic", epochs=1)
+        train(drawn, progress=False)  # what the network sees is 0 and 1
     limited = replace(config, likelihood="categorical", likelihood_options={"memory_limit": 1e-4}, out=None)
     with pytest.raises(ValueError, match="memory_limit"):
         train(replace(limited, out=str(tmp_path / "limited")), progress=False)

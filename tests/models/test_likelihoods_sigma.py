@@ -249,9 +249,9 @@ def test_running_average_moves_only_the_knots_that_were_near():
     assert running.values().tolist() == pytest.approx([0.5, 0.5, 0.5])  # of the nearest that was seen
     running.update(torch.tensor([0.4, 0.2]), knot[[2, 2]])
     assert running.values().tolist() == pytest.approx([0.5, 0.5, 0.3])
-    half = 1 - 0.9**0.5
+    first, kept = 0.5 * (1 - 0.9**3), 0.9**1.5  # three knots: a batch for one counts threefold
     running.update(torch.tensor([0.1, 0.2]), knot[[0, 1]])
-    first = (0.9**0.5 * 0.1 * 0.5 + half * 0.1) / (0.9**0.5 * 0.1 + half)
+    first = (kept * first + (1 - kept) * 0.1) / (kept * (1 - 0.9**3) + 1 - kept)
     assert running.values().tolist() == pytest.approx([first, 0.2, 0.3])
 
 

@@ -123,10 +123,11 @@ class RunningVariance(nn.Module):
 
         a_k = 1 - decay^e_k,  weight_k += a_k (1 - weight_k),  total_k += a_k (v_k - total_k),  r_k = total_k / weight_k
 
-    v_k is towards_best() of r, for one knot the batch's mean squared error. e_k, the mean weight of knot k in the
-    batch, is 1 for one knot; a knot that no beta was near keeps what it had. Dividing by weight corrects for the start
-    from nothing. A knot that no batch spoke for takes the average of the nearest one, and 1 where there was no batch.
-    Averages are at least `least`. At least float32, whatever the network is.
+    v_k is towards_best() of r, for one knot the batch's mean squared error. e_k is K times the mean weight of knot k
+    in the batch: 1 for one knot, and on average over betas, whatever K is; a knot that no beta was near keeps what it
+    had. Dividing by weight corrects for the start from nothing. A knot that no batch spoke for takes the average of
+    the nearest one, and 1 where there was no batch. Averages are at least `least`, and at least float32, whatever the
+    network is.
     """
 
     total: Tensor
@@ -146,7 +147,7 @@ class RunningVariance(nn.Module):
         spread = weights.expand(len(errors), -1).to(self.total)
         start = self.values().to(self.total)
         target = towards_best(start, errors.to(self.total), spread)
-        share = 1 - self.decay ** (spread.sum(0) / len(errors))
+        share = 1 - self.decay ** (spread.mean(0) * self.knots.count)
         self.weight += share * (1 - self.weight)
         self.total += share * (target - self.total)
 
