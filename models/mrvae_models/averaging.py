@@ -25,7 +25,6 @@ class WeightAverage(pl.Callback):
     def __init__(self, decay: float) -> None:
         self.decay = decay
         self.average: AveragedModel | None = None
-        self._step = 0
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         model: Any = pl_module.model
@@ -42,9 +41,7 @@ class WeightAverage(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.global_step > self._step:
-            self._averaged.update_parameters(pl_module.model)  # type: ignore[arg-type]
-            self._step = trainer.global_step
+        self._averaged.update_parameters(pl_module.model)  # type: ignore[arg-type]
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._swap(pl_module)
@@ -65,7 +62,7 @@ class WeightAverage(pl.Callback):
     ) -> None:
         saved = checkpoint["state_dict"]
         own = {name: value for name, value in saved.items() if name.startswith(PREFIX)}
-        checkpoint[KEY] = {"weights": own, "updates": self._averaged.n_averaged, "step": self._step}
+        checkpoint[KEY] = {"weights": own, "updates": self._averaged.n_averaged}
         averages = {PREFIX + name: value for name, value in self._averaged.module.state_dict().items()}
         checkpoint["state_dict"] = {**saved, **averages}
 
@@ -76,6 +73,5 @@ class WeightAverage(pl.Callback):
         kept, model, averaged = checkpoint[KEY], pl_module.model, self._averaged
         averaged.module.load_state_dict(model.state_dict())  # type: ignore[operator, union-attr]
         averaged.n_averaged.copy_(kept["updates"])
-        self._step = kept["step"]
         weights = {name.removeprefix(PREFIX): value for name, value in kept["weights"].items()}
         model.load_state_dict(weights)  # type: ignore[operator, union-attr]

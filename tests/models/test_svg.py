@@ -282,8 +282,9 @@ def test_a_run_on_clips_from_the_command_line_to_the_programs(tmp_path):
     clips = (255 * moving_bars(30, 3)[:, :, 0]).round().to(torch.uint8).numpy()
     np.savez(tmp_path / "clips.npz", train_images=clips[:24], test_images=clips[24:])
     run = str(tmp_path / "run")
-    options = ["--set", "width=4", "--set", "features=6", "--set", "hidden=8", "--latent", "3", "--ema", "0.9"]
-    options += ["--set", "layers=1", "--batch-size", "8", "--epochs", "2", "--validate-every", "1", "--log-to", "csv", "--quiet"]
+    options = ["--set", "width=4", "--set", "features=6", "--set", "hidden=8", "--set", "layers=1", "--latent", "3"]
+    options += ["--ema", "0.9", "--batch-size", "8", "--epochs", "2", "--validate-every", "1"]
+    options += ["--log-to", "csv", "--quiet"]
     data = ["--data", str(tmp_path / "clips.npz"), "--layout", "NTHW"]
     assert main(["train", "--network", "svg-lp", *data, "--out", run, *options]) == 0
     assert main(["curve", "--run", run, "--betas", "0.1", "1"]) == 0
