@@ -31,7 +31,7 @@ _MODULE_OF = {
     "evaluate": "curve",
     "select_beta": "selection",
 }
-_MODULES = ("curve", "data", "likelihoods", "metrics", "networks", "objectives", "training", "vae")
+_MODULES = ("conventions", "curve", "data", "likelihoods", "metrics", "networks", "objectives", "training", "vae")
 
 __all__ = sorted([*_MODULE_OF, *_MODULES])
 

@@ -82,6 +82,8 @@ def test_all_methods_are_scored_the_same_way(folder):
         else:
             assert beta == pytest.approx(row["beta"] * likelihood.sigma**2)
             assert row["nll"] == pytest.approx(bound_at(model, test_set, 1.0, likelihood.sigma**2), rel=1e-4)
+            training = load(str(folder / "images.npz"), "train")
+            assert row["nll_train"] == pytest.approx(bound_at(model, training, 1.0, likelihood.sigma**2), rel=1e-4)
             assert row["variance_ratio"] == pytest.approx(METRICS["variance_ratio"](model, test_set, 1.0))
             if "image" not in row["line"] and row["line"] != BS_VAE:
                 assert row["nll"] == pytest.approx(METRICS["elbo"](model, test_set, 1.0) * -1, rel=1e-4)
@@ -104,8 +106,10 @@ def test_the_page_and_the_picture_say_what_was_compared(folder):
     FigureCanvasAgg(figure)
     rows = rows_in(folder / "whole")
     calibrated(figure, EXPERIMENTS["calibrated"], rows, folder / "whole")
-    plane, bound, course = figure.axes
-    for axis, x, y in ((plane, "rate", "distortion"), (bound, "own_beta", "nll")):
+    plane, course, training, test = figure.axes
+    for axis, x, y in (
+        (plane, "rate", "distortion"), (training, "own_beta", "nll_train"), (test, "own_beta", "nll")
+    ):
         for name in (BETA_VAE, *SIGMA_VAES, BS_VAE, L_VAE):
             (drawn,) = (each for each in axis.get_lines() if each.get_label() == name)
             assert drawn.get_xydata().tolist() == [[row[x], row[y]] for row in rows if row["line"] == name]
@@ -152,7 +156,7 @@ def curve(seed=0):
     return [
         row(
             MULTIRATE, beta, seed, own_beta=beta, mse_train=0.02 + beta / 3, error_train=50 * (0.02 + beta / 3),
-            rate_train=4 / beta**2, nll=abs(math.log(beta / 0.1)),
+            rate_train=4 / beta**2, nll=abs(math.log(beta / 0.1)), nll_train=abs(math.log(beta / 0.05)),
         )
         for beta in betas
     ]
@@ -174,14 +178,17 @@ def test_tables_have_means_over_seeds_and_say_which_fixed_beta_is_best():
     )
     rows = [{**each, **common} for each in curve()]
     for beta, nll in ((0.001, 50.0), (0.1, -300.0), (10.0, 90.0)):
-        rows.append(row(BETA_VAE, beta, own_beta=beta, nll=nll, **common))
+        rows.append(row(BETA_VAE, beta, own_beta=beta, nll=nll, nll_train=-beta, **common))
     for seed, nll in ((0, -310.0), (1, -320.0)):
-        rows.append(row("sigma-VAE, optimal", 1.0, seed, own_beta=0.031 + 0.002 * seed, nll=nll, **common))
+        own = 0.031 + 0.002 * seed
+        rows.append(row("sigma-VAE, optimal", 1.0, seed, own_beta=own, nll=nll, nll_train=5.0, **common))
     text = learned_betas(rows)
-    assert "Of the beta-VAEs, beta = 0.1 has the lowest bound, -300.0 nats" in text
+    assert "On the test split, of the beta-VAEs beta = 0.1 has the lowest bound, -300.0 nats; along the " in text
     assert "along the multi-rate curve it is beta = 0.1, " in text
-    assert "| sigma-VAE, optimal | 0.0320 (0.0014) | 0.0301 | -315.0 | -15.0 |" in text and "L-VAE" not in text
-    assert "| sigma-VAE, optimal | 1 | 0.0320 (0.0014) | -315.0 (7.1) | 1.0 (0.0) |" in landings(rows)
+    assert "On training examples, of the beta-VAEs beta = 10 has the lowest bound, -10.0 nats" in text
+    assert "| sigma-VAE, optimal | 0.0320 (0.0014) | 0.0301 | 5.0 | +15.0 | -315.0 | -15.0 |" in text
+    assert "L-VAE" not in text
+    assert "| sigma-VAE, optimal | 1 | 0.0320 (0.0014) | 5.0 (0.0) | -315.0 (7.1) | 1.0 (0.0) |" in landings(rows)
     assert landings(rows).count("| multi-rate |") == 3, "at the betas of the beta-VAEs alone"
     withmetric = [{**each, "metric": 3.0} for each in rows]
     assert "| metric |" in landings(withmetric).splitlines()[2]

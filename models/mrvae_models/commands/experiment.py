@@ -11,6 +11,7 @@ from typing import Any
 
 from ..config import TrainConfig
 from ..experiments.catalogue import EXPERIMENTS, experiment_called, options_of
+from ..experiments.command_lines import setting
 from ..experiments.plan import BASELINES, Settings
 from ..options import UsageError, parse_setting
 
@@ -161,5 +162,5 @@ def command_line(options: argparse.Namespace) -> str:
         if value is not None:
             words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     for name, value in options.option:
-        words += ["--option", f"{name}={value}"]
+        words += ["--option", f"{name}={setting(value)}"]
     return shlex.join(words)

@@ -4,7 +4,8 @@
     own_beta        the beta of that plane's curve where the run has landed: beta sigma^2, or learned
     nll             bound on -log p at the run's own variance: sigma^2 as learned, of per-image ones their mean over
                     training, and own_beta of those trained with sigma = 1, as sigma-VAE's Table 1 has it
-    nll_best        the same at the best constant variance of training examples
+    nll_train       the same on training examples
+    nll_best        the first at the best constant variance of training examples
     mse, mse_train  mean squared error a dimension on test and training examples
     error_train, rate_train         E = SSE / 2 and R on training examples
     mi, marginal_kl                 the rate's two parts (sigma-VAE, Figure 3)
@@ -101,6 +102,7 @@ def _row(
     row |= {
         "own_beta": own_beta,
         "nll": gaussian_nats(mse, dimensions, variance) + point.rate,
+        "nll_train": gaussian_nats(mse_train, dimensions, variance) + rate_train,
         "nll_best": gaussian_nats(mse, dimensions, mse_train) + point.rate,
         "mse": mse,
         "mse_train": mse_train,

@@ -19,23 +19,26 @@ from .rows import Row, along_beta
 
 
 def calibrated(figure: Figure, experiment: Experiment, rows: Sequence[Row], out: Path) -> None:
-    """Rate and distortion; the bound on -log p along beta; beta as it is learned, epoch by epoch."""
-    figure.set_size_inches(10.0, 4.4)
-    plane, bound, course = figure.subplots(1, 3)
+    """Rate and distortion; bounds on -log p along beta, of test and training; beta as it is learned, epoch by epoch."""
+    figure.set_size_inches(10.0, 7.6)
+    (plane, course), (training, test) = figure.subplots(2, 2)
     lines = [line for line in along_beta(rows, "rate") if line != MULTIRATE]
     multi = [row for row in rows if row["line"] == MULTIRATE and row["seed"] == rows[0]["seed"]]
     multi.sort(key=lambda row: row["beta"])
-    for axis, x, y in ((plane, "rate", "distortion"), (bound, "own_beta", "nll")):
+    panels = ((plane, "rate", "distortion"), (training, "own_beta", "nll_train"), (test, "own_beta", "nll"))
+    for axis, x, y in panels:
         axis.plot(_column(multi, x), _column(multi, y), "o-", color=LINE, markersize=2.5, label="multi-rate, one run")
         for index, line in enumerate(lines):
             its = [row for row in rows if row["line"] == line]
             mark(axis, index, line, _column(its, x), _column(its, y))
-            if axis is bound and line not in (BETA_VAE, BS_VAE):
+            if axis is not plane and line not in (BETA_VAE, BS_VAE):
                 mark_beta(axis, index, _column(its, "own_beta"))
     plane.set(title="Means of all decoders, sigma = 1", xlabel="rate R (nats)", ylabel="distortion D (nats)")
-    bound.set(title="Where each lands", xlabel=r"own $\beta$", ylabel=r"bound on $-\log p$ (nats)", xscale="log")
-    log_axis(bound, _column(rows, "own_beta"))
-    _zoom(bound, _column(rows, "nll"))
+    for axis, where, column in ((training, "training examples", "nll_train"), (test, "the test split", "nll")):
+        axis.set(title=f"Where each lands, {where}", xlabel=r"own $\beta$", ylabel=r"bound on $-\log p$ (nats)")
+        axis.set_xscale("log")
+        log_axis(axis, _column(rows, "own_beta"))
+        _zoom(axis, _column(rows, column))
     _course(course, rows, lines, out)
     figure.legend(*plane.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     at = [row for row in multi if row["beta"] in {row["beta"] for row in rows if row["line"] == BETA_VAE}]
@@ -64,6 +67,9 @@ def _course(axis: Axes, rows: Sequence[Row], lines: Sequence[str], out: Path) ->
         index = lines.index(row["line"])
         axis.plot(epochs, betas, color=MARK_COLOURS[index % len(MARK_COLOURS)], linewidth=1.1)
         mark(axis, index, row["line"], epochs[-1:], betas[-1:])
+        if row["line"] == BS_VAE:
+            label = rf"BS-VAE, $\beta$ = {row['beta']:g}"
+            axis.annotate(label, (epochs[0], betas[0]), (0, 4), textcoords="offset points", fontsize=7)
     for method, values in fixed_points(rows).items():
         for value in values:
             axis.axhline(value, color=LINE, linewidth=0.9, linestyle="--", zorder=1)

@@ -36,14 +36,14 @@ def _words(flag: str, value: Any, default: Any) -> list[str]:
             )
         changed = {key: entry for key, entry in value.items() if default.get(key) != entry}
         if flag.endswith("set"):  # --set and --likelihood-set are given once an entry
-            return [word for key, entry in changed.items() for word in (flag, f"{key}={_setting(entry)}")]
+            return [word for key, entry in changed.items() for word in (flag, f"{key}={setting(entry)}")]
         return [flag, *(f"{key}={entry}" for key, entry in changed.items())]
     if isinstance(value, tuple):
         return [flag, *(map(str, value) if value else ["none"])]
     return [flag, str(value)]
 
 
-def _setting(value: Any) -> str:
+def setting(value: Any) -> str:
     """As parse_setting reads it."""
     if isinstance(value, str):
         return value
