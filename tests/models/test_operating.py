@@ -209,6 +209,7 @@ def runs(tmp_path_factory):
         assert main(["train", *common, *options, "--out", str(folder / name)]) == 0
     return folder
 
+    np.savez(folder / "others.npz", train_images=images[100:], test_images=images[:100])
 
 def test_select_like_a_method_and_like_a_run(runs, tmp_path, capsys):
     arguments = ["select", "--run", str(runs / "multi"), "--out", str(tmp_path), "--like"]
@@ -217,6 +218,7 @@ def test_select_like_a_method_and_like_a_run(runs, tmp_path, capsys):
     document = json.loads((tmp_path / "select.json").read_text())
     assert document["split"] == "train" and document["quantity"] == "sigma-vae" and "where sigma-vae lands" in said
     training = load(str(runs / "images.npz"), "train")
+        "others": ["--objective", "sigma-vae", "--epochs", "1", "--data", str(folder / "others.npz")],
     mse = squared_errors(load_model(runs / "multi")[0], training, document["beta"]).distortion.mean().item()
     assert mse == pytest.approx(document["beta"], rel=1e-3)
     assert load_model(document["baked"])[1]["model"]["beta"] == document["beta"]
@@ -241,6 +243,7 @@ def test_landings_of_trained_runs(runs):
     ]
     image = load_model(runs / "image")[0].likelihood
     assert isinstance(image, GaussianImage) and names["image"].unit_beta == pytest.approx(4 * image.sigma**2)
+        ("others", 1, "no curve in common: data is"),
     assert names["learned"].variance == 1.0
     assert names["learned"].beta == json.loads((runs / "learned" / "config.json").read_text())["learned"]["beta"]
     assert 0 < names["pixel"].variance < 1
