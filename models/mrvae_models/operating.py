@@ -186,10 +186,10 @@ def _variance(network: Any, config: TrainConfig, directory: Path) -> float | Non
     if isinstance(own, (Gaussian, CalibratedGaussian)):
         return own.sigma**2
     if isinstance(own, GaussianPixel):
-        from .metrics.calibration import calibrate
+        from .metrics.calibration import mean_variance
         from .report import dataset_for
 
-        return calibrate(network, dataset_for(network, config, "train", directory), 1.0).predicted
+        return mean_variance(network, dataset_for(network, config, "train", directory), 1.0)
     return None
 
 

@@ -19,6 +19,8 @@ from mrvae_models.config import TrainConfig
 from mrvae_models.curve import Curve, Measurement, evaluate, point_of
 from mrvae_models.data import load
 from mrvae_models.likelihoods import Gaussian, GaussianImage, GaussianOptimal, GaussianPixel
+from mrvae_models.metrics import calibration
+from mrvae_models.metrics.calibration import calibrate
 from mrvae_models.networks import build
 from mrvae_models.operating import FIXED_POINTS, Landing, landing, method, own_beta
 from mrvae_models.run import load_model
@@ -236,7 +238,9 @@ def test_select_like_a_method_and_like_a_run(runs, tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
-def test_landings_of_trained_runs(runs):
+def test_landings_of_trained_runs(runs, monkeypatch):
+    whole = calibration._calibrate
+    monkeypatch.setattr(calibration, "_calibrate", None)  # which holds every value: of a training set, gigabytes
     names = {name: landing(runs / name) for name in ("sigma", "image", "pixel", "learned")}
     assert [found.name for found in names.values()] == [
         "sigma-VAE, optimal", "BS-VAE, beta = 4", "sigma-VAE, per pixel", "L-VAE"
@@ -246,7 +250,10 @@ def test_landings_of_trained_runs(runs):
         ("others", 1, "no curve in common: data is"),
     assert names["learned"].variance == 1.0
     assert names["learned"].beta == json.loads((runs / "learned" / "config.json").read_text())["learned"]["beta"]
-    assert 0 < names["pixel"].variance < 1
+    monkeypatch.setattr(calibration, "_calibrate", whole)
+    training = load(str(runs / "images.npz"), "train")
+    pixel = calibrate(load_model(runs / "pixel")[0], training, 1.0)
+    assert names["pixel"].variance == pytest.approx(pixel.predicted, rel=1e-12) and 0 < pixel.predicted < 1
     baked = bake_run(runs / "multi", 0.01, runs / "baked")
     assert landing(baked.directory).name == "baked" and landing(baked.directory).unit_beta == 0.01
     assert method(TrainConfig(likelihood="gaussian"), 0.1) == "beta-VAE, beta = 0.1"
