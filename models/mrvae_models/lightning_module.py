@@ -242,7 +242,8 @@ class TrainingModule(pl.LightningModule):
         means = sums[:, :3] / sums[:, 3:]
         objective = means[:, 0].mean()
         if self.learned is not None:
-            objective = 2 * objective.sqrt() + 2 * means[:, 2].mean().sqrt()
+            rate = means[:, 2].mean().clamp_min(0)  # of single draws, as an hvae's, it may be negative
+            objective = 2 * objective.sqrt() + 2 * rate.sqrt()
         values = [objective, *means[:, 1], *means[:, 2]]
         self.log_dict(dict(zip(self.validation_metrics, (value.float() for value in values), strict=True)))
         if self._plateau is not None:

@@ -7,6 +7,7 @@ import json
 import math
 import warnings
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -213,7 +214,6 @@ def test_the_weights_are_in_the_optimiser_with_a_learning_rate_of_their_own(conf
     assert groups[1]["initial_lr"] == pytest.approx(3 * groups[0]["initial_lr"])
 
 
-def test_options_go_together(config, tmp_path, capsys):
 @pytest.mark.parametrize("objective", ["l-vae", "sigma-vae"])
 def test_decay_of_the_weights_leaves_learned_sigmas_alone(config, objective):
     likelihood = {"l-vae": "gaussian", "sigma-vae": "gaussian-shared"}[objective]
@@ -246,6 +246,7 @@ def test_validation_of_a_rate_of_single_draws_below_zero_is_finite(config, monke
     assert logged["validation/objective"] == 6.0 and logged["validation/rate/beta=learned"] == pytest.approx(-0.1)
 
 
+def test_options_go_together(config, tmp_path, capsys):
     chosen = TrainConfig(objective="l-vae", network="sigma-cnn")
     assert (chosen.beta, chosen.likelihood) == (1.0, "gaussian")
     assert TrainConfig(objective="sigma-vae").likelihood == "gaussian-optimal"

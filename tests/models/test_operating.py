@@ -148,6 +148,16 @@ def test_of_two_fixed_points_the_one_with_the_lower_loss():
     assert other == pytest.approx(second, rel=0.05) and "the lower loss" in note
 
 
+def test_a_rate_of_single_draws_that_is_below_zero_counts_as_none():
+    method = own_beta(Known(), "l-vae")
+    distortion = torch.full((3,), 0.5 * D * math.log(2 * math.pi) + 4.0, dtype=torch.float64)
+    below, none = (
+        Measurement(distortion, torch.full((3,), rate, dtype=torch.float64), torch.zeros(3, K)) for rate in (-0.1, 0.0)
+    )
+    assert method.loss(below) == method.loss(none) == pytest.approx(4.0, abs=1e-5)
+    assert method.excess(1.0, below) == method.excess(1.0, none) > 10
+
+
 def test_out_of_range_says_on_which_side(data):
     with pytest.raises(ValueError, match="sigma-VAE lands below the range, 0.1 to 10: at beta = 0.1 its own beta "):
         select_beta(Known(), data, "sigma-vae", beta_range=(0.1, 10.0))
@@ -199,6 +209,7 @@ def runs(tmp_path_factory):
     shade = generator.integers(30, 220, (300, 1, 1))
     images = np.clip(shade + generator.normal(0, 20, (300, 4, 4)), 0, 255).astype(np.uint8)
     np.savez(folder / "images.npz", train_images=images[:200], test_images=images[200:])
+    np.savez(folder / "others.npz", train_images=images[100:], test_images=images[:100])
     common = ["--data", str(folder / "images.npz"), "--set", "hidden=16", "--latent", "2", "--quiet", "--threads", "1"]
     common += ["--log-to", "none", "--batch-size", "20", "--lr", "0.003", "--validate-every", "100"]
     for name, options in {
@@ -207,11 +218,11 @@ def runs(tmp_path_factory):
         "image": ["--objective", "bs-vae", "--beta", "4", "--epochs", "3"],
         "pixel": ["--objective", "sigma-vae", "--likelihood", "gaussian-pixel", "--epochs", "3"],
         "learned": ["--objective", "l-vae", "--likelihood", "gaussian", "--epochs", "3"],
+        "others": ["--objective", "sigma-vae", "--epochs", "1", "--data", str(folder / "others.npz")],
     }.items():
         assert main(["train", *common, *options, "--out", str(folder / name)]) == 0
     return folder
 
-    np.savez(folder / "others.npz", train_images=images[100:], test_images=images[:100])
 
 def test_select_like_a_method_and_like_a_run(runs, tmp_path, capsys):
     arguments = ["select", "--run", str(runs / "multi"), "--out", str(tmp_path), "--like"]
@@ -220,7 +231,6 @@ def test_select_like_a_method_and_like_a_run(runs, tmp_path, capsys):
     document = json.loads((tmp_path / "select.json").read_text())
     assert document["split"] == "train" and document["quantity"] == "sigma-vae" and "where sigma-vae lands" in said
     training = load(str(runs / "images.npz"), "train")
-        "others": ["--objective", "sigma-vae", "--epochs", "1", "--data", str(folder / "others.npz")],
     mse = squared_errors(load_model(runs / "multi")[0], training, document["beta"]).distortion.mean().item()
     assert mse == pytest.approx(document["beta"], rel=1e-3)
     assert load_model(document["baked"])[1]["model"]["beta"] == document["beta"]
@@ -233,6 +243,7 @@ def test_select_like_a_method_and_like_a_run(runs, tmp_path, capsys):
     for name, code, message in (
         ("nothing", 2, "is no directory of a run, and no method; expected sigma-vae or l-vae"),
         ("multi", 1, "has gates, and so many betas"),
+        ("others", 1, "no curve in common: data is"),
     ):
         assert main([*arguments, str(runs / name)]) == code
         assert message in capsys.readouterr().err
@@ -247,7 +258,6 @@ def test_landings_of_trained_runs(runs, monkeypatch):
     ]
     image = load_model(runs / "image")[0].likelihood
     assert isinstance(image, GaussianImage) and names["image"].unit_beta == pytest.approx(4 * image.sigma**2)
-        ("others", 1, "no curve in common: data is"),
     assert names["learned"].variance == 1.0
     assert names["learned"].beta == json.loads((runs / "learned" / "config.json").read_text())["learned"]["beta"]
     monkeypatch.setattr(calibration, "_calibrate", whole)
