@@ -63,6 +63,11 @@ class Knots:
         place = place.clamp(0, self.count - 1).reshape(-1, 1)
         return (1 - (place - torch.arange(self.count).to(like)).abs()).clamp_min(0)
 
+    def shaped(self, values: Tensor, beta: Beta | None) -> Tensor:
+        """What weights() made of `beta`, (N,) or (1,): 0-d unless there is one beta an example."""
+        of_each = self.beta_range is not None and isinstance(beta, Tensor) and beta.dim() > 0
+        return values if of_each else values[0]
+
 
 class LearnedLogSigma(nn.Module):
     """log sigma as a parameter, one number or K over log beta: soft_clip(sum_k weight_k l_k, minimum).
