@@ -242,7 +242,8 @@ class TrainingModule(pl.LightningModule):
         means = sums[:, :3] / sums[:, 3:]
         objective = means[:, 0].mean()
         if self.learned is not None:
-            objective = 2 * objective.sqrt() + 2 * means[:, 2].mean().sqrt()
+            rate = means[:, 2].mean().clamp_min(0)  # of single draws, as an hvae's, it may be negative
+            objective = 2 * objective.sqrt() + 2 * rate.sqrt()
         values = [objective, *means[:, 1], *means[:, 2]]
         self.log_dict(dict(zip(self.validation_metrics, (value.float() for value in values), strict=True)))
         if self._plateau is not None:
@@ -256,10 +257,13 @@ class TrainingModule(pl.LightningModule):
         of_sigmas = set(map(id, sigmas))
         gates = self.model.gate_parameters() if isinstance(self.model, mk.MultiRate) else []
         network = self.model.network_parameters() if isinstance(self.model, mk.MultiRate) else self.model.parameters()
-        groups = [{"params": [each for each in network if id(each) not in of_sigmas], "lr": config.lr}]
-        for parameters, factor in ((gates, config.gate_lr_factor), (sigmas, config.sigma_lr_factor)):
-            if parameters:
-                groups.append({"params": list(parameters), "lr": config.lr * factor})
+        groups: list[dict[str, Any]] = [
+            {"params": [each for each in network if id(each) not in of_sigmas], "lr": config.lr}
+        ]
+        if gates:
+            groups.append({"params": list(gates), "lr": config.lr * config.gate_lr_factor})
+        if sigmas:  # AdamW's decay would draw every log sigma to 0, and so sigma^2 and beta away from where they belong
+            groups.append({"params": sigmas, "lr": config.lr * config.sigma_lr_factor, "weight_decay": 0.0})
         optimizer: torch.optim.Optimizer
         if config.optimizer == "adamax":
             optimizer = torch.optim.Adamax(groups, lr=config.lr)  # torch has no fused one

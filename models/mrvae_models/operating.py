@@ -34,7 +34,8 @@ from .run import load_model, plain_network
 from .vae import dimensions_of
 
 LEAST_RATE = 1e-12
-"""Nats, below which a rate is taken for this: its logarithm stays finite."""
+"""Nats, below which a rate is taken for this: its logarithm and its root stay finite. Of single draws, as a hierarchy
+has it, it may be negative."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class FixedPoint:
 
     def excess(self, beta: float, error: float, rate: float, dimensions: int) -> float:
         """log(own beta / beta): 0 where it lands."""
-        return math.log(self.own(error, max(rate, LEAST_RATE), dimensions) / beta)
+        return math.log(self.own(error, rate, dimensions) / beta)
 
 
 FIXED_POINTS = {
@@ -97,8 +98,7 @@ class OwnBeta:
 
     def excess(self, beta: float, measured: Measurement, rows: Tensor | None = None) -> float:
         """FixedPoint.excess() of what was measured at beta, of some of its examples or of all."""
-        error, rate = self._means(measured, rows)
-        return self.point.excess(beta, error, rate, self.dimensions)
+        return self.point.excess(beta, *self._means(measured, rows), self.dimensions)
 
     def loss(self, measured: Measurement) -> float:
         return self.point.loss(*self._means(measured, None), self.dimensions)
@@ -117,7 +117,7 @@ class OwnBeta:
     def _means(self, measured: Measurement, rows: Tensor | None) -> tuple[float, float]:
         distortion, rate = (part if rows is None else part[rows] for part in measured[:2])
         constant = 0.5 * self.dimensions * math.log(2 * math.pi * self.likelihood.sigma**2)
-        return distortion.mean().item() - constant, rate.mean().item()
+        return distortion.mean().item() - constant, max(rate.mean().item(), LEAST_RATE)
 
 
 def own_beta(model: nn.Module, name: str) -> OwnBeta:
@@ -186,10 +186,10 @@ def _variance(network: Any, config: TrainConfig, directory: Path) -> float | Non
     if isinstance(own, (Gaussian, CalibratedGaussian)):
         return own.sigma**2
     if isinstance(own, GaussianPixel):
-        from .metrics.calibration import calibrate
+        from .metrics.calibration import mean_variance
         from .report import dataset_for
 
-        return calibrate(network, dataset_for(network, config, "train", directory), 1.0).predicted
+        return mean_variance(network, dataset_for(network, config, "train", directory), 1.0)
     return None
 
 

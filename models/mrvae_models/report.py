@@ -73,7 +73,7 @@ def report(
         other, its_document = load_model(path)
         if isinstance(other, mk.MultiRate):
             raise ValueError(f"{path} has gates; --compare takes runs at one beta, trained with --beta or baked")
-        _check_comparable(path, other, its_document, run, model, document)
+        check_comparable(path, other, its_document, run, model, document)
         point = evaluate(to_device(other, device), dataset, [its_document["model"]["beta"]], **settings)
         name = "baked" if "baked" in its_document else r"$\beta$-VAEs, one run each"
         others[name] = Curve((*others.get(name, Curve(())).points, *point.points))
@@ -116,7 +116,7 @@ def _mark(
     """Where the run at `path` has landed on the curve of `model`: the name of its method, and a point."""
     other, its_document = load_model(path)
     landed = landing_of(other, its_document, path)
-    _check_comparable(path, other, its_document, run, model, document, likelihood=False)
+    check_comparable(path, other, its_document, run, model, document, likelihood=False)
     beta = landed.on(model)
     other = to_device(other, device)
     same = landed.variance is None
@@ -147,7 +147,7 @@ def points_table(points: Sequence[Point], labels: Sequence[str] | None = None) -
     return "\n".join(lines)
 
 
-def _check_comparable(
+def check_comparable(
     path: Path,
     other: nn.Module,
     its_document: dict[str, Any],
@@ -175,8 +175,8 @@ def _check_comparable(
     different = [f"{name} is {found} there and {wanted} here" for name, found, wanted in pairs if found != wanted]
     if different:
         raise ValueError(
-            f"{path} and {run} have no curve in common: {'; '.join(different)}; give --compare runs of the same data "
-            "and likelihood"
+            f"{path} and {run} have no curve in common: {'; '.join(different)}; give a run of the same data"
+            f"{' and likelihood' if likelihood else ''}"
         )
 
 

@@ -7,6 +7,7 @@ import json
 import math
 import warnings
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -211,6 +212,38 @@ def test_the_weights_are_in_the_optimiser_with_a_learning_rate_of_their_own(conf
     assert [len(group["params"]) for group in groups] == [len(list(model.parameters())), 1]
     assert groups[1]["params"][0] is module.learned.log_s
     assert groups[1]["initial_lr"] == pytest.approx(3 * groups[0]["initial_lr"])
+
+
+@pytest.mark.parametrize("objective", ["l-vae", "sigma-vae"])
+def test_decay_of_the_weights_leaves_learned_sigmas_alone(config, objective):
+    likelihood = {"l-vae": "gaussian", "sigma-vae": "gaussian-shared"}[objective]
+    ours = replace(config, objective=objective, likelihood=likelihood, optimizer="adamw", beta=1.0)
+    model = build_model(describe(ours, (1, 5, 5)))
+    module = TrainingModule(model, ours, [])
+    module.steps = 10
+    module._can_fuse = lambda: False
+    optimizer = module.configure_optimizers()["optimizer"]
+    sigma = module.learned.log_s if objective == "l-vae" else model.likelihood.scale.log_sigma
+    with torch.no_grad():
+        sigma.fill_(-2.0)
+    weight = model.encoder.mean.weight
+    before = weight.detach().clone()
+    for parameter in module.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    assert (sigma == -2.0).all() and not torch.equal(weight, before)
+
+
+def test_validation_of_a_rate_of_single_draws_below_zero_is_finite(config, monkeypatch):
+    module = TrainingModule(build_model(describe(config, (1, 5, 5))), config, [])
+    module.trainer = SimpleNamespace(
+        strategy=SimpleNamespace(reduce=lambda sums, reduce_op: sums), current_epoch=0, fit_loop=None
+    )
+    logged = {}
+    monkeypatch.setattr(module, "log_dict", logged.update)
+    module._validation = [torch.tensor([[2 * 9.0, 2 * 11.0, 2 * -0.1, 2.0]], dtype=torch.float64)]
+    module.on_validation_epoch_end()
+    assert logged["validation/objective"] == 6.0 and logged["validation/rate/beta=learned"] == pytest.approx(-0.1)
 
 
 def test_options_go_together(config, tmp_path, capsys):

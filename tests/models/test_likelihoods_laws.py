@@ -414,6 +414,10 @@ def test_parameters_of_another_shape_are_refused(name):
         (lambda: likelihood("gaussian-optimal", beta_range=(1.0, 0.1)), r"beta_range is \(1.0, 0.1\)"),
         (lambda: likelihood("discretized-logistic", scale="pixel"), "scale is 'pixel'.*shared, value"),
         (lambda: likelihood("categorical", memory_limit=0), "memory_limit is 0"),
+        (lambda: likelihood("categorical", memory_limit="x"), "memory_limit is 'x'; expected a positive number"),
+        (lambda: likelihood("gaussian-image", decay="x"), "decay is 'x'; expected a number"),
+        (lambda: likelihood("student-t", min_log_scale="x"), "min_log_scale is 'x'; expected a finite number"),
+        (lambda: likelihood("gaussian-pixel", min_log_sigma=True), "min_log_sigma is True; expected a finite number"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(make, message):

@@ -19,6 +19,8 @@ from mrvae_models.config import TrainConfig
 from mrvae_models.curve import Curve, Measurement, evaluate, point_of
 from mrvae_models.data import load
 from mrvae_models.likelihoods import Gaussian, GaussianImage, GaussianOptimal, GaussianPixel
+from mrvae_models.metrics import calibration
+from mrvae_models.metrics.calibration import calibrate
 from mrvae_models.networks import build
 from mrvae_models.operating import FIXED_POINTS, Landing, landing, method, own_beta
 from mrvae_models.run import load_model
@@ -146,6 +148,16 @@ def test_of_two_fixed_points_the_one_with_the_lower_loss():
     assert other == pytest.approx(second, rel=0.05) and "the lower loss" in note
 
 
+def test_a_rate_of_single_draws_that_is_below_zero_counts_as_none():
+    method = own_beta(Known(), "l-vae")
+    distortion = torch.full((3,), 0.5 * D * math.log(2 * math.pi) + 4.0, dtype=torch.float64)
+    below, none = (
+        Measurement(distortion, torch.full((3,), rate, dtype=torch.float64), torch.zeros(3, K)) for rate in (-0.1, 0.0)
+    )
+    assert method.loss(below) == method.loss(none) == pytest.approx(4.0, abs=1e-5)
+    assert method.excess(1.0, below) == method.excess(1.0, none) > 10
+
+
 def test_out_of_range_says_on_which_side(data):
     with pytest.raises(ValueError, match="sigma-VAE lands below the range, 0.1 to 10: at beta = 0.1 its own beta "):
         select_beta(Known(), data, "sigma-vae", beta_range=(0.1, 10.0))
@@ -197,6 +209,7 @@ def runs(tmp_path_factory):
     shade = generator.integers(30, 220, (300, 1, 1))
     images = np.clip(shade + generator.normal(0, 20, (300, 4, 4)), 0, 255).astype(np.uint8)
     np.savez(folder / "images.npz", train_images=images[:200], test_images=images[200:])
+    np.savez(folder / "others.npz", train_images=images[100:], test_images=images[:100])
     common = ["--data", str(folder / "images.npz"), "--set", "hidden=16", "--latent", "2", "--quiet", "--threads", "1"]
     common += ["--log-to", "none", "--batch-size", "20", "--lr", "0.003", "--validate-every", "100"]
     for name, options in {
@@ -205,6 +218,7 @@ def runs(tmp_path_factory):
         "image": ["--objective", "bs-vae", "--beta", "4", "--epochs", "3"],
         "pixel": ["--objective", "sigma-vae", "--likelihood", "gaussian-pixel", "--epochs", "3"],
         "learned": ["--objective", "l-vae", "--likelihood", "gaussian", "--epochs", "3"],
+        "others": ["--objective", "sigma-vae", "--epochs", "1", "--data", str(folder / "others.npz")],
     }.items():
         assert main(["train", *common, *options, "--out", str(folder / name)]) == 0
     return folder
@@ -229,12 +243,15 @@ def test_select_like_a_method_and_like_a_run(runs, tmp_path, capsys):
     for name, code, message in (
         ("nothing", 2, "is no directory of a run, and no method; expected sigma-vae or l-vae"),
         ("multi", 1, "has gates, and so many betas"),
+        ("others", 1, "no curve in common: data is"),
     ):
         assert main([*arguments, str(runs / name)]) == code
         assert message in capsys.readouterr().err
 
 
-def test_landings_of_trained_runs(runs):
+def test_landings_of_trained_runs(runs, monkeypatch):
+    whole = calibration._calibrate
+    monkeypatch.setattr(calibration, "_calibrate", None)  # which holds every value: of a training set, gigabytes
     names = {name: landing(runs / name) for name in ("sigma", "image", "pixel", "learned")}
     assert [found.name for found in names.values()] == [
         "sigma-VAE, optimal", "BS-VAE, beta = 4", "sigma-VAE, per pixel", "L-VAE"
@@ -243,7 +260,10 @@ def test_landings_of_trained_runs(runs):
     assert isinstance(image, GaussianImage) and names["image"].unit_beta == pytest.approx(4 * image.sigma**2)
     assert names["learned"].variance == 1.0
     assert names["learned"].beta == json.loads((runs / "learned" / "config.json").read_text())["learned"]["beta"]
-    assert 0 < names["pixel"].variance < 1
+    monkeypatch.setattr(calibration, "_calibrate", whole)
+    training = load(str(runs / "images.npz"), "train")
+    pixel = calibrate(load_model(runs / "pixel")[0], training, 1.0)
+    assert names["pixel"].variance == pytest.approx(pixel.predicted, rel=1e-12) and 0 < pixel.predicted < 1
     baked = bake_run(runs / "multi", 0.01, runs / "baked")
     assert landing(baked.directory).name == "baked" and landing(baked.directory).unit_beta == 0.01
     assert method(TrainConfig(likelihood="gaussian"), 0.1) == "beta-VAE, beta = 0.1"

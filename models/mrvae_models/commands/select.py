@@ -109,8 +109,8 @@ def run(options: argparse.Namespace) -> int:
         raise UsageError(wrong)
     from ..baking import bake_run, source_config
     from ..curve import evaluate
-    from ..operating import landing
-    from ..report import calibration_for, dataset_for, points_table, to_device
+    from ..operating import landing_of
+    from ..report import calibration_for, check_comparable, dataset_for, points_table, to_device
     from ..run import check_directory, load_model, versions, write_json
     from ..selection import landed, select_beta
 
@@ -127,7 +127,10 @@ def run(options: argparse.Namespace) -> int:
     split = options.split or ("train" if options.like in OF_ONE_BETA else "validation")
     dataset = dataset_for(model, config, split, options.run)
     if options.like is not None and options.like not in OF_ONE_BETA:
-        other = landing(options.like)
+        directory = Path(options.like)
+        trained, its_document = load_model(directory)
+        other = landing_of(trained, its_document, directory)
+        check_comparable(directory, trained, its_document, options.run, model, document, likelihood=False)
         note = f"of {options.like}: {other}"
         chosen = landed(model, dataset, other.on(model), other.name, [note], **settings)
     else:

@@ -48,8 +48,8 @@ class Mapped:
 
         x[i] = images[kept[i]] / divisor          images: (M, *shape) uint8
 
-    The values are those of converting the whole set, bit for
-    bit. `to` another device than the CPU puts all of them there, as bytes.
+    The values are those of converting the whole set, bit for bit. `to` another device than the CPU puts all of them
+    there, as bytes.
     """
 
     dtype = torch.float32

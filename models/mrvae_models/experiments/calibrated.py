@@ -10,7 +10,8 @@ from __future__ import annotations
 from .plan import Run, Settings, multirate
 
 RANGE = (0.001, 10.0)
-"""Of Table 1, in this project's convention: its betas are twice as large (conventions.py)."""
+"""The numbers of Table 1, as betas of this project's convention, by which those of the table itself are half as large
+(conventions.py)."""
 
 BETA_VAE, L_VAE, BS_VAE = "beta-VAE", "L-VAE", "BS-VAE"
 SIGMA_VAES = {

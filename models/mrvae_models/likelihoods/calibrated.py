@@ -97,8 +97,7 @@ class GaussianShared(CalibratedGaussian):
 
     @torch.no_grad()
     def sigma_at(self, beta: Beta | None = None) -> Tensor:
-        found = self.scale(beta, self.scale.log_sigma).exp()
-        return found if isinstance(beta, Tensor) and beta.dim() and self.depends_on_beta else found[0]
+        return self.knots.shaped(self.scale(beta, self.scale.log_sigma).exp(), beta)
 
     def _keep(self, beta: float) -> None:
         self.scale.keep(beta)
@@ -125,8 +124,7 @@ class _Analytic(CalibratedGaussian):
 
     @torch.no_grad()
     def sigma_at(self, beta: Beta | None = None) -> Tensor:
-        found = self.running.at(beta, self.running.total).sqrt()
-        return found if isinstance(beta, Tensor) and beta.dim() and self.depends_on_beta else found[0]
+        return self.knots.shaped(self.running.at(beta, self.running.total).sqrt(), beta)
 
     def _keep(self, beta: float) -> None:
         self.running.keep(beta)

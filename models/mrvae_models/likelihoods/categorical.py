@@ -13,7 +13,7 @@ from ..data.memory import available
 from ..data.storage import Rows
 from .base import LEVELS_256, Beta, Likelihood
 from .data_checks import check_levels
-from .numerics import HIGHEST, LEVELS, full_precision, levels_of
+from .numerics import HIGHEST, LEVELS, full_precision, is_number, levels_of
 
 COPIES = 4
 """Tensors of the size of the logits that a training step holds at once: the logits, their log-softmax, and the
@@ -40,8 +40,8 @@ class Categorical256(Likelihood):
 
     def __init__(self, memory_limit: float | None = None):
         super().__init__()
-        if memory_limit is not None and not 0 < memory_limit < math.inf:
-            raise ValueError(f"memory_limit is {memory_limit}; expected a positive number of GB, or None")
+        if memory_limit is not None and not (is_number(memory_limit) and memory_limit > 0):
+            raise ValueError(f"memory_limit is {memory_limit!r}; expected a positive number of GB, or None")
         self.memory_limit = memory_limit
         self._passed = 0  # bytes: the most that was found to fit
 

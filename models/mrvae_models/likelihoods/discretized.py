@@ -83,8 +83,7 @@ class Discretized(Likelihood):
         """The shared scale: 0-d, or (N,) for one beta an example. ValueError where every value has its own."""
         if self.shared is None:
             raise ValueError("every value has a scale of its own here, from the decoder; expected scale='shared'")
-        found = self.shared(beta, self.shared.log_sigma).exp()
-        return found if isinstance(beta, Tensor) and beta.dim() and self.depends_on_beta else found[0]
+        return self.knots.shaped(self.shared(beta, self.shared.log_sigma).exp(), beta)
 
     def distortion(self, parameters: Tensor, x: Tensor, beta: Beta | None = None) -> Tensor:
         self._check(parameters, x)

@@ -21,6 +21,11 @@ MAX_LOG_SIGMA = 6.0
 """e^6 = 403 times the range of x: nothing learned gets there; it keeps what an untrained decoder gives finite."""
 
 
+def is_number(value: object) -> bool:
+    """Whether it is a finite number: options come from the command line as whatever they look like."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def full_precision(x: Tensor) -> Tensor:
     """float16 and bfloat16 to float32; anything else as it is."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

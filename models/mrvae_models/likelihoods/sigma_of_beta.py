@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .base import Beta
-from .numerics import soft_clip
+from .numerics import is_number, soft_clip
 
 KNOTS = 13
 """Four a decade over the default range with its margin, 0.01 to 20. Between two knots log sigma is off by at most
@@ -62,6 +62,11 @@ class Knots:
         place = (beta.detach().log().to(like) - low) * ((self.count - 1) / (high - low))
         place = place.clamp(0, self.count - 1).reshape(-1, 1)
         return (1 - (place - torch.arange(self.count).to(like)).abs()).clamp_min(0)
+
+    def shaped(self, values: Tensor, beta: Beta | None) -> Tensor:
+        """What weights() made of `beta`, (N,) or (1,): 0-d unless there is one beta an example."""
+        of_each = self.beta_range is not None and isinstance(beta, Tensor) and beta.dim() > 0
+        return values if of_each else values[0]
 
 
 class LearnedLogSigma(nn.Module):
@@ -135,8 +140,8 @@ class RunningVariance(nn.Module):
 
     def __init__(self, knots: Knots, decay: float, least: float) -> None:
         super().__init__()
-        if not 0 <= decay < 1:
-            raise ValueError(f"decay is {decay}; expected a number from 0 to less than 1, e.g. {DECAY}")
+        if not (is_number(decay) and 0 <= decay < 1):
+            raise ValueError(f"decay is {decay!r}; expected a number from 0 to less than 1, e.g. {DECAY}")
         self.knots, self.decay, self.least = knots, decay, least
         self.register_buffer("total", torch.zeros(knots.count))
         self.register_buffer("weight", torch.zeros(knots.count))

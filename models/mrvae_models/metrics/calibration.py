@@ -15,7 +15,7 @@ A likelihood of one variance has one bin. Per-image variances are computed from 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -105,8 +105,18 @@ def _calibrate(
     seed: int,
     calibration: Tensor | None,
 ) -> Calibration:
+    parts = [*_values(model, dataset, beta, batch_size, seed, calibration)]
+    predicted, empirical = zip(*parts, strict=True)
+    v, e = torch.cat(predicted), torch.cat(empirical)
+    inside = [(level, (e <= _quantile(level) ** 2 * v).double().mean().item()) for level in levels]
+    return Calibration(v.mean().item(), e.mean().item(), binned(v, e, bins), tuple(inside))
+
+
+def _values(
+    model: nn.Module, dataset: Examples, beta: float, batch_size: int, seed: int, calibration: Tensor | None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """v and e of the values of each batch, float64 on the CPU, (batch * d,) each."""
     generator = torch.Generator()
-    predicted, empirical = [], []
     with ready(model, beta, calibration) as network:
         for number, x in enumerate(example_batches(model, dataset, batch_size)):
             generator.manual_seed(seed * 1_000_003 + number * batch_size)
@@ -115,11 +125,23 @@ def _calibrate(
             parameters = network.decode(mean + torch.exp(0.5 * log_variance) * noise)
             squares = (x - network.likelihood.mean(parameters)).double().square()
             variance = variances(network.likelihood, parameters, x, beta).double().expand_as(squares)
-            predicted.append(variance.flatten().cpu())
-            empirical.append(squares.flatten().cpu())
-    v, e = torch.cat(predicted), torch.cat(empirical)
-    inside = [(level, (e <= _quantile(level) ** 2 * v).double().mean().item()) for level in levels]
-    return Calibration(v.mean().item(), e.mean().item(), binned(v, e, bins), tuple(inside))
+            yield variance.flatten().cpu(), squares.flatten().cpu()
+
+
+def mean_variance(
+    model: nn.Module,
+    dataset: Examples,
+    beta: float,
+    batch_size: int = 500,
+    seed: int = 0,
+    calibration: Tensor | None = None,
+) -> float:
+    """Calibration.predicted alone, in the memory of one batch: of training sets of any size."""
+    vae_of(model, "the mean of a decoder's variance")
+    total = count = 0.0
+    for variance, _ in _values(model, dataset, beta, batch_size, seed, calibration):
+        total, count = total + variance.sum().item(), count + len(variance)
+    return total / count
 
 
 def variances(likelihood: Likelihood, parameters: Tensor, x: Tensor, beta: float) -> Tensor:
@@ -129,10 +151,8 @@ def variances(likelihood: Likelihood, parameters: Tensor, x: Tensor, beta: float
     if isinstance(likelihood, Gaussian):
         return torch.full((1,), likelihood.sigma**2, dtype=torch.float64, device=x.device).reshape(first)
     if isinstance(likelihood, GaussianImage):
-        return (x -
-        likelihood.mean(parameters)).square().flatten(1).mean(1).clamp_min(likelihood.least_variance).reshape(
-            first
-        )
+        errors = (x - likelihood.mean(parameters)).square().flatten(1).mean(1)
+        return errors.clamp_min(likelihood.least_variance).reshape(first)
     if isinstance(likelihood, CalibratedGaussian):
         return likelihood.sigma_at(beta).square().reshape(first)
     if isinstance(likelihood, GaussianPixel):
