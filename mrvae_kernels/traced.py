@@ -84,9 +84,8 @@ def bank(
     eta = _eta(weight, beta, low, high)
     # in one piece Inductor keeps them: apart, each gate is evaluated anew for every element that it scales
     if _own_backward():
-        flat = Bank.apply(weight, bias, eta, sizes, kinds)
-    else:
-        flat = torch.cat(reference.gate_bank(weight, bias, eta, sizes, kinds))
+        return list(Bank.apply(weight, bias, eta, sizes, kinds))
+    flat = torch.cat(reference.gate_bank(weight, bias, eta, sizes, kinds))
     return [flat.detach(), *flat.split(sizes)]
 
 

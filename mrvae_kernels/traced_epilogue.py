@@ -17,6 +17,7 @@ may write into its result, as nn.ReLU(inplace=True) does.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -26,21 +27,28 @@ from . import reference
 
 
 class Bank(torch.autograd.Function):
-    """All gates and shifts of a network at one beta, flat: weight, bias (C,), eta 0-d."""
+    """All gates and shifts of a network at one beta, flat without a gradient, then each: weight, bias (C,), eta 0-d.
+
+    Each is a slice, which AOTAutograd's partitioner takes for a view and makes again in the backward pass. It keeps
+    what split gives beside flat, and Inductor (torch 2.13), which does not see that they share memory, writes results
+    of the backward pass into the one before it reads the other.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, weight: Tensor, bias: Tensor, eta: Tensor, sizes: Sequence[int], kinds: Sequence[str]
-    ) -> Tensor:
+    ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(weight, bias, eta)
         ctx.sizes, ctx.kinds = sizes, kinds
-        return torch.cat(reference.gate_bank(weight, bias, eta, sizes, kinds))
+        flat = torch.cat(reference.gate_bank(weight, bias, eta, sizes, kinds))
+        ctx.mark_non_differentiable(flat)
+        return flat, *(flat[end - size : end] for size, end in zip(sizes, accumulate(sizes), strict=True))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, _: Tensor, *grads: Tensor) -> tuple[Tensor | None, ...]:
         weight, bias, eta = ctx.saved_tensors
         p = _anew(weight).to(eta.dtype) * eta + bias.to(eta.dtype)
-        pieces = zip(p.split(ctx.sizes), grad.split(ctx.sizes), ctx.kinds, strict=True)
+        pieces = zip(p.split(ctx.sizes), grads, ctx.kinds, strict=True)
         dp = torch.cat([dg * reference.gate_and_slope(piece, kind)[1] for piece, dg, kind in pieces])
         deta = (dp * weight.to(eta.dtype)).sum() if ctx.needs_input_grad[2] else None
         return (dp * eta).to(weight.dtype), dp.to(bias.dtype), deta, None, None

@@ -291,3 +291,25 @@ def test_second_derivatives_are_right_or_refused(beta):
     torch.testing.assert_close(second(compiled(model)), expected)
     with pytest.raises(RuntimeError, match="double backward"):
         second(torch.compile(model, backend="aot_eager"))
+
+
+@pytest.mark.parametrize("x", [X, X.expand(2, 3, 4)], ids=["2-d", "3-d"])
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.GELU])
+def test_nothing_is_kept_for_the_backward_pass_twice(x, activation):
+    class Plain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers, self.activation = nn.ModuleList(nn.Linear(4, 4) for _ in range(3)), activation()
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.layers:
+                x = self.activation(layer(x))
+            return x
+
+    model = randomize(mk.multirate(Plain().double(), "sqrt"))
+    for strategy in (None, "fold"):
+        with mk.override(strategy=strategy):
+            y = torch.compile(model, backend="aot_eager_decomp_partition")(x, beta=BETA)
+        places = [kept.untyped_storage().data_ptr() for kept in y.grad_fn.saved_tensors]
+        own = {value.untyped_storage().data_ptr() for value in (x, y, BETA, *model.parameters())}
+        assert len({*places} - own) == sum(place not in own for place in places)  # Inductor writes into them

@@ -45,8 +45,11 @@ def test_slopes_are_those_of_the_activation(kind):
 def test_bank():
     weight, bias, eta = numbers(10), numbers(10), torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
     sizes = (3, 2, 4, 1)
-    expected = torch.cat(reference.gate_bank(weight, bias, eta, sizes, KINDS))
-    same(Bank.apply(weight, bias, eta, sizes, KINDS), expected, [weight, bias, eta])
+    expected = reference.gate_bank(weight, bias, eta, sizes, KINDS)
+    flat, *values = Bank.apply(weight, bias, eta, sizes, KINDS)
+    torch.testing.assert_close(flat, torch.cat(expected))
+    assert not flat.requires_grad
+    same(values, expected, [weight, bias, eta])
 
 
 @pytest.mark.parametrize("groups", [0, 1, 3])
