@@ -83,7 +83,9 @@ def bank(
     """All gates and shifts of a network at one beta, in one piece, and its slices; see `functional.gate_bank`."""
     eta = _eta(weight, beta, low, high)
     # in one piece Inductor keeps them: apart, each gate is evaluated anew for every element that it scales
-    flat = Bank.apply(weight, bias, eta, sizes, kinds)
+    if _own_backward():
+        return list(Bank.apply(weight, bias, eta, sizes, kinds))
+    flat = torch.cat(reference.gate_bank(weight, bias, eta, sizes, kinds))
     return [flat.detach(), *flat.split(sizes)]
 
 
@@ -97,6 +99,16 @@ def bank_parts(
 def gates(weight: Tensor, bias: Tensor, eta: Tensor, kind: str) -> Tensor:
     """See `reference.gates`."""
     return reference.gates(weight, bias, eta, kind)
+
+
+def _own_backward() -> bool:
+    """Whether the passes of `traced_epilogue` are taken: where a compiler traces them, which derives once.
+
+    The formulas are autograd's where they run as they stand (a layer behind a break of the graph, backend="eager"),
+    under torch.func's transforms, and in an exported program.
+    """
+    transforms = torch._C._dispatch_tls_is_dispatch_key_included(torch._C.DispatchKey.FuncTorchDynamicLayerFrontMode)
+    return torch.compiler.is_compiling() and not torch.compiler.is_exporting() and not transforms
 
 
 def _eta(weight: Tensor, beta: Tensor, low: float, high: float) -> Tensor:
@@ -125,7 +137,7 @@ def sampled_linear(
     flat_weight: Tensor, flat_bias: Tensor, kind: str, start: int, activation: str, asked: str | None,
 ) -> Tensor:
     """A Linear with one beta a sample and no shift, by its SampledGate, which begins at `start`."""
-    if x.dim() != 2 or x.shape[0] != eta.shape[0] or asked is not None:
+    if x.dim() != 2 or x.shape[0] != eta.shape[0] or asked is not None or not _own_backward():
         value = gates(gate_weight, gate_bias, eta, kind)
         return gated_linear(x, weight, bias, value, None, None, 0, activation, asked, False)
     flats = flat_weight.detach(), flat_bias.detach()
@@ -152,7 +164,7 @@ def _fold(
     weight: Tensor, bias: Tensor | None, gate: Tensor, shift: Tensor | None, flat: Tensor | None, start: int,
     groups: int,
 ) -> tuple[Tensor, Tensor | None]:
-    if shift is not None or flat is None:
+    if shift is not None or flat is None or not _own_backward():
         return reference.fold(weight, bias, gate, shift, groups)
     return Fold.apply(weight, bias, gate, flat, start, groups)
 
@@ -161,7 +173,7 @@ def _epilogue(
     u: Tensor, bias: Tensor | None, gate: Tensor, shift: Tensor | None, flat: Tensor | None, start: int, dim: int,
     activation: str,
 ) -> Tensor:
-    if shift is not None or flat is None:
+    if shift is not None or flat is None or not _own_backward():
         return reference.epilogue(u, bias, gate, shift, dim, activation)
     return Epilogue.apply(u, bias, gate, flat, start, dim, activation == "relu")
 

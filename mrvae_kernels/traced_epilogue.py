@@ -9,11 +9,15 @@ Left to autograd, u is kept beside y, which the next layer keeps anyway, and the
 tensor more between the passes costs more than the arithmetic on a gate. So what is kept of gates is the whole
 network's in one piece, `flat`, of which a layer's begin at `start`; the slice itself is where the gradient goes. A gate
 of exactly 0 has no gradient, as the gates of a network have the slope 0 there.
+
+y is kept as a clone, which costs nothing in a graph without in-place operations (Inductor drops it): a layer's caller
+may write into its result, as nn.ReLU(inplace=True) does.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -23,21 +27,28 @@ from . import reference
 
 
 class Bank(torch.autograd.Function):
-    """All gates and shifts of a network at one beta, flat: weight, bias (C,), eta 0-d."""
+    """All gates and shifts of a network at one beta, flat without a gradient, then each: weight, bias (C,), eta 0-d.
+
+    Each is a slice, which AOTAutograd's partitioner takes for a view and makes again in the backward pass. It keeps
+    what split gives beside flat, and Inductor (torch 2.13), which does not see that they share memory, writes results
+    of the backward pass into the one before it reads the other.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, weight: Tensor, bias: Tensor, eta: Tensor, sizes: Sequence[int], kinds: Sequence[str]
-    ) -> Tensor:
+    ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(weight, bias, eta)
         ctx.sizes, ctx.kinds = sizes, kinds
-        return torch.cat(reference.gate_bank(weight, bias, eta, sizes, kinds))
+        flat = torch.cat(reference.gate_bank(weight, bias, eta, sizes, kinds))
+        ctx.mark_non_differentiable(flat)
+        return flat, *(flat[end - size : end] for size, end in zip(sizes, accumulate(sizes), strict=True))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, _: Tensor, *grads: Tensor) -> tuple[Tensor | None, ...]:
         weight, bias, eta = ctx.saved_tensors
         p = _anew(weight).to(eta.dtype) * eta + bias.to(eta.dtype)
-        pieces = zip(p.split(ctx.sizes), grad.split(ctx.sizes), ctx.kinds, strict=True)
+        pieces = zip(p.split(ctx.sizes), grads, ctx.kinds, strict=True)
         dp = torch.cat([dg * reference.gate_and_slope(piece, kind)[1] for piece, dg, kind in pieces])
         deta = (dp * weight.to(eta.dtype)).sum() if ctx.needs_input_grad[2] else None
         return (dp * eta).to(weight.dtype), dp.to(bias.dtype), deta, None, None
@@ -76,7 +87,7 @@ class Epilogue(torch.autograd.Function):
         ctx: Any, u: Tensor, bias: Tensor | None, gate: Tensor, flat: Tensor, start: int, dim: int, relu: bool
     ) -> Tensor:
         y = reference.epilogue(u, bias, gate, None, dim, "relu" if relu else "none")
-        ctx.save_for_backward(y, flat)
+        ctx.save_for_backward(y.clone(), flat)
         ctx.rows, ctx.dim, ctx.relu = slice(start, start + gate.shape[0]), dim, relu
         ctx.bias_dtype = None if bias is None else bias.dtype
         return y
@@ -87,9 +98,8 @@ class Epilogue(torch.autograd.Function):
         gate = flat[ctx.rows]
         dz = _through(grad, y, ctx.relu).to(gate.dtype)
         du = (dz * reference.along(gate, ctx.dim, y.dim())).to(grad.dtype)
-        others = [axis for axis in range(y.dim()) if axis != ctx.dim]
-        dgate = _divided((dz * y.to(gate.dtype)).sum(others), gate)
-        dbias = None if ctx.bias_dtype is None else (gate * dz.sum(others)).to(ctx.bias_dtype)
+        dgate = _divided(_by_channel(dz * y.to(gate.dtype), ctx.dim), gate)
+        dbias = None if ctx.bias_dtype is None else (gate * _by_channel(dz, ctx.dim)).to(ctx.bias_dtype)
         return du, dbias, dgate, None, None, None, None
 
 
@@ -106,7 +116,7 @@ class SampledEpilogue(torch.autograd.Function):
     ) -> Tensor:
         gate = reference.gates(weight, gate_bias, eta, kind)
         y = reference.epilogue(u, bias, gate, None, 1, "relu" if relu else "none")
-        ctx.save_for_backward(y, flat_weight, flat_bias, eta)
+        ctx.save_for_backward(y.clone(), flat_weight, flat_bias, eta)
         ctx.rows, ctx.kind, ctx.relu = slice(start, start + weight.shape[0]), kind, relu
         ctx.bias_dtype = None if bias is None else bias.dtype
         return y
@@ -135,6 +145,12 @@ def _anew(weight: Tensor) -> Tensor:
 
 def _through(grad: Tensor, y: Tensor, relu: bool) -> Tensor:
     return torch.where(y > 0, grad, 0) if relu else grad
+
+
+def _by_channel(values: Tensor, dim: int) -> Tensor:
+    """Sums over the other axes, if there are any: torch takes an empty list of them for all."""
+    others = [axis for axis in range(values.dim()) if axis != dim]
+    return values.sum(others) if others else values
 
 
 def _divided(sums: Tensor, gate: Tensor) -> Tensor:

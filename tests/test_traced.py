@@ -227,3 +227,89 @@ def test_a_relu_that_somebody_listens_to_is_called(beta):
     model.network[1].register_forward_hook(lambda module, args, y: heard.append(y.shape) or 2 * y)
     torch.testing.assert_close(compiled(model)(X, beta=beta), model(X, beta=beta))
     assert len(heard) == 2
+
+
+EACH = torch.tensor([0.02, 0.5, 9.0])
+
+
+def gradients(call: Callable[..., Tensor], x: Tensor, beta: Tensor, parameters: list[nn.Parameter]) -> list[Tensor]:
+    """Of x, beta and the parameters, for a loss that is no plain sum."""
+    x, beta = x.clone().requires_grad_(), beta.clone().requires_grad_()
+    return list(torch.autograd.grad(call(x, beta=beta).square().sum(), [x, beta, *parameters]))
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("beta", [BETA, EACH], ids=["shared", "per-sample"])
+def test_a_caller_may_write_into_a_layers_result(backend, beta):
+    class Writing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(torch.relu_(self.a(x))).mul_(2)
+
+    model = randomize(mk.multirate(Writing().double(), "softplus"))
+    expected = gradients(model, X, beta, list(model.parameters()))
+    found = gradients(torch.compile(model, backend=backend, fullgraph=True), X, beta, list(model.parameters()))
+    torch.testing.assert_close(found, expected)
+
+
+def test_one_example_without_a_batch_axis():
+    model = gated()
+    expected = gradients(model, X[0], BETA, list(model.parameters()))
+    found = gradients(torch.compile(model, backend="aot_eager"), X[0], BETA, list(model.parameters()))
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("beta", [BETA, EACH], ids=["shared", "per-sample"])
+def test_transforms_inside_a_compiled_function(backend, beta):
+    model = gated()
+
+    def loss(x: Tensor) -> Tensor:
+        return model(x, beta=beta).square().sum()
+
+    def one(x: Tensor) -> Tensor:
+        return model(x.unsqueeze(0), beta=BETA).square().sum()
+
+    for function in (torch.func.grad(loss), torch.func.vmap(torch.func.grad(one))):
+        torch.testing.assert_close(torch.compile(function, backend=backend, fullgraph=True)(X), function(X))
+
+
+@pytest.mark.parametrize("beta", [BETA, EACH], ids=["shared", "per-sample"])
+def test_second_derivatives_are_right_or_refused(beta):
+    model = gated()
+
+    def second(call: Callable[..., Tensor]) -> list[Tensor]:
+        x = X.clone().requires_grad_()
+        dx, = torch.autograd.grad(call(x, beta=beta).square().sum(), x, create_graph=True)
+        return list(torch.autograd.grad(dx.square().sum(), [x, *model.parameters()], materialize_grads=True))
+
+    with mk.override(backend="reference"):
+        expected = second(model)
+    torch.testing.assert_close(second(compiled(model)), expected)
+    with pytest.raises(RuntimeError, match="double backward"):
+        second(torch.compile(model, backend="aot_eager"))
+
+
+@pytest.mark.parametrize("x", [X, X.expand(2, 3, 4)], ids=["2-d", "3-d"])
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.GELU])
+def test_nothing_is_kept_for_the_backward_pass_twice(x, activation):
+    class Plain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers, self.activation = nn.ModuleList(nn.Linear(4, 4) for _ in range(3)), activation()
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.layers:
+                x = self.activation(layer(x))
+            return x
+
+    model = randomize(mk.multirate(Plain().double(), "sqrt"))
+    for strategy in (None, "fold"):
+        with mk.override(strategy=strategy):
+            y = torch.compile(model, backend="aot_eager_decomp_partition")(x, beta=BETA)
+        places = [kept.untyped_storage().data_ptr() for kept in y.grad_fn.saved_tensors]
+        own = {value.untyped_storage().data_ptr() for value in (x, y, BETA, *model.parameters())}
+        assert len({*places} - own) == sum(place not in own for place in places)  # Inductor writes into them

@@ -45,8 +45,11 @@ def test_slopes_are_those_of_the_activation(kind):
 def test_bank():
     weight, bias, eta = numbers(10), numbers(10), torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
     sizes = (3, 2, 4, 1)
-    expected = torch.cat(reference.gate_bank(weight, bias, eta, sizes, KINDS))
-    same(Bank.apply(weight, bias, eta, sizes, KINDS), expected, [weight, bias, eta])
+    expected = reference.gate_bank(weight, bias, eta, sizes, KINDS)
+    flat, *values = Bank.apply(weight, bias, eta, sizes, KINDS)
+    torch.testing.assert_close(flat, torch.cat(expected))
+    assert not flat.requires_grad
+    same(values, expected, [weight, bias, eta])
 
 
 @pytest.mark.parametrize("groups", [0, 1, 3])
@@ -63,7 +66,7 @@ def test_fold(groups, biased):
          [r for r in reference.fold(weight, bias, gate, None, groups) if r is not None], inputs)
 
 
-@pytest.mark.parametrize("shape, dim", [((5, 3), 1), ((2, 5, 3), 2), ((4, 3, 2, 5), 1)])
+@pytest.mark.parametrize("shape, dim", [((3,), 0), ((5, 3), 1), ((2, 5, 3), 2), ((4, 3, 2, 5), 1)])
 @pytest.mark.parametrize("relu", [True, False])
 @pytest.mark.parametrize("biased", [True, False])
 def test_epilogue(shape, dim, relu, biased):
@@ -96,3 +99,20 @@ def test_sampled_epilogue(kind, relu, biased):
     ours = SampledEpilogue.apply(u, bias, weight, gate_bias, eta, *flats, 2, kind, relu)
     gate = reference.gates(weight, gate_bias, eta, kind)
     same(ours, reference.epilogue(u, bias, gate, None, 1, "relu" if relu else "none"), inputs)
+
+
+@pytest.mark.parametrize("relu", [True, False])
+def test_a_result_that_is_written_into(relu):
+    u, bias, flat = numbers(4, 3), numbers(3), torch.rand(3, dtype=torch.float64) + 0.1
+    weight, gate_bias, eta = numbers(3), numbers(3), ETA[:4]
+    gate = flat.clone().requires_grad_()
+    sampled = reference.gates(weight, gate_bias, eta, "softplus")
+    activation = "relu" if relu else "none"
+    for ours, expected, inputs in (
+        (Epilogue.apply(u, bias, gate, flat, 0, 1, relu), reference.epilogue(u, bias, gate, None, 1, activation),
+         [u, bias, gate]),
+        (SampledEpilogue.apply(u, bias, weight, gate_bias, eta, weight.detach(), gate_bias.detach(), 0, "softplus",
+                               relu),
+         reference.epilogue(u, bias, sampled, None, 1, activation), [u, bias, weight, gate_bias]),
+    ):
+        same(ours.mul_(3).clamp_(max=1), (expected * 3).clamp(max=1), inputs)
