@@ -41,7 +41,8 @@ class WeightAverage(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._averaged.update_parameters(pl_module.model)  # type: ignore[arg-type]
+        model: Any = pl_module.model
+        self._averaged.update_parameters(model)
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._swap(pl_module)
@@ -70,8 +71,9 @@ class WeightAverage(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Lightning has put the average into the module by now: it goes where it belongs, and the weights come back."""
-        kept, model, averaged = checkpoint[KEY], pl_module.model, self._averaged
-        averaged.module.load_state_dict(model.state_dict())  # type: ignore[operator, union-attr]
+        kept, averaged = checkpoint[KEY], self._averaged
+        model: Any = pl_module.model
+        averaged.module.load_state_dict(model.state_dict())
         averaged.n_averaged.copy_(kept["updates"])
         weights = {name.removeprefix(PREFIX): value for name, value in kept["weights"].items()}
-        model.load_state_dict(weights)  # type: ignore[operator, union-attr]
+        model.load_state_dict(weights)

@@ -30,8 +30,8 @@ class Means(Likelihood):
     def __init__(self, own: Likelihood, density: Likelihood) -> None:
         super().__init__()
         self.own, self.density = own, density
-        self.name, self.measure = density.name, density.measure  # type: ignore[misc]
-        self.normalised = density.normalised  # type: ignore[misc]
+        self.name, self.measure = density.name, density.measure
+        self.normalised = density.normalised
 
     def parameter_shape(self, input_shape: Sequence[int]) -> tuple[int, ...]:
         return self.own.parameter_shape(input_shape)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import abc
 import math
 from collections.abc import Sequence
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -35,9 +34,9 @@ class Likelihood(nn.Module, abc.ABC):
     no value without; all others ignore it.
     """
 
-    name: ClassVar[str]
-    measure: ClassVar[str]
-    normalised: ClassVar[bool] = True
+    name: str
+    measure: str
+    normalised: bool = True
     numbers: int = 1
     """Of `parameters` for each value of x."""
 

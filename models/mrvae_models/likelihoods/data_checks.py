@@ -26,7 +26,7 @@ def _parts(x: Rows) -> Iterator[Tensor]:
 
 
 def _floats(x: Rows, name: str, remedy: str) -> None:
-    dtype: torch.dtype = x.dtype  # type: ignore[attr-defined]  # a Tensor's and a Compact's
+    dtype = x.dtype
     if not dtype.is_floating_point:
         first = next(_parts(x))
         raise ValueError(

@@ -55,7 +55,7 @@ class TextCategorical(Likelihood):
         return drawn.view(probabilities.shape[:-1])
 
     def check_data(self, x: Rows) -> None:
-        dtype: torch.dtype = x.dtype  # type: ignore[attr-defined]
+        dtype = x.dtype
         if dtype.is_floating_point or len(x.shape) != 2:
             raise ValueError(
                 f"the data are {dtype}, shape {tuple(x.shape)}; a likelihood of tokens expected whole numbers, (N, T), "
