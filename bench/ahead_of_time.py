@@ -2,13 +2,15 @@
 
 Every variant that the kernels' modules name, for an A100, an H100 or H200, a B200 and an MI300: registers and spills to
 memory a thread, shared memory a program, from the compiler's own reports. The exit code is 1 where a variant does not
-compile, spills, or wants more shared memory than there is; the last lines name it.
+compile, spills, or wants more shared memory than there is; the last lines name it. A result file says which sources it
+is of: the tests compile a part of the variants again, and refuse a file of other sources.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import importlib
 import inspect
 import io
@@ -41,6 +43,13 @@ MODULES = tuple(module.name for module in pkgutil.iter_modules(triton_kernels.__
 
 SHARED_BYTES = {"sm_80": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
 """Shared memory a program, by target; sm_80's is that of sm_86 and sm_89, which take the same block sizes."""
+
+
+
+def digests() -> dict[str, str]:
+    """SHA-256 of every file of mrvae_kernels.triton_kernels: kernels, their variants and their block sizes."""
+    files = sorted(Path(folder, name) for folder in triton_kernels.__path__ for name in os.listdir(folder))
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.suffix == ".py"}
 
 
 class Job(NamedTuple):
@@ -215,6 +224,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--targets", nargs="+", default=list(SHARED_BYTES), help=f"default: {' '.join(SHARED_BYTES)}", metavar="TARGET"
     )
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="each N-th variant alone (default 1: all)")
     parser.add_argument("--jobs", type=int, default=2, help="processes (default 2)")
     options = parser.parse_args(arguments)
     if INTERPRETED:
@@ -222,14 +232,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in options.targets:
         if not re.fullmatch(r"sm_\d{2,3}|gfx\w+", name):
             parser.error(f"target is {name!r}; expected {', '.join(SHARED_BYTES)} or another sm_... or gfx...")
-    if options.jobs < 1:
-        parser.error(f"--jobs is {options.jobs}; expected a positive number")
+    for name in ("jobs", "every"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name} is {getattr(options, name)}; expected a positive number")
     started = time.perf_counter()
     with contextlib.ExitStack() as stack:
         if "TRITON_CACHE_DIR" not in os.environ:  # its own, so that it measures the compiler and leaves nothing behind
             os.environ["TRITON_CACHE_DIR"] = stack.enter_context(tempfile.TemporaryDirectory())
             stack.callback(os.environ.pop, "TRITON_CACHE_DIR", None)
-        jobs = jobs_of(options.only, options.targets, options.contains)
+        jobs = jobs_of(options.only, options.targets, options.contains)[:: options.every]
         if not jobs:
             parser.error(f"no variant of {', '.join(options.only)} has {options.contains!r} in its label")
         print(f"{len(jobs)} variants; spill: bytes a thread stores and loads (gfx: registers); forced: those it must")
@@ -250,7 +261,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             result.pop("seconds", None)
         versions = {**machine(), "triton": triton.__version__}
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps({"machine": versions, "results": results}, indent=1) + "\n")
+        document = {"machine": versions, "sources": digests(), "results": results}
+        options.out.write_text(json.dumps(document, indent=1) + "\n")
         print(f"written: {options.out}")
     return 1 if problems else 0
 
