@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from . import functional
+from . import functional, sample_norms
 from .gates import GateSpec
 from .recurrent import gated_recurrent, recurrent_rows
 from .reference import along
@@ -248,6 +248,9 @@ class NormAdapter(Adapter):
     ) -> Tensor:
         if isinstance(layer, _InstanceNorm) and x.dim() == layer._get_no_batch_dim():
             raise ValueError(f"x has shape {tuple(x.shape)}, no batch axis; expected one beta, not one a sample")
+        if activation is None and sample_norms.takes(layer, x, gate):
+            offset = gate * layer.bias if layer.bias is not None else torch.zeros_like(gate)
+            return sample_norms.batch_norm(layer, x, gate * layer.weight, offset if shift is None else offset + shift)
         normalized = layer.plain.forward(layer, x)
         return functional.epilogue(normalized, None, gate, shift, 1, activation)
 

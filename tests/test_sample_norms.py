@@ -1,0 +1,162 @@
+"""Batch norms with one affine a sample: the formula in plain PyTorch, in float64, and what they keep and update."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from helpers import BETA, randomize
+from torch import Tensor, nn
+
+import mrvae_kernels as mk
+from mrvae_kernels import ops, sample_norms
+
+pytestmark = pytest.mark.skipif(not ops.EXTENSION, reason="the compiled core is not built")
+
+NORMS = {1: (nn.BatchNorm1d, ()), 2: (nn.BatchNorm2d, (4, 3)), 3: (nn.BatchNorm3d, (2, 3, 2))}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "usual": {}, "cumulative": {"momentum": None}, "no statistics": {"track_running_stats": False}, "eps": {"eps": 0.1},
+}
+
+
+def made(dims: int, dtype: torch.dtype = torch.float64, **options: Any) -> tuple[Any, Any, Tensor]:
+    """A plain norm, a gated one with the same values, and an input; 4 channels, a sample for each of BETA."""
+    kind, positions = NORMS[dims]
+    plain = randomize(kind(4, dtype=dtype, **options))
+    spec = mk.GateSpec("softplus", shift=True)
+    gated = getattr(mk, f"Gated{kind.__name__}").from_plain(copy.deepcopy(plain), gate=spec)
+    return plain, gated, (3 + 2 * torch.randn(len(BETA), 4, *positions, dtype=dtype)).requires_grad_()
+
+
+def affine(gated: Any, dims: int) -> tuple[Tensor, Tensor]:
+    """Gate and shift, (N, C, 1, ...), of reference operators."""
+    eta = mk.standardize(BETA, dtype=gated.gate_weight.dtype)
+    with mk.override(backend="reference"):
+        gate = nn.functional.softplus(eta[:, None] * gated.gate_weight + gated.gate_bias)
+        shift = eta[:, None] * gated.shift_weight + gated.shift_bias
+    return (value.reshape(len(BETA), 4, *[1] * len(NORMS[dims][1])) for value in (gate, shift))
+
+
+@pytest.mark.parametrize("dims", NORMS)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("training", [True, False])
+def test_norm_gate_and_shift_are_the_formula_s(dims, options, training):
+    plain, gated, x = made(dims, **options)
+    for norm in (plain, gated):
+        norm(x.detach(), *([] if norm is plain else [0.5]))  # running statistics that are not the first ones
+        norm.train(training)
+    gate, shift = affine(gated, dims)
+    y, expected = gated(x, BETA), gate * plain(x) + shift
+    assert type(y.grad_fn).__name__ == "_SampleNormBackward"
+    torch.testing.assert_close(y, expected)
+    for ours, theirs in zip(gated.buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    grad = torch.randn_like(y)
+    names = [name for name, _ in gated.named_parameters()]
+    assert len(names) == 6
+    inputs = [x, *gated.parameters()]
+    got = torch.autograd.grad(y, inputs, grad)
+    theirs = {"weight": plain.weight, "bias": plain.bias}
+    wanted = torch.autograd.grad(expected, [x, *(theirs.get(n, p) for n, p in gated.named_parameters())], grad)
+    for name, ours, other in zip(["x", *names], got, wanted, strict=True):
+        torch.testing.assert_close(ours, other, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("of_batch", [True, False])
+def test_gradcheck(of_batch):
+    _, gated, x = made(2)
+    gated.train(of_batch)
+
+    def function(x: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+        assert sample_norms.takes(gated, x, scale)
+        return sample_norms.batch_norm(gated, x, scale, offset)
+
+    affine = [torch.randn(len(BETA), 4, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    assert torch.autograd.gradcheck(function, [x, *affine])
+    scale, offset = affine
+    for frozen in range(3):
+        inputs = [value.detach().requires_grad_(i != frozen) for i, value in enumerate((x, scale, offset))]
+        assert torch.autograd.gradcheck(function, inputs)
+    y = function(x, scale, offset)
+    (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_strides_of_the_input_are_kept_and_any_gradient_s_are_taken():
+    plain, gated, x = made(2)
+    x = x.detach().to(memory_format=torch.channels_last).requires_grad_()
+    gate, shift = affine(gated, 2)
+    y, expected = gated(x, BETA), gate * plain(x) + shift
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    for grad in (torch.randn(y.shape, dtype=y.dtype), torch.ones((), dtype=y.dtype).expand(y.shape)):
+        (got,), (wanted,) = (torch.autograd.grad(value, [x], grad, retain_graph=True) for value in (y, expected))
+        torch.testing.assert_close(got, wanted)
+
+
+def test_an_input_far_from_zero_loses_no_digits_to_its_mean():
+    """A mean of 3,000 standard deviations, in float32: what float32 leaves of x itself is 2e-4 of its deviation."""
+    plain, gated, x = made(2, torch.float32)
+    x = (3000 + torch.randn(x.shape)).requires_grad_()
+    exact, of = (copy.deepcopy(layer).double() for layer in (plain, gated))
+    wide = x.detach().double().requires_grad_()
+    gate, shift = affine(of, 2)
+    y, expected = gated(x, BETA), gate * exact(wide) + shift
+    grad = torch.randn(y.shape)
+    (got,), (wanted,) = torch.autograd.grad(y, [x], grad), torch.autograd.grad(expected, [wide], grad.double())
+    torch.testing.assert_close(y, expected.float(), rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(got, wanted.float(), rtol=2e-3, atol=2e-3)
+
+
+def test_of_the_activations_the_input_alone_is_kept():
+    _, gated, x = made(2)
+    kept: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = gated(x, BETA)
+    large = [tensor for tensor in kept if tensor.numel() == x.numel()]
+    assert [tensor.data_ptr() for tensor in large] == [x.data_ptr()]
+    y.detach().zero_()  # an activation in place, say
+    y.sum().backward()
+
+
+OTHERS: dict[str, Any] = {
+    "bfloat16": lambda norm, x: (norm.bfloat16(), x.bfloat16()),
+    "SyncBatchNorm": lambda norm, x: (nn.SyncBatchNorm(4, dtype=torch.float64).eval(), x),
+    "reference": lambda norm, x: (norm, x),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_what_is_not_taken_goes_the_usual_way(case):
+    norm, x = OTHERS[case](randomize(nn.BatchNorm2d(4, dtype=torch.float64)), made(2)[2].detach())
+    model = mk.multirate(nn.Sequential(norm), gates="softplus")
+    with mk.override(backend="reference" if case == "reference" else "cpp"):
+        y = model(x.requires_grad_(), beta=torch.tensor(BETA))
+        one = torch.cat([model.eval()(x, beta=beta)[i : i + 1] for i, beta in enumerate(BETA)])
+        each = model.eval()(x, beta=torch.tensor(BETA))
+    names, node = set(), y.grad_fn
+    while node is not None and type(node).__name__ not in names:
+        names.add(type(node).__name__)
+        node = node.next_functions[0][0] if node.next_functions else None
+    assert "_SampleNormBackward" not in names
+    rounding = {"rtol": 2e-2, "atol": 2e-2} if case == "bfloat16" else {}  # one beta folds: g w is rounded as well
+    torch.testing.assert_close(each, one, **rounding)
+
+
+def test_vmap_and_one_element_a_channel():
+    _, gated, x = made(1)
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
+        gated(x[:1], BETA[:1])
+    gated.eval()
+    stacked = torch.stack([x, 2 * x]).detach()
+    together = torch.func.vmap(lambda values: gated(values, BETA))(stacked)
+    torch.testing.assert_close(together, torch.stack([gated(values, BETA) for values in stacked]))
+    with pytest.raises(ValueError, match="expected 2D or 3D"):
+        gated(torch.randn(len(BETA), 4, 2, 2, dtype=torch.float64), BETA)
