@@ -2,7 +2,7 @@
 
     z = S x_hat + T,   x_hat = (x - mu) rstd,   S and T (N, C)
 
-Normalising first and scaling then is one more pass over the activations, and keeps one more tensor for the backward pass:
+Normalising first and scaling then is one more pass over the activations, and one more tensor for the backward pass:
 27 % of a step's memory in a small NVAE with 31 gated norms. Here the epilogue does both, of x itself, and the backward
 pass needs x, which a norm keeps in any case:
 
