@@ -15,7 +15,7 @@ from typing import Any
 
 from .likelihood_names import LIKELIHOOD_NAMES, check_likelihood_options
 from .network_names import DEFAULT_LIKELIHOODS, NETWORK_NAMES
-from .objective_options import LVAE_FORMS, OBJECTIVES, TCVAE_SAMPLING, check_objective, chosen_together
+from .objective_options import LVAE_FORMS, OBJECTIVES, SIGMAS, TCVAE_SAMPLING, check_objective, chosen_together
 from .options import check_format, check_type, expect, parse_duration, parse_gate, parse_setting, read_json
 from .recipes import RECIPES, default_recipe, gate_fields, recipe_options
 
@@ -330,6 +330,14 @@ class TrainConfig:
         metavar="FACTOR",
         parse=float,
     )
+    sigma_from: str = _option(
+        "training",
+        "the sigma that a decoder of one sigma keeps (--likelihood gaussian-shared, -optimal; -image: in samples): "
+        "that of 'training', as in the papers, or the likeliest for the 'validation' examples, measured once training "
+        "is over: larger by what the network errs more on examples that it has not seen",
+        "objective",
+        choices=SIGMAS,
+    )
     schedule: str = _option(
         FROM_RECIPE,
         "learning rate over the run: cosine down to --final-lr, linear down to it over the last 30 %, constant, or "
@@ -498,7 +506,7 @@ class TrainConfig:
 
 
 CHANGEABLE = frozenset(
-    ("out", "epochs", "max_time", "patience", "checkpoint_every_steps", "keep", "log_to")
+    ("out", "epochs", "max_time", "patience", "checkpoint_every_steps", "keep", "sigma_from", "log_to")
     + ("accelerator", "devices", "num_nodes", "strategy", "threads")
 )
 """Options that --resume may change: none of them changes what a step computes, except that another number of epochs

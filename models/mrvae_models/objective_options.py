@@ -9,6 +9,7 @@ from .options import expect
 OBJECTIVES = ("beta-vae", "beta-tcvae", "sigma-vae", "bs-vae", "l-vae")
 TCVAE_SAMPLING = ("weighted", "stratified")
 LVAE_FORMS = ("sum", "mean")
+SIGMAS = ("training", "validation")
 
 OPTIONS_OF: dict[str, dict[str, Any]] = {
     "beta-tcvae": {"tcvae_weights": (1.0, 1.0), "tcvae_sampling": "weighted"},
@@ -21,6 +22,9 @@ CALIBRATED: dict[str, tuple[str, ...]] = {
     "bs-vae": ("gaussian-image",),
 }
 """Likelihoods of the objectives that are one with a decoder's variance, the first being taken unless told."""
+
+OF_ONE_SIGMA = ("gaussian-shared", "gaussian-optimal", "gaussian-image")
+"""Likelihoods whose sigma, or that of their samples, is one number in a network of one beta."""
 
 OF_ONE_BETA = ("sigma-vae", "l-vae")
 """Objectives of one network without gates: the first weighs the rate by 1, the second learns what it weighs it by."""
@@ -66,6 +70,12 @@ def check_objective(config: Any) -> None:
         expect(config.likelihood in names, "likelihood", config.likelihood, expected)
     if config.objective in OF_ONE_BETA:
         _check_one_beta(config)
+    expect(
+        config.sigma_from == "training" or (config.beta is not None and config.likelihood in OF_ONE_SIGMA),
+        "sigma_from",
+        config.sigma_from,
+        f"'training' unless a network of one --beta learns one sigma: --likelihood {', '.join(OF_ONE_SIGMA)}",
+    )
 
 
 def _check_one_beta(config: Any) -> None:

@@ -83,6 +83,12 @@ def squared_errors(model: nn.Module, dataset: Examples, beta: float, **settings:
     return measured._replace(distortion=measured.distortion / (math.pi * dimensions))
 
 
+def likeliest_sigma(model: nn.Module, dataset: Examples, beta: float, **settings: Any) -> float:
+    """The one sigma of a Gaussian around the decoder's means at which these examples are likeliest: the root of their
+    mean squared error a dimension (sigma-VAE, Eq. 8). settings as squared_errors() has them."""
+    return math.sqrt(squared_errors(model, dataset, beta, **settings).distortion.mean().item())
+
+
 def gaussian_nats(mse: Tensor | float, dimensions: int, variance: float) -> Any:
     """d/2 [log(2 pi v) + MSE / v]: -log p of a Gaussian of variance v by the mean squared error, in nats."""
     return 0.5 * dimensions * (math.log(2 * math.pi * variance) + mse / variance)

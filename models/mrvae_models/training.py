@@ -65,6 +65,7 @@ from .run import (
     save_vocabulary,
     write_config,
 )
+from .scored import likeliest_sigma
 
 __all__ = ["TrainConfig", "TrainResult", "TrainingInterrupted", "train"]
 
@@ -121,7 +122,7 @@ def train(config: TrainConfig, resume: bool = False, force: bool = False, progre
         check_checkpoint(checkpoint, description, config, last)
         _load_weights(model, checkpoint, last)
         if checkpoint[KEY]["stopped_early"] or _epochs_done(checkpoint) >= config.epochs:
-            return _finish(config, description, model, checkpoint, None)
+            return _finish(config, description, model, checkpoint, validation_set, None)
         del checkpoint
     elif first and force:
         remove_run(directory)
@@ -132,7 +133,7 @@ def train(config: TrainConfig, resume: bool = False, force: bool = False, progre
         seconds = _fit(
             config, description, model, loader, train_set, validation_set, last if resume else None, progress
         )
-    return _finish(config, description, model, read_checkpoint(last), seconds)
+    return _finish(config, description, model, read_checkpoint(last), validation_set, seconds)
 
 
 def _fit(
@@ -203,9 +204,10 @@ def _finish(
     description: dict[str, Any],
     model: nn.Module,
     checkpoint: dict[str, Any],
+    validation_set: InMemory,
     seconds: float | None,
 ) -> TrainResult:
-    """Write model.safetensors from the last or the best checkpoint."""
+    """Write model.safetensors from the last or the best checkpoint, with the sigma that the run keeps."""
     directory = config.directory
     saved = checkpoint[KEY]
     steps = checkpoint["global_step"]
@@ -220,6 +222,9 @@ def _finish(
             checkpoint = read_checkpoint(directory / BEST)
     model = model.cpu()
     _load_weights(model, checkpoint, directory)
+    if config.sigma_from == "validation":
+        assert config.beta is not None  # checked with the options
+        plain_network(model).likelihood.set_sigma(likeliest_sigma(model.eval(), validation_set, config.beta))
     if is_first_process():
         learned = learned_values(config, plain_network(model), checkpoint["state_dict"])
         if learned is not None:

@@ -87,9 +87,11 @@ def test_all_methods_are_scored_the_same_way(folder):
             assert row["variance_ratio"] == pytest.approx(METRICS["variance_ratio"](model, test_set, 1.0))
             if "image" not in row["line"] and row["line"] != BS_VAE:
                 assert row["nll"] == pytest.approx(METRICS["elbo"](model, test_set, 1.0) * -1, rel=1e-4)
-        training = load(str(folder / "images.npz"), "train")  # fewer than TRAINING_EXAMPLES: all of it
-        best = METRICS["nll_optimal"](model, test_set, beta, train=training)
-        assert row["nll_best"] == pytest.approx(best, rel=0.02)  # another draw of z for training examples
+        validation = load(str(folder / "images.npz"), "validation")  # fewer than EXAMPLES: all of it
+        best = METRICS["nll_optimal"](model, test_set, beta, train=validation)
+        assert row["nll_best"] == pytest.approx(best, rel=0.02)  # another draw of z for validation examples
+        if row["line"] in (*SIGMA_VAES, BS_VAE):
+            assert likelihood.sigma**2 == pytest.approx(row["mse_validation"])
         assert row["rate"] == pytest.approx(row["mi"] + row["marginal_kl"], rel=0.3, abs=0.5)  # their z are draws
 
 
@@ -118,9 +120,9 @@ def test_the_page_and_the_picture_say_what_was_compared(folder):
     epochs, betas = course_of(folder / "whole" / "runs" / learned["run"] / "metrics.csv", learned)
     assert epochs == [1, 2] and betas[-1] == learned["own_beta"]
     optimal = next(row for row in rows if row["line"] == "BS-VAE" and row["beta"] == 10)
-    assert course_of(folder / "whole" / "runs" / optimal["run"] / "metrics.csv", optimal)[1][-1] == pytest.approx(
-        optimal["own_beta"]
-    )
+    sigmas = folder / "whole" / "runs" / optimal["run"] / "metrics.csv"
+    in_training = [float(each["train/sigma"]) for each in csv.DictReader(sigmas.read_text().splitlines())]
+    assert course_of(sigmas, optimal) == ([1, 2], [10 * sigma**2 for sigma in in_training])
 
 
 def test_killed_half_way_it_goes_on_and_ends_with_the_same_bytes(folder, monkeypatch):
@@ -155,7 +157,7 @@ def curve(seed=0):
     betas = np.geomspace(0.001, 10, 33)
     return [
         row(
-            MULTIRATE, beta, seed, own_beta=beta, mse_train=0.02 + beta / 3, error_train=50 * (0.02 + beta / 3),
+            MULTIRATE, beta, seed, own_beta=beta, mse_validation=0.02 + beta / 3, error_train=50 * (0.02 + beta / 3),
             rate_train=4 / beta**2, nll=abs(math.log(beta / 0.1)), nll_train=abs(math.log(beta / 0.05)),
         )
         for beta in betas

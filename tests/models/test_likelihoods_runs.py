@@ -16,6 +16,7 @@ from mrvae_models.metrics import bound
 from mrvae_models.networks import NETWORKS, build
 from mrvae_models.pictures import pictures
 from mrvae_models.run import load_model, load_split
+from mrvae_models.scored import squared_errors
 from mrvae_models.training import train
 
 import mrvae_kernels as mk
@@ -174,3 +175,57 @@ def test_options_of_a_likelihood_go_with_its_name():
     assert network.likelihood.components == 2
     with pytest.raises(ValueError, match="likelihood_options.*need a likelihood's name"):
         build("mlp", (4,), likelihood_options={"components": 2})
+
+
+@pytest.mark.parametrize("name", ["gaussian-shared", "gaussian-optimal", "gaussian-image"])
+def test_sigma_from_validation_is_the_likeliest_there(config, name, tmp_path):
+    """Of a run that is told so at once, and of one that had ended without."""
+    config = replace(config, likelihood=name, beta=0.7, epochs=6)
+    before = train(config, progress=False).model.likelihood.sigma
+    measured = replace(config, sigma_from="validation")
+    resumed = train(measured, resume=True, progress=False)
+    fresh = train(replace(measured, out=str(tmp_path / "fresh")), progress=False)
+    model, _ = load_model(fresh.directory)
+    errors = squared_errors(model, load_split(config, "validation"), 0.7).distortion
+    assert model.likelihood.sigma == pytest.approx(errors.mean().sqrt().item(), rel=1e-6)
+    assert model.likelihood.sigma == resumed.model.likelihood.sigma == fresh.model.likelihood.sigma
+    assert abs(np.log(model.likelihood.sigma / before)) > 0.01
+    least = [bound_of(model, config, factor) for factor in (0.9, 1.0, 1.1)]
+    assert name == "gaussian-image" or least[1] < min(least[0], least[2])
+
+
+def bound_of(model, config, factor):
+    """D + R on the validation split at so many times the sigma that there is; sigma is put back."""
+    validation = load_split(config, "validation")
+    sigma = model.likelihood.sigma
+    model.likelihood.set_sigma(factor * sigma)
+    (point,) = evaluate(model, validation, [0.7]).points
+    model.likelihood.set_sigma(sigma)
+    return point.distortion + point.rate
+
+
+@pytest.mark.parametrize(
+    ("options", "objective"), [({"likelihood": "gaussian", "beta": 1.0}, "beta-vae"), ({}, "beta-vae"), ({}, "l-vae"),
+                               ({"likelihood": "gaussian-shared"}, "beta-vae"),
+                               ({"likelihood": "gaussian-pixel"}, "sigma-vae")],
+)  # fmt: skip
+def test_sigma_from_validation_is_refused_where_there_is_no_one_sigma(config, options, objective):
+    with pytest.raises(ValueError, match="sigma_from is 'validation'; expected 'training' unless a network of one"):
+        replace(config, sigma_from="validation", objective=objective, **options).check()
+
+
+def test_set_sigma_is_one_positive_number_of_a_likelihood_with_one_sigma(config):
+    for name in ("gaussian-shared", "gaussian-optimal", "gaussian-image"):
+        one, many = (build("mlp", (3, 5, 5), 3, likelihood=name, likelihood_options=options).likelihood
+                     for options in ({}, {"beta_range": (0.1, 1.0)}))  # fmt: skip
+        for sigma in (0.05, 3.0):
+            one.set_sigma(sigma)
+            assert one.sigma == pytest.approx(sigma, rel=1e-5)
+        one.set_sigma(1e-30)
+        least = one.scale.minimum if name == "gaussian-shared" else one.min_log_sigma
+        assert one.sigma == pytest.approx(np.exp(least), rel=1e-4)
+        for sigma in (0.0, -1.0, float("nan"), float("inf")):
+            with pytest.raises(ValueError, match=f"sigma is {sigma}; expected a positive, finite"):
+                one.set_sigma(sigma)
+        with pytest.raises(ValueError, match="a function of beta here"):
+            many.set_sigma(0.1)

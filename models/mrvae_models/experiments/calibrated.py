@@ -23,11 +23,13 @@ BS_BETAS = (0.1, 10.0)
 """Beside 1, where a BS-VAE is the sigma-VAE with a variance per image."""
 
 NOTE = """\
-The plane is of every decoder's means with sigma = 1; a run's own beta is beta sigma^2 for its sigma^2, or L-VAE's
-learned beta, and 'beta' in the tables what it was trained with (L-VAE: what it started from). -log p is bounded with
-single draws of z: for beta-VAEs and the multi-rate run with the variance that beta implies, sigma^2 = beta in this
-code's convention, as in sigma-VAE's Table 1, whose betas are twice ours; for a variance per image, which is no density
-of x, with their mean over training. Photographs: --data FILE.npz; --full is SVHN."""
+All weights are those of the epoch with the best objective on the validation split, and a decoder's own sigma is the
+likeliest for that split: what a network errs on its training examples is less than on others. The plane is of every
+decoder's means with sigma = 1; a run's own beta is beta sigma^2 for its sigma^2, or L-VAE's learned beta, and 'beta' in
+the tables what it was trained with (L-VAE: what it started from). -log p is bounded with single draws of z: for
+beta-VAEs and the multi-rate run with the variance that beta implies, sigma^2 = beta in this code's convention, as in
+sigma-VAE's Table 1, whose betas are twice ours; for a variance per image, which is no density of x, with their mean.
+Photographs: --data FILE.npz; --full is SVHN."""
 
 BETWEEN = 4
 """The curve has so many betas for each step between those of the beta-VAEs."""
@@ -38,6 +40,7 @@ def runs(settings: Settings) -> list[Run]:
     own = ("beta_range", "likelihood", "sigma")
     shared = {name: value for name, value in settings.options.items() if name not in own}
     logged = {**shared, "log_to": ("csv",)}
+    own_sigma = {**logged, "sigma_from": "validation"}
     low, high = settings.options.get("beta_range", RANGE)
     betas = settings.betas((low, high))
     fine = Settings(settings.seeds, BETWEEN * (len(betas) - 1) + 1, {**shared, "beta_range": (low, high)})
@@ -46,9 +49,9 @@ def runs(settings: Settings) -> list[Run]:
         for beta in betas:
             found.append(_run(BETA_VAE, seed, beta, shared, likelihood="gaussian"))
         for line, likelihood in SIGMA_VAES.items():
-            found.append(_run(line, seed, 1.0, logged, objective="sigma-vae", likelihood=likelihood))
+            found.append(_run(line, seed, 1.0, own_sigma, objective="sigma-vae", likelihood=likelihood))
         for beta in BS_BETAS:
-            found.append(_run(BS_VAE, seed, beta, logged, objective="bs-vae", likelihood="gaussian-image"))
+            found.append(_run(BS_VAE, seed, beta, own_sigma, objective="bs-vae", likelihood="gaussian-image"))
         found.append(_run(L_VAE, seed, 1.0, logged, objective="l-vae", likelihood="gaussian"))
     return found
 

@@ -2,11 +2,11 @@
 
     rate, distortion, objective, elbo, ...   of the decoder's means with sigma = 1, on the test split: the shared plane
     own_beta        the beta of that plane's curve where the run has landed: beta sigma^2, or learned
-    nll             bound on -log p at the run's own variance: sigma^2 as learned, of per-image ones their mean over
-                    training, and own_beta of those trained with sigma = 1, as sigma-VAE's Table 1 has it
+    nll             bound on -log p at the run's own variance: sigma^2 as the run has it, of per-image ones their mean,
+                    and own_beta of those trained with sigma = 1, as sigma-VAE's Table 1 has it
     nll_train       the same on training examples
-    nll_best        the first at the best constant variance of training examples
-    mse, mse_train  mean squared error a dimension on test and training examples
+    nll_best        the first at the best constant variance of validation examples
+    mse, mse_train, mse_validation  mean squared error a dimension on test, training and validation examples
     error_train, rate_train         E = SSE / 2 and R on training examples
     mi, marginal_kl                 the rate's two parts (sigma-VAE, Figure 3)
     variance_ratio, bin_error, coverage_50, coverage_95      of the decoder's own variance
@@ -41,8 +41,8 @@ from ..selection import call_metric, metric_called
 from ..vae import dimensions_of
 from .plan import Evaluation
 
-TRAINING_EXAMPLES = 1000
-"""Of which the best constant variance is taken."""
+EXAMPLES = 1000
+"""Of the training and of the validation split, at most."""
 
 UNIT = Gaussian(1.0)
 
@@ -54,16 +54,16 @@ def calibrated_columns(
     test_set = dataset_for(model, config, "test", directory)
     if tokens_of(test_set) is not None:
         raise ValueError(f"{config.data} holds text; expected images, for whose decoders there is a variance")
-    train_set = _some(dataset_for(model, config, "train", directory))
-    rows = [_row(config, model, beta, evaluation, directory, test_set, train_set) for beta in betas]
+    others = [_some(dataset_for(model, config, split, directory)) for split in ("train", "validation")]
+    rows = [_row(config, model, beta, evaluation, directory, test_set, *others) for beta in betas]
     return {name: [row[name] for row in rows] for name in rows[0]}
 
 
 def _some(dataset: Any) -> Any:
-    """The same TRAINING_EXAMPLES of a set at every beta and in every run."""
+    """The same EXAMPLES of a set at every beta and in every run."""
     order = torch.randperm(len(dataset.examples), generator=torch.Generator().manual_seed(0))
     part = copy.copy(dataset)
-    part.examples = dataset.examples[order[:TRAINING_EXAMPLES].sort().values]
+    part.examples = dataset.examples[order[:EXAMPLES].sort().values]
     return part
 
 
@@ -75,6 +75,7 @@ def _row(
     directory: Path,
     test_set: Any,
     train_set: Any,
+    validation_set: Any,
 ) -> dict[str, float]:
     network = plain_network(model)
     dimensions = dimensions_of(network)
@@ -94,6 +95,8 @@ def _row(
     mse = 2 * point.distortion / dimensions - math.log(2 * math.pi)
     trained = squared_errors(model, train_set, own_beta, calibration=batch_norms)
     mse_train, rate_train = trained.distortion.mean().item(), trained.rate.mean().item()
+    held_out = squared_errors(model, validation_set, own_beta, calibration=batch_norms)
+    mse_validation = held_out.distortion.mean().item()
     over = posteriors(model, test_set, own_beta, calibration=batch_norms, wanted_by="mutual information")
     parts = information(over, dimensions=False)
     found = calibrate(
@@ -103,9 +106,10 @@ def _row(
         "own_beta": own_beta,
         "nll": gaussian_nats(mse, dimensions, variance) + point.rate,
         "nll_train": gaussian_nats(mse_train, dimensions, variance) + rate_train,
-        "nll_best": gaussian_nats(mse, dimensions, mse_train) + point.rate,
+        "nll_best": gaussian_nats(mse, dimensions, mse_validation) + point.rate,
         "mse": mse,
         "mse_train": mse_train,
+        "mse_validation": mse_validation,
         "error_train": 0.5 * dimensions * mse_train,
         "rate_train": rate_train,
         "mi": parts.mutual_information,

@@ -14,7 +14,7 @@ COLUMNS = {
     "own beta": ("own_beta", 4),
     "-log p <, training": ("nll_train", 1),
     "-log p <": ("nll", 1),
-    "at the best sigma": ("nll_best", 1),
+    "at validation's sigma": ("nll_best", 1),
     "rate": ("rate", 2),
     "MSE": ("mse", 5),
     "mutual information": ("mi", 2),
@@ -56,10 +56,10 @@ def solved(points: Sequence[Row], own: Callable[[Row], float]) -> float | None:
 
 
 OWN: Mapping[str, Callable[[Row], float]] = {
-    "sigma-VAE": lambda row: row["mse_train"],
+    "sigma-VAE": lambda row: row["mse_validation"],
     L_VAE: lambda row: math.sqrt(row["error_train"] / max(row["rate_train"], 1e-12)),
 }
-"""A method's own beta on the multi-rate curve (operating.py)."""
+"""A method's own beta on the multi-rate curve (operating.py), by the examples that its sigmas are of."""
 
 
 def fixed_points(rows: Sequence[Row]) -> dict[str, list[float]]:
@@ -77,7 +77,7 @@ BOUNDS = {"training examples": "nll_train", "the test split": "nll"}
 def learned_betas(rows: Sequence[Row]) -> str:
     """Learned betas beside those solved for on the curve and the best fixed one, and what that says of the bounds.
 
-    On training examples, where variances are learned, as well as on the test split, whose errors may be larger.
+    On training examples as well as on the test split, whose errors may be larger.
     """
     found = fixed_points(rows)
     own = {line: [row["own_beta"] for row in rows if row["line"] == line] for line in by_line(rows)}

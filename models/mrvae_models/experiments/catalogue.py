@@ -208,6 +208,8 @@ _LIST = [
             "network_options": {"channels": 8},
             "beta_range": calibrated.RANGE,
             "epochs": 60,
+            "validate_every": 1,
+            "keep": "best",
         },
         full={"data": "svhn", "network_options": {"channels": 32}, "epochs": 10},
         seeds=(0,),

@@ -37,6 +37,21 @@ class CalibratedGaussian(Continuous):
     def _keep(self, beta: float) -> None:
         """Become the likelihood of this one beta."""
 
+    @abc.abstractmethod
+    def _set(self, sigma: float) -> None:
+        """Have this sigma, which is one number."""
+
+    def set_sigma(self, sigma: float) -> None:
+        """Have this one standard deviation from now on, e^min_log_sigma at least (gaussian-image: in samples).
+
+        ValueError where it is not positive and finite, or sigma is a function of beta: take at(beta).
+        """
+        if self.depends_on_beta:
+            raise ValueError(f"sigma is {sigma}, one number, and a function of beta here: set that of at(beta)")
+        if not (math.isfinite(sigma) and sigma > 0):
+            raise ValueError(f"sigma is {sigma}; expected a positive, finite standard deviation, e.g. 0.1")
+        self._set(sigma)
+
     @property
     def sigma(self) -> float:
         """The standard deviation now. ValueError where it is a function of beta: sigma_at(beta)."""
@@ -102,6 +117,9 @@ class GaussianShared(CalibratedGaussian):
     def _keep(self, beta: float) -> None:
         self.scale.keep(beta)
 
+    def _set(self, sigma: float) -> None:
+        self.scale.set(sigma)
+
     def extra_repr(self) -> str:
         return f"min_log_sigma={self.scale.minimum}"
 
@@ -128,6 +146,9 @@ class _Analytic(CalibratedGaussian):
 
     def _keep(self, beta: float) -> None:
         self.running.keep(beta)
+
+    def _set(self, sigma: float) -> None:
+        self.running.set(sigma**2)
 
     def extra_repr(self) -> str:
         return f"min_log_sigma={self.min_log_sigma}"

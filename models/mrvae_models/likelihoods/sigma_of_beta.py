@@ -82,8 +82,17 @@ class LearnedLogSigma(nn.Module):
         if math.log(sigma) <= minimum:
             raise ValueError(f"sigma is {sigma}, and its log is clipped at {minimum}; expected more than e^{minimum}")
         self.knots, self.minimum = knots, minimum
-        above = math.log(sigma) - minimum  # soft_clip backwards: the log of e^above - 1
-        self.log_sigma = nn.Parameter(torch.full((knots.count,), minimum + above + math.log(-math.expm1(-above))))
+        self.log_sigma = nn.Parameter(torch.full((knots.count,), self._clipped_to(math.log(sigma))))
+
+    def _clipped_to(self, log_sigma: float) -> float:
+        """The l of which soft_clip() makes log_sigma, or, at the minimum, what float32 tells from it."""
+        above = max(log_sigma - self.minimum, 1e-6 * max(1.0, abs(self.minimum)))
+        return self.minimum + above + math.log(-math.expm1(-above))
+
+    @torch.no_grad()
+    def set(self, sigma: float) -> None:
+        """Have this sigma at every beta."""
+        self.log_sigma.fill_(self._clipped_to(math.log(sigma)))
 
     def forward(self, beta: Beta | None, like: Tensor) -> Tensor:
         """(N,) for one beta an example, else (1,), with the dtype of `like`."""
@@ -174,6 +183,12 @@ class RunningVariance(nn.Module):
         seen = self.weight.max().reshape(1).clone()
         self.total, self.weight = self.at(beta, self.total) * seen, seen
         self.knots = Knots(None, self.knots.count)
+
+    @torch.no_grad()
+    def set(self, variance: float) -> None:
+        """Have this average at every beta."""
+        self.total.fill_(max(variance, self.least))
+        self.weight.fill_(1.0)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RunningVariance:
         """`.half()` and the like stop at float32: a hundredth of a batch is lost in 8 bits."""
