@@ -45,11 +45,11 @@ SHARED_BYTES = {"sm_80": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx
 """Shared memory a program, by target; sm_80's is that of sm_86 and sm_89, which take the same block sizes."""
 
 
-
 def digests() -> dict[str, str]:
-    """SHA-256 of every file of mrvae_kernels.triton_kernels: kernels, their variants and their block sizes."""
-    files = sorted(Path(folder, name) for folder in triton_kernels.__path__ for name in os.listdir(folder))
-    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.suffix == ".py"}
+    """SHA-256 of the text of each file of mrvae_kernels.triton_kernels: kernels, their variants, their block sizes."""
+    files = sorted(file for folder in triton_kernels.__path__ for file in Path(folder).glob("*.py"))
+    texts = {file.name: file.read_text(encoding="utf-8") for file in files}  # whose lines end alike everywhere
+    return {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
 
 
 class Job(NamedTuple):
@@ -63,7 +63,7 @@ class Job(NamedTuple):
         """The result's first columns."""
         variant = variants_of(self.module, self.target)[self.index]
         return {
-            "target": self.target, "module": variant.kernel.__module__.rpartition(".")[2], "variant": variant.label,
+            "target": self.target, "module": module_of(variant).rpartition(".")[2], "variant": variant.label,
             "warps": variant.warps, "stages": variant.stages,
         }
 
@@ -79,6 +79,11 @@ def variants_of(module: str, target: str) -> list[Variant]:
     """The module's variants with the block sizes of the target's architecture; none where it has no kernel."""
     variants = getattr(importlib.import_module(f"{triton_kernels.__name__}.{module}"), "variants", list)
     return variants(target) if "architecture" in inspect.signature(variants).parameters else variants()
+
+
+def module_of(variant: Variant) -> str:
+    """The kernel's module; an interpreted kernel's own is the interpreter's."""
+    return variant.kernel.fn.__module__
 
 
 def source(variant: Variant) -> ASTSource:
@@ -166,7 +171,7 @@ def jobs_of(modules: Sequence[str], targets: Sequence[str], contains: str = "") 
     for target in targets:
         for module in modules:
             for index, variant in enumerate(variants_of(module, target)):
-                kernel = (variant.kernel.__module__, variant.kernel.__name__)
+                kernel = (module_of(variant), variant.kernel.__name__)
                 content = (sorted(variant.types.items()), sorted(variant.constants.items()), sorted(variant.divisible))
                 key = (target, kernel, repr(content), variant.warps, variant.stages, repr(variant.limit))
                 if key not in seen and contains in variant.label:
@@ -235,7 +240,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in ("jobs", "every"):
         if getattr(options, name) < 1:
             parser.error(f"--{name} is {getattr(options, name)}; expected a positive number")
-    started = time.perf_counter()
+    started, sources = time.perf_counter(), digests()
     with contextlib.ExitStack() as stack:
         if "TRITON_CACHE_DIR" not in os.environ:  # its own, so that it measures the compiler and leaves nothing behind
             os.environ["TRITON_CACHE_DIR"] = stack.enter_context(tempfile.TemporaryDirectory())
@@ -254,6 +259,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"\n{len(results)} variants in {seconds:.0f} s, {len(problems)} with a problem")
     for result, found in problems:
         print(f"{result['target']} {result['module']}: {result['variant']}: {found}")
+    if digests() != sources:
+        print("the kernels' files were changed meanwhile, so that nothing can be said of them: run it again")
+        return 2
     if options.out:
         from .records import machine
 
@@ -261,7 +269,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             result.pop("seconds", None)
         versions = {**machine(), "triton": triton.__version__}
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        document = {"machine": versions, "sources": digests(), "results": results}
+        document = {"machine": versions, "sources": sources, "results": results}
         options.out.write_text(json.dumps(document, indent=1) + "\n")
         print(f"written: {options.out}")
     return 1 if problems else 0

@@ -249,8 +249,11 @@ class NormAdapter(Adapter):
         if isinstance(layer, _InstanceNorm) and x.dim() == layer._get_no_batch_dim():
             raise ValueError(f"x has shape {tuple(x.shape)}, no batch axis; expected one beta, not one a sample")
         if activation is None and sample_norms.takes(layer, x, gate):
-            offset = gate * layer.bias if layer.bias is not None else torch.zeros_like(gate)
-            return sample_norms.batch_norm(layer, x, gate * layer.weight, offset if shift is None else offset + shift)
+            if layer.bias is None:
+                offset = torch.zeros_like(gate) if shift is None else shift
+            else:
+                offset = gate * layer.bias if shift is None else torch.addcmul(shift, gate, layer.bias)
+            return sample_norms.batch_norm(layer, x, gate * layer.weight, offset)
         normalized = layer.plain.forward(layer, x)
         return functional.epilogue(normalized, None, gate, shift, 1, activation)
 

@@ -250,6 +250,14 @@ class TrainConfig:
     lvae_regulariser: bool = _option(
         True, "l-vae's S0^2 + S1^2 in the loss; without it both weights collapse (the paper's ablation)", "objective"
     )
+    sigma_from: str = _option(
+        "training",
+        "the sigma that a decoder of one sigma keeps (--likelihood gaussian-shared, -optimal; -image: in samples): "
+        "that of 'training', as in the papers, or the likeliest for the 'validation' examples, measured once training "
+        "is over: larger by what the network errs more on examples that it has not seen",
+        "objective",
+        choices=SIGMAS,
+    )
     free_bits: float = _option(
         FROM_RECIPE,
         "nats of each latent variable's (or group's) mean rate that cost nothing more when they shrink",
@@ -329,14 +337,6 @@ class TrainConfig:
         "optimisation",
         metavar="FACTOR",
         parse=float,
-    )
-    sigma_from: str = _option(
-        "training",
-        "the sigma that a decoder of one sigma keeps (--likelihood gaussian-shared, -optimal; -image: in samples): "
-        "that of 'training', as in the papers, or the likeliest for the 'validation' examples, measured once training "
-        "is over: larger by what the network errs more on examples that it has not seen",
-        "objective",
-        choices=SIGMAS,
     )
     schedule: str = _option(
         FROM_RECIPE,

@@ -70,11 +70,13 @@ def check_objective(config: Any) -> None:
         expect(config.likelihood in names, "likelihood", config.likelihood, expected)
     if config.objective in OF_ONE_BETA:
         _check_one_beta(config)
+    one_sigma = config.beta is not None and config.likelihood in OF_ONE_SIGMA
     expect(
-        config.sigma_from == "training" or (config.beta is not None and config.likelihood in OF_ONE_SIGMA),
+        config.sigma_from == "training" or one_sigma,
         "sigma_from",
         config.sigma_from,
-        f"'training' unless a network of one --beta learns one sigma: --likelihood {', '.join(OF_ONE_SIGMA)}",
+        f"'training' with beta = {config.beta} and likelihood = {config.likelihood!r}: one sigma has a network of one "
+        f"--beta with --likelihood {', '.join(OF_ONE_SIGMA)}",
     )
 
 

@@ -163,8 +163,9 @@ class Landing:
 def landing(directory: str | Path) -> Landing:
     """Where the run in a directory landed: a beta-VAE, sigma-VAE, L-VAE or BS-VAE, or a baked model.
 
-    The variance is sigma^2 as learned; of per-image ones the mean over training, so that beta sigma^2 is the mean of
-    the images' own; of per-pixel ones the mean over the run's training images. ValueError for a multi-rate run.
+    The variance is sigma^2 as learned, by which training weighed distortion against rate, whatever sigma the run has
+    from validation; of per-image ones the mean over training, so that beta sigma^2 is the mean of the images' own; of
+    per-pixel ones the mean over the run's training images. ValueError for a multi-rate run.
     """
     return landing_of(*load_model(directory), Path(directory))
 
@@ -178,7 +179,9 @@ def landing_of(model: nn.Module, document: Mapping[str, Any], directory: Path) -
     own = network.likelihood
     beta = float(document["model"]["beta"])
     name = "baked" if "baked" in document else method(config, beta)
-    return Landing(name, beta, _variance(network, config, directory), own.name)
+    trained_with = document.get("learned", {}).get("sigma")
+    variance = _variance(network, config, directory) if trained_with is None else trained_with**2
+    return Landing(name, beta, variance, own.name)
 
 
 def _variance(network: Any, config: TrainConfig, directory: Path) -> float | None:

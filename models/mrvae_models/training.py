@@ -83,7 +83,7 @@ class TrainResult:
     directory: Path
     model: nn.Module
     steps: int
-    objective: float | None  # of the best validation, nats an example; None without one
+    objective: float | None  # of the best validation, nats an example, with sigma as training had it; None without one
     seconds_per_step: float | None  # of this call; None when there was nothing left to do
 
 
@@ -222,16 +222,25 @@ def _finish(
             checkpoint = read_checkpoint(directory / BEST)
     model = model.cpu()
     _load_weights(model, checkpoint, directory)
-    if config.sigma_from == "validation":
-        assert config.beta is not None  # checked with the options
-        plain_network(model).likelihood.set_sigma(likeliest_sigma(model.eval(), validation_set, config.beta))
     if is_first_process():
         learned = learned_values(config, plain_network(model), checkpoint["state_dict"])
         if learned is not None:
             description = {**description, "beta": learned["beta"]}
-            write_config(directory, description, config=config.to_dict(), learned=learned)
+        if config.sigma_from == "validation":
+            learned = {"sigma": _take_sigma(config, model.eval(), validation_set)}
+        further = {} if learned is None else {"learned": learned}
+        write_config(directory, description, config=config.to_dict(), **further)
         save_model(directory, model, description)
     return TrainResult(directory, model.eval(), steps, saved["best"], seconds)
+
+
+def _take_sigma(config: TrainConfig, model: nn.Module, validation_set: InMemory) -> float:
+    """Give the decoder the likeliest sigma for the validation examples; returns that of training."""
+    assert config.beta is not None  # checked with the options
+    likelihood = plain_network(model).likelihood
+    of_training: float = likelihood.sigma
+    likelihood.set_sigma(likeliest_sigma(model, validation_set, config.beta))
+    return of_training
 
 
 def _load_weights(model: nn.Module, checkpoint: dict[str, Any], path: Path) -> None:

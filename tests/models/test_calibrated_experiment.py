@@ -80,7 +80,7 @@ def test_all_methods_are_scored_the_same_way(folder):
             assert row["s0_fixed"] ** 4 == pytest.approx(row["error_train"])
             assert row["s1_fixed"] ** 4 == pytest.approx(row["rate_train"])
         else:
-            assert beta == pytest.approx(row["beta"] * likelihood.sigma**2)
+            assert beta == pytest.approx(row["beta"] * document["learned"]["sigma"] ** 2)
             assert row["nll"] == pytest.approx(bound_at(model, test_set, 1.0, likelihood.sigma**2), rel=1e-4)
             training = load(str(folder / "images.npz"), "train")
             assert row["nll_train"] == pytest.approx(bound_at(model, training, 1.0, likelihood.sigma**2), rel=1e-4)
@@ -122,7 +122,9 @@ def test_the_page_and_the_picture_say_what_was_compared(folder):
     optimal = next(row for row in rows if row["line"] == "BS-VAE" and row["beta"] == 10)
     sigmas = folder / "whole" / "runs" / optimal["run"] / "metrics.csv"
     in_training = [float(each["train/sigma"]) for each in csv.DictReader(sigmas.read_text().splitlines())]
-    assert course_of(sigmas, optimal) == ([1, 2], [10 * sigma**2 for sigma in in_training])
+    epochs, betas = course_of(sigmas, optimal)
+    assert (epochs, betas) == ([1, 2], [10 * sigma**2 for sigma in in_training])
+    assert any(beta == pytest.approx(optimal["own_beta"]) for beta in betas)  # that of the epoch which was kept
 
 
 def test_killed_half_way_it_goes_on_and_ends_with_the_same_bytes(folder, monkeypatch):
@@ -157,7 +159,7 @@ def curve(seed=0):
     betas = np.geomspace(0.001, 10, 33)
     return [
         row(
-            MULTIRATE, beta, seed, own_beta=beta, mse_validation=0.02 + beta / 3, error_train=50 * (0.02 + beta / 3),
+            MULTIRATE, beta, seed, own_beta=beta, mse_train=0.02 + beta / 3, error_train=50 * (0.02 + beta / 3),
             rate_train=4 / beta**2, nll=abs(math.log(beta / 0.1)), nll_train=abs(math.log(beta / 0.05)),
         )
         for beta in betas

@@ -14,6 +14,7 @@ from mrvae_models.curve import evaluate
 from mrvae_models.likelihood_names import LIKELIHOOD_NAMES
 from mrvae_models.metrics import bound
 from mrvae_models.networks import NETWORKS, build
+from mrvae_models.operating import landing
 from mrvae_models.pictures import pictures
 from mrvae_models.run import load_model, load_split
 from mrvae_models.scored import squared_errors
@@ -182,13 +183,18 @@ def test_sigma_from_validation_is_the_likeliest_there(config, name, tmp_path):
     """Of a run that is told so at once, and of one that had ended without."""
     config = replace(config, likelihood=name, beta=0.7, epochs=6)
     before = train(config, progress=False).model.likelihood.sigma
+    weighed_by = landing(config.directory)
     measured = replace(config, sigma_from="validation")
     resumed = train(measured, resume=True, progress=False)
+    assert landing(config.directory) == weighed_by  # training weighed by its own sigma, whatever is kept after it
+    again = TrainConfig.load(config.directory / "config.json")
+    assert again == measured and train(again, resume=True, progress=False).model.likelihood.sigma != before
     fresh = train(replace(measured, out=str(tmp_path / "fresh")), progress=False)
     model, _ = load_model(fresh.directory)
     errors = squared_errors(model, load_split(config, "validation"), 0.7).distortion
     assert model.likelihood.sigma == pytest.approx(errors.mean().sqrt().item(), rel=1e-6)
     assert model.likelihood.sigma == resumed.model.likelihood.sigma == fresh.model.likelihood.sigma
+    assert train(config, resume=True, progress=False).model.likelihood.sigma == before
     assert abs(np.log(model.likelihood.sigma / before)) > 0.01
     least = [bound_of(model, config, factor) for factor in (0.9, 1.0, 1.1)]
     assert name == "gaussian-image" or least[1] < min(least[0], least[2])
@@ -210,7 +216,7 @@ def bound_of(model, config, factor):
                                ({"likelihood": "gaussian-pixel"}, "sigma-vae")],
 )  # fmt: skip
 def test_sigma_from_validation_is_refused_where_there_is_no_one_sigma(config, options, objective):
-    with pytest.raises(ValueError, match="sigma_from is 'validation'; expected 'training' unless a network of one"):
+    with pytest.raises(ValueError, match="sigma_from is 'validation'; expected .training. with beta = .*: one sigma"):
         replace(config, sigma_from="validation", objective=objective, **options).check()
 
 

@@ -23,13 +23,13 @@ BS_BETAS = (0.1, 10.0)
 """Beside 1, where a BS-VAE is the sigma-VAE with a variance per image."""
 
 NOTE = """\
-All weights are those of the epoch with the best objective on the validation split, and a decoder's own sigma is the
-likeliest for that split: what a network errs on its training examples is less than on others. The plane is of every
-decoder's means with sigma = 1; a run's own beta is beta sigma^2 for its sigma^2, or L-VAE's learned beta, and 'beta' in
-the tables what it was trained with (L-VAE: what it started from). -log p is bounded with single draws of z: for
-beta-VAEs and the multi-rate run with the variance that beta implies, sigma^2 = beta in this code's convention, as in
-sigma-VAE's Table 1, whose betas are twice ours; for a variance per image, which is no density of x, with their mean.
-Photographs: --data FILE.npz; --full is SVHN."""
+Weights are those of the epoch with the best objective on the validation split (--option keep=last: the last). The plane
+is of every decoder's means with sigma = 1; a run's own beta is beta sigma^2 for the sigma^2 of its training, or L-VAE's
+learned beta, and 'beta' in the tables what it was trained with (L-VAE: what it started from). -log p is bounded with
+single draws of z: for beta-VAEs and the multi-rate run with the variance that beta implies, sigma^2 = beta in this
+code's convention, as in sigma-VAE's Table 1, whose betas are twice ours; for decoders that learn a variance with that
+which is likeliest for the validation split, since a network errs less on its training examples than on others (for a
+variance per image, which is no density of x, with their mean). Photographs: --data FILE.npz; --full is SVHN."""
 
 BETWEEN = 4
 """The curve has so many betas for each step between those of the beta-VAEs."""

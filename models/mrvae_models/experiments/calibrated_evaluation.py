@@ -1,7 +1,7 @@
 """The numbers of `calibrated`: what Gaussian decoders of any variance have in common, of one run at its betas.
 
     rate, distortion, objective, elbo, ...   of the decoder's means with sigma = 1, on the test split: the shared plane
-    own_beta        the beta of that plane's curve where the run has landed: beta sigma^2, or learned
+    own_beta        the beta of that plane's curve where the run has landed: beta sigma^2 of training, or learned
     nll             bound on -log p at the run's own variance: sigma^2 as the run has it, of per-image ones their mean,
                     and own_beta of those trained with sigma = 1, as sigma-VAE's Table 1 has it
     nll_train       the same on training examples
@@ -84,10 +84,9 @@ def _row(
     if isinstance(model, mk.MultiRate):
         own_beta = variance = beta
     else:
-        landed = landing(directory)
-        own_beta = landed.unit_beta
-        # sigma = 1 is no variance that a beta-VAE means; those that learn theirs keep it
-        variance = own_beta if fixed else own_beta / landed.beta
+        own_beta = landing(directory).unit_beta
+        # sigma = 1 is no variance that a beta-VAE means; those that learn theirs have one
+        variance = own_beta if fixed else network.likelihood.sigma ** 2
     with scored_as(model, UNIT):
         curve = evaluate(model, test_set, [own_beta], samples=evaluation.draws, calibration=batch_norms)
     (point,) = curve.points

@@ -56,10 +56,10 @@ def solved(points: Sequence[Row], own: Callable[[Row], float]) -> float | None:
 
 
 OWN: Mapping[str, Callable[[Row], float]] = {
-    "sigma-VAE": lambda row: row["mse_validation"],
+    "sigma-VAE": lambda row: row["mse_train"],
     L_VAE: lambda row: math.sqrt(row["error_train"] / max(row["rate_train"], 1e-12)),
 }
-"""A method's own beta on the multi-rate curve (operating.py), by the examples that its sigmas are of."""
+"""A method's own beta on the multi-rate curve (operating.py)."""
 
 
 def fixed_points(rows: Sequence[Row]) -> dict[str, list[float]]:

@@ -21,7 +21,7 @@ from ..curve import Examples, evaluate
 from ..likelihoods import LEVELS_256, DiscretizedGaussian, Gaussian
 from ..likelihoods.numerics import MIN_LOG_SIGMA
 from ..run import plain_network
-from ..scored import gaussian_nats, scored_as, squared_errors
+from ..scored import gaussian_nats, likeliest_sigma, scored_as, squared_errors
 from ..vae import dimensions_of
 from .bound import DRAWS, importance_weighted_bound
 
@@ -132,5 +132,4 @@ def nll_discretised(
 
 def best_sigma(model: nn.Module, dataset: Examples, beta: float, train: Examples | None, **settings: Any) -> float:
     """The root of the mean squared error on `train`, or on `dataset` without it."""
-    over = dataset if train is None else train
-    return math.sqrt(squared_errors(model, over, beta, **settings).distortion.mean().item())
+    return likeliest_sigma(model, dataset if train is None else train, beta, **settings)

@@ -11,7 +11,8 @@ from torch import Tensor
 from ...triton_kernels.conv2d import conv2d, conv2d_backward
 from ...triton_kernels.conv_transpose2d import conv_transpose2d, conv_transpose2d_backward
 from ..fused_shapes import Gradients, fake_convolution, fake_convolution_backward
-from .define import LIBRARY, autocast, define, once_differentiable, recording, traced, unwanted
+from ..once import once_differentiable
+from .define import LIBRARY, autocast, define, recording, traced, unwanted
 from .fused import result_for_backward
 
 Geometry = tuple[Sequence[int], Sequence[int], Sequence[int], bool, Sequence[int], int]

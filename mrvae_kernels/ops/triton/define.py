@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,10 +9,6 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-ONCE = (
-    b"this operator of mrvae_kernels is differentiable once: its gradient has no derivative. For second derivatives "
-    b"compute the layer with mrvae_kernels.reference"
-)
 LIBRARY = torch.library.Library("mrvae_triton", "DEF")
 
 
@@ -64,30 +59,6 @@ def autocast_dtype(tensor: Tensor) -> torch.dtype:
 def autocast(tensor: Tensor) -> Tensor:
     """The tensor in `autocast_dtype`."""
     return tensor.to(autocast_dtype(tensor))
-
-
-def once_differentiable(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
-    """The gradients, behind a node that raises when one differentiates through them (under create_graph=True).
-
-    torch's own decorator of this name raises only where the incoming gradient requires one: a penalty on the gradients
-    of a plain sum would count for nothing, silently.
-    """
-
-    @functools.wraps(backward)
-    def guarded(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-        with torch.no_grad():
-            results = backward(ctx, *grads)
-        return tuple(_refusing(result) for result in results) if torch.is_grad_enabled() else results
-
-    return guarded
-
-
-def _refusing(result: Any) -> Any:
-    if isinstance(result, list):
-        return [_refusing(value) for value in result]
-    if result is None:
-        return None
-    return torch._C._functions.DelayedError(ONCE, 1)(result.detach().requires_grad_())
 
 
 def unwanted(gradient: Tensor, wanted: bool) -> Tensor | None:

@@ -11,7 +11,8 @@ from torch import Tensor
 from ...triton_kernels import epilogue as kernels
 from ..epilogue import fake_epilogue
 from ..fused_shapes import fake_contiguous
-from .define import LIBRARY, define, once_differentiable, recording, traced, unwanted
+from ..once import once_differentiable
+from .define import LIBRARY, define, recording, traced, unwanted
 
 
 def _fresh(u: Tensor, bias: Tensor | None, gate: Tensor, shift: Tensor | None, dim: int, activation: str) -> Tensor:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ...triton_kernels import fold as kernels
 from ..fold import fake_fold, fake_fold_backward
-from .define import LIBRARY, define, once_differentiable, recording, traced
+from ..once import once_differentiable
+from .define import LIBRARY, define, recording, traced
 
 Optional = Sequence[Tensor | None]
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ...triton_kernels import gates as kernels
 from ..gates import fake_gates, fake_gates_backward
-from .define import LIBRARY, define, once_differentiable, recording, traced
+from ..once import once_differentiable
+from .define import LIBRARY, define, recording, traced
 
 
 def _separate(weight: Tensor, bias: Tensor, eta: Tensor, sizes: Sequence[int], kinds: Sequence[int]) -> list[Tensor]:

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ...triton_kernels import linear as kernels
 from ..fused_shapes import fake_linear, fake_linear_backward
-from .define import LIBRARY, autocast, define, once_differentiable, recording, traced, unwanted
+from ..once import once_differentiable
+from .define import LIBRARY, autocast, define, recording, traced, unwanted
 from .fused import result_for_backward
 
 LINEAR = define(
