@@ -18,6 +18,7 @@ pytestmark = pytest.mark.skipif(not ops.EXTENSION, reason="the compiled core is 
 NORMS = {1: (nn.BatchNorm1d, ()), 2: (nn.BatchNorm2d, (4, 3)), 3: (nn.BatchNorm3d, (2, 3, 2))}
 OPTIONS: dict[str, dict[str, Any]] = {
     "usual": {}, "cumulative": {"momentum": None}, "no statistics": {"track_running_stats": False}, "eps": {"eps": 0.1},
+    "no bias": {"bias": False},
 }
 
 
@@ -61,7 +62,7 @@ def test_norm_gate_and_shift_are_the_formula_s(dims, options, training):
         torch.testing.assert_close(ours, theirs)
     grad = torch.randn_like(y)
     names = [name for name, _ in gated.named_parameters()]
-    assert len(names) == 6
+    assert len(names) == (5 if plain.bias is None else 6)
     inputs = [x, *gated.parameters()]
     got = torch.autograd.grad(y, inputs, grad)
     theirs = {"weight": plain.weight, "bias": plain.bias}
