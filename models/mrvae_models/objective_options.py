@@ -75,8 +75,8 @@ def check_objective(config: Any) -> None:
         config.sigma_from == "training" or one_sigma,
         "sigma_from",
         config.sigma_from,
-        f"'training' with beta = {config.beta} and likelihood = {config.likelihood!r}: one sigma has a network of one "
-        f"--beta with --likelihood {', '.join(OF_ONE_SIGMA)}",
+        f"'training' with beta = {config.beta} and likelihood = {config.likelihood!r}: there is one sigma with one "
+        f"--beta and --likelihood {', '.join(OF_ONE_SIGMA[:-1])} or {OF_ONE_SIGMA[-1]}",
     )
 
 
