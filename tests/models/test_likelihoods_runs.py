@@ -216,7 +216,7 @@ def bound_of(model, config, factor):
                                ({"likelihood": "gaussian-pixel"}, "sigma-vae")],
 )  # fmt: skip
 def test_sigma_from_validation_is_refused_where_there_is_no_one_sigma(config, options, objective):
-    with pytest.raises(ValueError, match="sigma_from is 'validation'; expected .training. with beta = .*: one sigma"):
+    with pytest.raises(ValueError, match="sigma_from is 'validation'; expected .training. with beta = .*: there is one"):
         replace(config, sigma_from="validation", objective=objective, **options).check()
 
 
