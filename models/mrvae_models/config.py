@@ -253,8 +253,8 @@ class TrainConfig:
     sigma_from: str = _option(
         "training",
         "the sigma that a decoder of one sigma keeps (--likelihood gaussian-shared, -optimal; -image: in samples): "
-        "that of 'training', as in the papers, or the likeliest for the 'validation' examples, measured once training "
-        "is over: larger by what the network errs more on examples that it has not seen",
+        "that of 'training', as in the papers, or the likeliest for the 'validation' examples, by which epochs are "
+        "compared too: larger by what the network errs more on examples that it has not seen",
         "objective",
         choices=SIGMAS,
     )
@@ -506,7 +506,7 @@ class TrainConfig:
 
 
 CHANGEABLE = frozenset(
-    ("out", "epochs", "max_time", "patience", "checkpoint_every_steps", "keep", "sigma_from", "log_to")
+    ("out", "epochs", "max_time", "patience", "checkpoint_every_steps", "keep", "log_to")
     + ("accelerator", "devices", "num_nodes", "strategy", "threads")
 )
 """Options that --resume may change: none of them changes what a step computes, except that another number of epochs

@@ -21,7 +21,7 @@ from .objectives import Terms, annealing_factor, beta_vae_terms, sample_beta
 from .operating import learned_sigma
 from .run import plain_network
 from .total_correlation import beta_tcvae_terms, decompose
-from .vae import Output, target_of
+from .vae import Output, dimensions_of, target_of
 
 LINEAR_PART = 0.3
 """Part of the steps, at the end, over which a linear schedule falls."""
@@ -81,8 +81,9 @@ class TrainingModule(pl.LightningModule):
     Validation: D + beta R at `config.validation_betas` betas over the range, averaged, with the same noise each time,
     and without annealing or free bits. With beta-tcvae D + alpha MI + beta TC + gamma DWKL, each batch of validation
     being taken for the whole set: of the mutual information it shows the log of its size at most, and what is beyond
-    counts as total correlation. With l-vae 2 sqrt(L_R) + 2 sqrt(KL), the least that its loss can be by its weights:
-    what they are does not make one epoch look better than another.
+    counts as total correlation. With `sigma_from` validation D is at the sigma that is likeliest for that set. With
+    l-vae 2 sqrt(L_R) + 2 sqrt(KL), the least that its loss can be by its weights: what they are does not make one epoch
+    look better than another.
     """
 
     def __init__(
@@ -240,11 +241,15 @@ class TrainingModule(pl.LightningModule):
         sums = torch.stack(self._validation).sum(0)
         sums = self.trainer.strategy.reduce(sums, reduce_op="sum")
         means = sums[:, :3] / sums[:, 3:]
-        objective = means[:, 0].mean()
+        objective, distortion = means[:, 0].mean(), means[:, 1]
+        if self.config.sigma_from == "validation":
+            network = plain_network(self.model)
+            distortion = network.likelihood.at_likeliest(distortion, dimensions_of(network))
+            objective = objective + (distortion - means[:, 1]).mean()
         if self.learned is not None:
             rate = means[:, 2].mean().clamp_min(0)  # of single draws, as an hvae's, it may be negative
             objective = 2 * objective.sqrt() + 2 * rate.sqrt()
-        values = [objective, *means[:, 1], *means[:, 2]]
+        values = [objective, *distortion, *means[:, 2]]
         self.log_dict(dict(zip(self.validation_metrics, (value.float() for value in values), strict=True)))
         if self._plateau is not None:
             self._plateau.step(float(values[0]))

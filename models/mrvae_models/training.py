@@ -83,7 +83,7 @@ class TrainResult:
     directory: Path
     model: nn.Module
     steps: int
-    objective: float | None  # of the best validation, nats an example, with sigma as training had it; None without one
+    objective: float | None  # of the best validation, nats an example; None without one
     seconds_per_step: float | None  # of this call; None when there was nothing left to do
 
 

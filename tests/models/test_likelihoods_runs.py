@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from mrvae_models.baking import bake_run
+from mrvae_models.checkpoint import CheckpointError
 from mrvae_models.cli import main
 from mrvae_models.config import TrainConfig
 from mrvae_models.curve import evaluate
@@ -180,34 +181,32 @@ def test_options_of_a_likelihood_go_with_its_name():
 
 @pytest.mark.parametrize("name", ["gaussian-shared", "gaussian-optimal", "gaussian-image"])
 def test_sigma_from_validation_is_the_likeliest_there(config, name, tmp_path):
-    """Of a run that is told so at once, and of one that had ended without."""
-    config = replace(config, likelihood=name, beta=0.7, epochs=6)
-    before = train(config, progress=False).model.likelihood.sigma
-    weighed_by = landing(config.directory)
-    measured = replace(config, sigma_from="validation")
-    resumed = train(measured, resume=True, progress=False)
-    assert landing(config.directory) == weighed_by  # training weighed by its own sigma, whatever is kept after it
-    again = TrainConfig.load(config.directory / "config.json")
-    assert again == measured and train(again, resume=True, progress=False).model.likelihood.sigma != before
-    fresh = train(replace(measured, out=str(tmp_path / "fresh")), progress=False)
-    model, _ = load_model(fresh.directory)
+    config = replace(config, likelihood=name, beta=0.7, epochs=6, keep="best")
+    learned = train(config, progress=False)
+    measured = replace(config, sigma_from="validation", out=str(tmp_path / "measured"))
+    result = train(measured, progress=False)
+    model, document = load_model(result.directory)
+    sigma = model.likelihood.sigma
     errors = squared_errors(model, load_split(config, "validation"), 0.7).distortion
-    assert model.likelihood.sigma == pytest.approx(errors.mean().sqrt().item(), rel=1e-6)
-    assert model.likelihood.sigma == resumed.model.likelihood.sigma == fresh.model.likelihood.sigma
-    assert train(config, resume=True, progress=False).model.likelihood.sigma == before
-    assert abs(np.log(model.likelihood.sigma / before)) > 0.01
-    least = [bound_of(model, config, factor) for factor in (0.9, 1.0, 1.1)]
-    assert name == "gaussian-image" or least[1] < min(least[0], least[2])
+    assert sigma == result.model.likelihood.sigma == pytest.approx(errors.mean().sqrt().item(), rel=1e-6)
+    assert document["learned"]["sigma"] == pytest.approx(landing(result.directory).variance ** 0.5)
+    assert abs(np.log(sigma / document["learned"]["sigma"])) > 0.01
+    assert "learned" not in load_model(learned.directory)[1]
+    before, at, beyond = (objective_of(model, config, factor) for factor in (0.9, 1.0, 1.1))
+    assert result.objective == pytest.approx(at, rel=0.02)  # another draw of z
+    assert name == "gaussian-image" or at < min(before, beyond)
+    with pytest.raises(CheckpointError, match="sigma_from"):
+        train(replace(measured, sigma_from="training"), resume=True, progress=False)
 
 
-def bound_of(model, config, factor):
-    """D + R on the validation split at so many times the sigma that there is; sigma is put back."""
+def objective_of(model, config, factor):
+    """D + beta R on the validation split at so many times the sigma that there is; sigma is put back."""
     validation = load_split(config, "validation")
     sigma = model.likelihood.sigma
     model.likelihood.set_sigma(factor * sigma)
     (point,) = evaluate(model, validation, [0.7]).points
     model.likelihood.set_sigma(sigma)
-    return point.distortion + point.rate
+    return point.objective
 
 
 @pytest.mark.parametrize(
@@ -216,8 +215,20 @@ def bound_of(model, config, factor):
                                ({"likelihood": "gaussian-pixel"}, "sigma-vae")],
 )  # fmt: skip
 def test_sigma_from_validation_is_refused_where_there_is_no_one_sigma(config, options, objective):
-    with pytest.raises(ValueError, match="sigma_from is 'validation'; expected .training. with beta = .*: there is one"):
+    with pytest.raises(ValueError, match="sigma_from is 'validation'; expected 'training' with .*: there is one sigma"):
         replace(config, sigma_from="validation", objective=objective, **options).check()
+
+
+def test_distortions_at_the_likeliest_sigma():
+    likelihood = build("mlp", (3, 5, 5), 3, likelihood="gaussian-shared").likelihood
+    x, mean = torch.rand(2, 20, 3, 5, 5, dtype=torch.float64)
+    likelihood.set_sigma(0.3)
+    moved = likelihood.at_likeliest(likelihood.distortion(mean, x).mean(), 75)
+    likelihood.set_sigma((x - mean).square().mean().sqrt().item())
+    torch.testing.assert_close(moved, likelihood.distortion(mean, x).mean(), rtol=1e-5, atol=1e-5)
+    image = build("mlp", (3, 5, 5), 3, likelihood="gaussian-image").likelihood.eval()
+    own = image.distortion(mean, x).mean()
+    assert image.at_likeliest(own, 75) is own and own < moved
 
 
 def test_set_sigma_is_one_positive_number_of_a_likelihood_with_one_sigma(config):

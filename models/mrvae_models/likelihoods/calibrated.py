@@ -69,6 +69,15 @@ class CalibratedGaussian(Continuous):
         one.knots = Knots(None, self.knots.count)
         return one
 
+    def at_likeliest(self, distortion: Tensor, dimensions: int) -> Tensor:
+        """What a mean distortion, which is one at `sigma`, would be at the likeliest sigma for the same examples:
+
+            d/2 (log(2 pi MSE) + 1),    MSE = sigma^2 (2 distortion / d - log(2 pi sigma^2))
+        """
+        variance = max(self.sigma, 1e-30) ** 2
+        mse = variance * (2 * distortion / dimensions - math.log(2 * math.pi * variance))
+        return 0.5 * dimensions * ((2 * math.pi * mse.clamp_min(1e-60)).log() + 1)
+
     def mean(self, parameters: Tensor) -> Tensor:
         return full_precision(parameters)
 
@@ -201,5 +210,9 @@ class GaussianImage(_Analytic):
         if self.training and len(x):
             self.running.update(mse.detach(), self.knots.weights(beta, mse))
         return nats(squared_error, dimensions, mse.clamp_min(self.least_variance))
+
+    def at_likeliest(self, distortion: Tensor, dimensions: int) -> Tensor:
+        """The same: every image has its own."""
+        return distortion
 
 
