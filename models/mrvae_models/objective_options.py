@@ -70,13 +70,30 @@ def check_objective(config: Any) -> None:
         expect(config.likelihood in names, "likelihood", config.likelihood, expected)
     if config.objective in OF_ONE_BETA:
         _check_one_beta(config)
-    one_sigma = config.beta is not None and config.likelihood in OF_ONE_SIGMA
+    _check_sigma(config)
+
+
+def _check_sigma(config: Any) -> None:
+    """A sigma from validation is one number, of examples that were not trained on."""
+    if config.sigma_from == "training":
+        return
     expect(
-        config.sigma_from == "training" or one_sigma,
+        config.beta is not None,
         "sigma_from",
         config.sigma_from,
-        f"'training' with beta = {config.beta} and likelihood = {config.likelihood!r}: there is one sigma with one "
-        f"--beta and --likelihood {', '.join(OF_ONE_SIGMA[:-1])} or {OF_ONE_SIGMA[-1]}",
+        "'training' without a beta: the sigma of a multi-rate network is a function of beta",
+    )
+    expect(
+        config.likelihood in OF_ONE_SIGMA,
+        "sigma_from",
+        config.sigma_from,
+        f"'training' with likelihood = {config.likelihood!r}, as {', '.join(OF_ONE_SIGMA)} alone have one sigma to set",
+    )
+    expect(
+        config.train_on == "train",
+        "sigma_from",
+        config.sigma_from,
+        f"'training' with train_on = {config.train_on!r}, of which the validation examples are a part",
     )
 
 

@@ -137,7 +137,7 @@ class Landing:
 
     def __str__(self) -> str:
         """In words, with what the beta on a curve is made of."""
-        decoder = self.likelihood if self.variance is None else f"a decoder of variance {self.variance:.4g}"
+        decoder = self.likelihood if self.variance is None else f"variance {self.variance:.4g} in training"
         return f"{self.name}, beta = {self.beta:.4g}, {decoder}"
 
     @property

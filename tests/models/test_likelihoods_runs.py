@@ -209,14 +209,21 @@ def objective_of(model, config, factor):
     return point.objective
 
 
-@pytest.mark.parametrize(
-    ("options", "objective"), [({"likelihood": "gaussian", "beta": 1.0}, "beta-vae"), ({}, "beta-vae"), ({}, "l-vae"),
-                               ({"likelihood": "gaussian-shared"}, "beta-vae"),
-                               ({"likelihood": "gaussian-pixel"}, "sigma-vae")],
-)  # fmt: skip
-def test_sigma_from_validation_is_refused_where_there_is_no_one_sigma(config, options, objective):
-    with pytest.raises(ValueError, match="sigma_from is 'validation'; expected 'training' with .*: there is one sigma"):
-        replace(config, sigma_from="validation", objective=objective, **options).check()
+REFUSED = {
+    "a fixed sigma": ({"likelihood": "gaussian", "beta": 1.0}, "with likelihood = 'gaussian'"),
+    "the network's likelihood": ({"beta": 1.0}, "with likelihood = None"),
+    "l-vae": ({"objective": "l-vae"}, "with likelihood = None"),
+    "a sigma a pixel": ({"objective": "sigma-vae", "likelihood": "gaussian-pixel"}, "likelihood = 'gaussian-pixel'"),
+    "many betas": ({"likelihood": "gaussian-shared"}, "without a beta"),
+    "no validation apart": ({"objective": "sigma-vae", "train_on": "all"}, "with train_on = 'all'"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_sigma_from_validation_is_refused_where_there_is_no_one_sigma(config, case):
+    options, why = REFUSED[case]
+    with pytest.raises(ValueError, match=f"sigma_from is 'validation'; expected 'training'.*{why}"):
+        replace(config, sigma_from="validation", **options).check()
 
 
 def test_distortions_at_the_likeliest_sigma():
