@@ -53,7 +53,7 @@ def takes(layer: Any, x: Tensor, scale: Tensor) -> bool:
         and x.numel() >= max(LEAST_ELEMENTS, LEAST_POSITIONS * scale.numel())
         and _fits(layer, x, scale)
         and not torch._C._are_functorch_transforms_active()
-        and not torch.jit.is_tracing()  # type: ignore[no-untyped-call]
+        and not torch.jit.is_tracing()
         and choose_backend(x.device, x.dtype, "epilogue") == "cpp"
     )
 
@@ -77,7 +77,7 @@ def batch_norm(layer: Any, x: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
     more or fewer axes than the layer is for. Differentiable once in x, scale and offset.
     """
     layer._check_input_dim(x)
-    return _SampleNorm.apply(x, scale, offset, layer)  # type: ignore[no-any-return]
+    return _SampleNorm.apply(x, scale, offset, layer)
 
 
 def _statistics(layer: Any, x: Tensor) -> tuple[Tensor, Tensor, bool]:
@@ -103,7 +103,7 @@ def _statistics(layer: Any, x: Tensor) -> tuple[Tensor, Tensor, bool]:
 
 class _SampleNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, offset: Tensor, layer: Any) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, scale: Tensor, offset: Tensor, layer: Any) -> Tensor:
         minus, rstd, ctx.of_batch = _statistics(layer, x)
         gain = scale * rstd
         ctx.save_for_backward(x, scale, minus, rstd, gain)
@@ -111,7 +111,7 @@ class _SampleNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, minus, rstd, gain = ctx.saved_tensors
         _, _, by_scale, by_offset = torch.ops.mrvae.epilogue_backward(
             grad, x, minus, gain, gain, 1, "none", [False, False, True, True]

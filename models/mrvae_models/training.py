@@ -239,7 +239,8 @@ def _take_sigma(config: TrainConfig, model: nn.Module, validation_set: InMemory)
     assert config.beta is not None  # checked with the options
     likelihood = plain_network(model).likelihood
     of_training: float = likelihood.sigma
-    likelihood.set_sigma(likeliest_sigma(model, validation_set, config.beta))
+    # of examples that are all the same the error may be 0, and sigma is then the least there is
+    likelihood.set_sigma(max(likeliest_sigma(model, validation_set, config.beta), 1e-30))
     return of_training
 
 
