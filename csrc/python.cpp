@@ -8,6 +8,7 @@
 
 #include "build_facts.h"
 #include "python_layers.h"
+#include "sample_norm.h"
 
 // a build of the tests' own may leave these out
 #ifndef MRVAE_BUILD_ARCHITECTURES
@@ -73,6 +74,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
                                                      std::move(shift_at), std::move(groups));
       }))
       .def("run", &mrvae::GatedFold::run, unlocked);
+  m.def("sample_batch_norm", &mrvae::sample_batch_norm, unlocked);
   mrvae::define_layers(m);
   mrvae::define_entry(m);
 }

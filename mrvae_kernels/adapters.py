@@ -249,11 +249,7 @@ class NormAdapter(Adapter):
         if isinstance(layer, _InstanceNorm) and x.dim() == layer._get_no_batch_dim():
             raise ValueError(f"x has shape {tuple(x.shape)}, no batch axis; expected one beta, not one a sample")
         if activation is None and sample_norms.takes(layer, x, gate):
-            if layer.bias is None:
-                offset = torch.zeros_like(gate) if shift is None else shift
-            else:
-                offset = gate * layer.bias if shift is None else torch.addcmul(shift, gate, layer.bias)
-            return sample_norms.batch_norm(layer, x, gate * layer.weight, offset)
+            return sample_norms.batch_norm(layer, x, gate, shift, layer.weight, layer.bias)
         normalized = layer.plain.forward(layer, x)
         return functional.epilogue(normalized, None, gate, shift, 1, activation)
 

@@ -4,13 +4,8 @@
 
 Normalising first and scaling then is one more pass over the activations, and one more tensor for the backward pass: in
 the small NVAE 27 % of a step's memory (`python -m bench.overhead --cases nvae-small --modes eager`). Here the epilogue
-does both, of x itself, and the backward pass needs x, which a norm keeps in any case:
-
-    dT = sum dz,   dS = rstd sum dz (x - mu)                                     over the positions of a sample
-    dx = S rstd dz - rstd / M (sum_n S dT + rstd (x - mu) sum_n S dS)            M elements of each channel
-
-and dx = S rstd dz alone where mu and rstd are running statistics. S and T being tensors of N C numbers, this is for x
-of many positions.
+does both, of x itself, and the backward pass needs x, which a norm keeps in any case (csrc/sample_norm.h has its
+formulas). S and T being tensors of N C numbers, this is for x of many positions.
 """
 
 from __future__ import annotations
@@ -20,19 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import ops
-from .ops.once import once_differentiable
+from .ops.shortcuts import core
 from .strategy import choose_backend
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 """Not SyncBatchNorm, whose statistics are other processes' too."""
 
-LEAST_POSITIONS = 16
-"""Of a sample and channel. With 1, (128, 256), two operators take 0.6 of the time: S and T are as large as x."""
-
-LEAST_ELEMENTS = 1 << 16
-"""Of x. Here a norm keeps 0.3 MB less, for 0.2 ms more of a forward and a backward pass in Python; from 2^18 elements
-on it is faster too: 0.85 of the time for (128, 64, 7, 7), 0.6 for (128, 64, 32, 32), interleaved on 2 cores."""
+LEAST_POSITIONS = 4
+"""Of a sample and channel. With 1, (128, 256), two operators take 0.8 of the time: S and T are as large as x. From 4 on
+this one takes 0.66 to 0.84 of theirs: forward and backward pass of x from (16, 8, 4, 4) to (128, 8, 28, 28), gates
+included, interleaved on 2 cores."""
 
 
 def takes(layer: Any, x: Tensor, scale: Tensor) -> bool:
@@ -50,7 +42,7 @@ def takes(layer: Any, x: Tensor, scale: Tensor) -> bool:
         and x.dim() >= 2
         and scale.shape == x.shape[:2]
         and x.numel() > x.shape[1]  # of one element a channel torch says why it has no variance
-        and x.numel() >= max(LEAST_ELEMENTS, LEAST_POSITIONS * scale.numel())
+        and x.numel() >= LEAST_POSITIONS * scale.numel()
         and _fits(layer, x, scale)
         and not torch._C._are_functorch_transforms_active()
         and not torch.jit.is_tracing()
@@ -70,60 +62,24 @@ def _fits(layer: Any, x: Tensor, scale: Tensor) -> bool:
     return all(tensor is None or (tensor.dtype == x.dtype and tensor.shape == size) for tensor in of_channels)
 
 
-def batch_norm(layer: Any, x: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
-    """scale x_hat + offset, (N, C) each, x_hat as the batch norm `layer` normalises x, (N, C, ...).
+def batch_norm(
+    layer: Any, x: Tensor, gate: Tensor, shift: Tensor | None, weight: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """gate (weight x_hat + bias) + shift, x_hat as the batch norm `layer` normalises x, (N, C, ...).
 
-    Running statistics are updated as by the layer's own forward. For what `takes` says yes to; ValueError for an x of
-    more or fewer axes than the layer is for. Differentiable once in x, scale and offset.
+    gate and shift (N, C), weight and bias (C,); None for 0, 1 and 0. Running statistics are updated as by the layer's
+    own forward. For what `takes` says yes to; ValueError for an x of more or fewer axes than the layer is for.
+    Differentiable once in all five.
     """
     layer._check_input_dim(x)
-    return _SampleNorm.apply(x, scale, offset, layer)
-
-
-def _statistics(layer: Any, x: Tensor) -> tuple[Tensor, Tensor, bool]:
-    """-mu and rstd, (C,), tensors of their own, and whether they are of x: as torch.nn's batch norms choose and count.
-
-    Not the running mean itself: a later step changes it, and tells no version counter.
-    """
     buffers, training, momentum = layer._buffers, layer.training, layer.momentum
     counted = training and layer.track_running_stats
-    if counted and buffers["num_batches_tracked"] is not None:
-        buffers["num_batches_tracked"].add_(1)
-        momentum = 1.0 / float(buffers["num_batches_tracked"]) if momentum is None else momentum
-    running_mean, running_variance = buffers["running_mean"], buffers["running_var"]
-    if not training and running_mean is not None:
-        return -running_mean, (running_variance + layer.eps).rsqrt_(), False
-    if not counted:
-        running_mean = running_variance = None
-    mean, variance = torch.batch_norm_update_stats(
-        x, running_mean, running_variance, 0.0 if momentum is None else momentum
-    )
-    return mean.neg_(), variance.add_(layer.eps).rsqrt_(), True
-
-
-class _SampleNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, offset: Tensor, layer: Any) -> Tensor:
-        minus, rstd, ctx.of_batch = _statistics(layer, x)
-        gain = scale * rstd
-        ctx.save_for_backward(x, scale, minus, rstd, gain)
-        return ops.epilogue(x, minus, gain, offset, 1, "none")
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, scale, minus, rstd, gain = ctx.saved_tensors
-        _, _, by_scale, by_offset = torch.ops.mrvae.epilogue_backward(
-            grad, x, minus, gain, gain, 1, "none", [False, False, True, True]
-        )
-        by_scale.mul_(rstd)
-        of_x = None
-        if ctx.needs_input_grad[0] and ctx.of_batch:
-            part = rstd * (-x.shape[1] / x.numel())
-            slope = torch.linalg.vecdot(scale, by_scale, dim=0) * part * rstd
-            constant = torch.linalg.vecdot(scale, by_offset, dim=0) * part
-            of_x = ops.epilogue(x, minus, slope, constant, 1, "none")
-            of_x.addcmul_(grad, gain.reshape(*gain.shape, *[1] * (x.dim() - 2)))
-        elif ctx.needs_input_grad[0]:
-            of_x = ops.epilogue(grad, None, gain, None, 1, "none")
-        return of_x, by_scale, by_offset, None
+    if counted and (batches := buffers["num_batches_tracked"]) is not None:
+        batches.add_(1)
+        momentum = 1.0 / float(batches) if momentum is None else momentum
+    mean, variance = buffers["running_mean"], buffers["running_var"]
+    of_batch = training or mean is None
+    if of_batch and not counted:
+        mean = variance = None
+    momentum = 0.0 if momentum is None else momentum
+    return core().sample_batch_norm(x, gate, shift, weight, bias, mean, variance, of_batch, momentum, layer.eps)

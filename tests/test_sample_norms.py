@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import mrvae_kernels as mk
 from mrvae_kernels import ops, sample_norms
+from mrvae_kernels.ops.shortcuts import core
 
 pytestmark = pytest.mark.skipif(not ops.EXTENSION, reason="the compiled core is not built")
 
@@ -25,7 +26,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
 @pytest.fixture(autouse=True)
 def _small_ones_too(monkeypatch):
     monkeypatch.setattr(sample_norms, "LEAST_POSITIONS", 1)
-    monkeypatch.setattr(sample_norms, "LEAST_ELEMENTS", 2)
 
 
 def made(dims: int, dtype: torch.dtype = torch.float64, **options: Any) -> tuple[Any, Any, Tensor]:
@@ -46,6 +46,16 @@ def affine(gated: Any, dims: int) -> tuple[Tensor, Tensor]:
     return (value.reshape(len(BETA), 4, *[1] * len(NORMS[dims][1])) for value in (gate, shift))
 
 
+def in_one_pass(y: Tensor) -> bool:
+    """Whether a norm and its affine a sample were one node of y's history."""
+    nodes, seen = [y.grad_fn], set()
+    while nodes:
+        if (node := nodes.pop()) is not None and node not in seen:
+            seen.add(node)
+            nodes += [before for before, _ in node.next_functions]
+    return any("SampleNormNode" in node.name() for node in seen)
+
+
 @pytest.mark.parametrize("dims", NORMS)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("training", [True, False])
@@ -56,7 +66,7 @@ def test_norm_gate_and_shift_are_the_formula_s(dims, options, training):
         norm.train(training)
     gate, shift = affine(gated, dims)
     y, expected = gated(x, BETA), gate * plain(x) + shift
-    assert type(y.grad_fn).__name__ == "_SampleNormBackward"
+    assert in_one_pass(y)
     torch.testing.assert_close(y, expected)
     for ours, theirs in zip(gated.buffers(), plain.buffers(), strict=True):
         torch.testing.assert_close(ours, theirs)
@@ -71,23 +81,28 @@ def test_norm_gate_and_shift_are_the_formula_s(dims, options, training):
         torch.testing.assert_close(ours, other, msg=lambda text, name=name: f"{name}: {text}")
 
 
+GIVEN = ("", "shift", "weight", "bias", "shift weight", "weight bias", "shift weight bias")
+
+
+@pytest.mark.parametrize("given", GIVEN)
 @pytest.mark.parametrize("of_batch", [True, False])
-def test_gradcheck(of_batch):
+def test_gradcheck(of_batch, given):
+    """Of every set of what is given, all of it and all but one of it wanting a gradient."""
     _, gated, x = made(2)
     gated.train(of_batch)
+    sizes = {"x": x.shape, "gate": (len(BETA), 4), "shift": (len(BETA), 4), "weight": (4,), "bias": (4,)}
+    names = ["x", "gate", *given.split()]
 
-    def function(x: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
-        assert sample_norms.takes(gated, x, scale)
-        return sample_norms.batch_norm(gated, x, scale, offset)
+    def function(*values: Tensor) -> Tensor:
+        arguments = dict.fromkeys(sizes) | dict(zip(names, values, strict=True))
+        assert sample_norms.takes(gated, arguments["x"], arguments["gate"])
+        return sample_norms.batch_norm(gated, *arguments.values())
 
-    affine = [torch.randn(len(BETA), 4, dtype=torch.float64, requires_grad=True) for _ in range(2)]
-    assert torch.autograd.gradcheck(function, [x, *affine])
-    scale, offset = affine
-    for frozen in range(3):
-        inputs = [value.detach().requires_grad_(i != frozen) for i, value in enumerate((x, scale, offset))]
+    for frozen in (None, *names):
+        inputs = [torch.randn(sizes[n], dtype=torch.float64, requires_grad=n != frozen) for n in names]
         assert torch.autograd.gradcheck(function, inputs)
-    y = function(x, scale, offset)
-    (grad,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    y = function(*inputs)
+    (grad,) = torch.autograd.grad(y.sum(), inputs[0], create_graph=True)
     with pytest.raises(RuntimeError, match="is differentiable once.*compute the layer with mrvae_kernels.reference"):
         grad.square().sum().backward()
 
@@ -163,17 +178,37 @@ def test_running_statistics_that_do_not_fit_are_torch_s_to_refuse(case):
         gated.train(training)(x, BETA)
 
 
-def test_small_inputs_are_left_to_two_operators(monkeypatch):
+def test_inputs_of_few_positions_are_left_to_two_operators(monkeypatch):
     _, gated, x = made(2)
     scale = torch.ones(len(BETA), 4, dtype=x.dtype)
-    monkeypatch.setattr(sample_norms, "LEAST_ELEMENTS", x.numel())
-    monkeypatch.setattr(sample_norms, "LEAST_POSITIONS", 12)
-    assert sample_norms.takes(gated, x, scale)
-    for least, positions in ((x.numel() + 1, 12), (x.numel(), 13)):
-        monkeypatch.setattr(sample_norms, "LEAST_ELEMENTS", least)
-        monkeypatch.setattr(sample_norms, "LEAST_POSITIONS", positions)
-        assert not sample_norms.takes(gated, x, scale)
-        assert type(gated(x, BETA).grad_fn).__name__ != "_SampleNormBackward"
+    for least, taken in ((12, True), (13, False)):
+        monkeypatch.setattr(sample_norms, "LEAST_POSITIONS", least)
+        assert sample_norms.takes(gated, x, scale) == taken
+        assert in_one_pass(gated(x, BETA)) == taken
+
+
+MISFITS: dict[str, tuple[int, Tensor | None, type[Exception], str]] = {
+    "integers": (0, torch.ones(3, 4, 2, dtype=torch.int64), TypeError, "x has dtype Long; expected float32 or float64"),
+    "one axis": (0, torch.ones(4), ValueError, r"x has shape \[4\]; expected \(N, C, ...\)"),
+    "gate": (1, torch.ones(2, 4), ValueError, r"gate has shape \[2, 4\] and dtype Float; expected \[3, 4\]"),
+    "shift": (2, torch.ones(3, 5), ValueError, r"shift has shape \[3, 5\]"),
+    "weight": (3, torch.ones(4).double(), ValueError, r"weight has shape \[4\] and dtype Double; expected"),
+    "bias": (4, torch.ones(1), ValueError, r"bias has shape \[1\]"),
+    "running_mean": (5, torch.ones(3), ValueError, r"running_mean has shape \[3\]"),
+    "running_var": (6, torch.ones(5), ValueError, r"running_var has shape \[5\]"),
+    "none": (5, None, ValueError, "there are no running statistics"),
+}
+
+
+@pytest.mark.parametrize("case", MISFITS)
+def test_the_core_reads_and_writes_no_memory_of_tensors_that_do_not_fit(case):
+    place, value, error, message = MISFITS[case]
+    each, channels = [torch.ones(3, 4), torch.ones(3, 4)], [torch.ones(4) for _ in range(4)]
+    arguments = [torch.ones(3, 4, 2), *each, *channels]
+    core().sample_batch_norm(*arguments, False, 0.1, 1e-5)
+    arguments[place] = value
+    with pytest.raises(error, match=message):
+        core().sample_batch_norm(*arguments, False, 0.1, 1e-5)
 
 
 OTHERS: dict[str, Any] = {
@@ -191,11 +226,7 @@ def test_what_is_not_taken_goes_the_usual_way(case):
         y = model(x.requires_grad_(), beta=torch.tensor(BETA))
         one = torch.cat([model.eval()(x, beta=beta)[i : i + 1] for i, beta in enumerate(BETA)])
         each = model.eval()(x, beta=torch.tensor(BETA))
-    names, node = set(), y.grad_fn
-    while node is not None and type(node).__name__ not in names:
-        names.add(type(node).__name__)
-        node = node.next_functions[0][0] if node.next_functions else None
-    assert "_SampleNormBackward" not in names
+    assert not in_one_pass(y)
     rounding = {"rtol": 2e-2, "atol": 2e-2} if case == "bfloat16" else {}  # one beta folds: g w is rounded as well
     torch.testing.assert_close(each, one, **rounding)
 

@@ -59,6 +59,17 @@ template <class T>
 void sample_epilogue_backward(Storage storage, const SampleEpilogue<T>& shape, const void* grad, const void* u,
                               const SampleEpilogueGradients<T>& out);
 
+// ---- batch norm with an affine a sample: dx = gain dz + slope (x - mean) + constant ----------------------------------
+
+template <class T>
+struct SampleNormSlopes {
+  const T *gain, *minus_mean, *slope, *constant;  // (samples, channels), then (channels,) each
+};
+
+template <class T>
+void sample_norm_backward(const EpilogueShape& shape, const T* grad, const T* x, const SampleNormSlopes<T>& with,
+                          T* grad_x);
+
 // ---- fold: W' = g W, b' = g b + t ---------------------------------------------------------------------------------
 
 void fold_forward(const std::vector<FoldLayer>& layers);
