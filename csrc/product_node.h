@@ -5,7 +5,8 @@
 //
 // What the backward pass needs besides the inputs is kept without memory of its own where that can be: of an epilogue
 // without a shift, y itself, from which u + b = y / g. y belongs to the user: where it was changed in place meanwhile,
-// or g is too small to divide by, the product is computed again. W' is folded again where dx asks for it.
+// or g is too small to divide by, the product is computed again. Without an activation nothing at all, since
+// dg = (<dW, W> + db b) / g of each channel. W' is folded again where dx asks for it.
 #pragma once
 
 #include <ATen/SavedTensorHooks.h>
@@ -70,6 +71,24 @@ template <class T>
 bool divisible(const Tensor& gate, Activation activation, bool inert) {
   const bool relu = activation == Activation::Relu;
   return cpu::divisible(gate.const_data_ptr<T>(), gate.numel(), /*positive=*/relu, /*zeros=*/relu || inert);
+}
+
+// Whether dW tells what is asked of u + b: of one gate a channel, float32 and float64 on the CPU. It takes a pass over W
+// and dW, so a y of less than an eighth of W, or of a few pages, is kept all the same.
+inline bool weight_tells(const Tensor& y, const Tensor& weight, const Tensor& gate, const OptionalTensor& bias,
+                         const OptionalTensor& shift, Activation activation) {
+  const auto dtype = weight.scalar_type();
+  return activation == Activation::None && result_tells(y, shift, activation) && gate.dim() == 1 &&
+         dtype == gate.scalar_type() && (!given(bias) || bias->scalar_type() == dtype) && weight.requires_grad() &&
+         y.numel() >= std::max<std::int64_t>(4096, weight.numel() / 8);
+}
+
+// values / gate, and 0 where the gate is 0
+template <class T>
+void divide(const Tensor& values, const Tensor& gate) {
+  T* value = values.mutable_data_ptr<T>();
+  const T* g = gate.const_data_ptr<T>();
+  for (std::int64_t c = 0; c < gate.numel(); ++c) value[c] = g[c] == T(0) ? T(0) : value[c] / g[c];
 }
 
 template <class Product>
@@ -144,6 +163,11 @@ struct ProductNode final : Node {
       y = compute(product, x, weight, bias, gate.values, optional(shift.values), activation, strategy,
                   keeps ? &node->kept_ : nullptr, gate.made);
     }
+    if (strategy == Strategy::Epilogue && gate.edge.is_valid() && !gate.made &&
+        weight_tells(y, weight, gate.values, bias, optional(shift.values), activation)) {
+      node->kept_.release();
+      node->weight_tells_ = true;
+    }
     node->product_ = product;
     node->activation_ = activation;
     node->strategy_ = strategy;
@@ -200,29 +224,37 @@ struct ProductNode final : Node {
   variable_list through_epilogue(Tensor& grad, const variable_list& in, const Wanted& wanted) {
     EpilogueBackward how;
     if (made_) made_.source->check_unchanged();
+    const bool of_weight = weight_tells_ && wanted[Gate] && direct({&grad, &in[Weight], &in[Gate], &in[Bias]}) &&
+                           divides(in[Gate]);
     // without a gate's gradient and an activation u has no influence, and may not have been kept
     Tensor u = grad;
-    if (wanted[Gate] || activation_ != Activation::None) {
+    if ((wanted[Gate] && !of_weight) || activation_ != Activation::None) {
       u = kept_.get();
       how.of_result = kept_.is_result && u.defined() && direct({&grad, &in[Gate], &in[Bias]}) && divides(in[Gate]);
       if (!u.defined() || (kept_.is_result && !how.of_result)) u = product_.forward(in[X], in[Weight], Tensor());
     }
     how.overwrite = direct({&grad}) && ours(grad);
-    const bool of_u = wanted[X] || wanted[Weight];
+    const bool of_u = wanted[X] || wanted[Weight] || of_weight;
     auto [grad_u, grad_bias, grad_gate, grad_shift] =
         made_ ? sample_epilogue_backward(grad, u, optional(in[Bias]), made_, activation_,
                                          {of_u, wanted[Bias], wanted[Gate]}, how)
               : call_epilogue_backward(grad, u, optional(in[Bias]), in[Gate], optional(in[Shift]), channel_axis<Product>(u),
                                        activation_name(activation_),
-                                       {of_u, wanted[Bias], wanted[Gate], wanted[Shift]}, how);
+                                       {of_u, wanted[Bias] || (of_weight && in[Bias].defined()),
+                                        wanted[Gate] && !of_weight, wanted[Shift]}, how);
     u.reset();
     grad.reset();
     if (last_) kept_.release();
     ProductGrads through;
-    if (wanted[X] || wanted[Weight]) {
-      through = product_.backward(grad_u, in[X], in[Weight], {wanted[X], wanted[Weight], false});
+    if (of_u) through = product_.backward(grad_u, in[X], in[Weight], {wanted[X], wanted[Weight] || of_weight, false});
+    if (of_weight) {
+      const Layer layer{in[Weight], in[Bias], in[Gate], Tensor(), product_.fold_groups};
+      grad_gate = fold_layer_backward(layer, {through.weight, grad_bias, false, false, true, false, false}).gate;
+      const Tensor gate = in[Gate].contiguous();
+      gate.scalar_type() == at::kDouble ? divide<double>(grad_gate, gate) : divide<float>(grad_gate, gate);
     }
-    return {through.x, through.weight, grad_bias, grad_gate, grad_shift};
+    return {through.x, wanted[Weight] ? through.weight : Tensor(), wanted[Bias] ? grad_bias : Tensor(), grad_gate,
+            grad_shift};
   }
 
   bool divides(const Tensor& gate) const {
@@ -263,7 +295,7 @@ struct ProductNode final : Node {
   Product product_{};
   Activation activation_ = Activation::None;
   Strategy strategy_ = Strategy::Epilogue;
-  bool inert_ = false, last_ = false, released_ = false;
+  bool inert_ = false, weight_tells_ = false, last_ = false, released_ = false;
   Kept kept_;
   SampleGates made_;
 };
