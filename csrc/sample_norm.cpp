@@ -215,6 +215,7 @@ Tensor sample_batch_norm(const Tensor& x, const Tensor& gate, const OptionalTens
                          const OptionalTensor& bias, const OptionalTensor& running_mean,
                          const OptionalTensor& running_variance, bool of_batch, double momentum, double eps) {
   check(x, gate, shift, weight, bias, running_mean, running_variance, of_batch);
+  refuse_tangents(name, {&x, &gate, pointer(shift), pointer(weight), pointer(bias)});
   Tensor mean, variance;
   if (of_batch) {
     at::AutoDispatchBelowADInplaceOrView below;

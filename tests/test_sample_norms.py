@@ -231,6 +231,14 @@ def test_what_is_not_taken_goes_the_usual_way(case):
     torch.testing.assert_close(each, one, **rounding)
 
 
+def test_tangents_are_refused():
+    _, gated, x = made(2)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x.detach(), torch.ones_like(x))
+        with pytest.raises(NotImplementedError, match="forward AD with batch norm.*mrvae_kernels.reference"):
+            gated(dual, BETA)
+
+
 def test_vmap_and_one_element_a_channel():
     _, gated, x = made(1)
     with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
