@@ -5,8 +5,8 @@
 //
 // What the backward pass needs besides the inputs is kept without memory of its own where that can be: of an epilogue
 // without a shift, y itself, from which u + b = y / g. y belongs to the user: where it was changed in place meanwhile,
-// or g is too small to divide by, the product is computed again. Without an activation nothing at all, since
-// dg = (<dW, W> + db b) / g of each channel. W' is folded again where dx asks for it.
+// or g is too small to divide by, the product is computed again. Of a large y without an
+// activation and one gate a channel nothing at all, since dg = (<dW, W> + db b) / g (weight_tells). W' is folded again where dx asks for it.
 #pragma once
 
 #include <ATen/SavedTensorHooks.h>
@@ -79,7 +79,7 @@ inline bool weight_tells(const Tensor& y, const Tensor& weight, const Tensor& ga
                          const OptionalTensor& shift, Activation activation) {
   const auto dtype = weight.scalar_type();
   return activation == Activation::None && result_tells(y, shift, activation) && gate.dim() == 1 &&
-         dtype == gate.scalar_type() && (!given(bias) || bias->scalar_type() == dtype) && weight.requires_grad() &&
+         (dtype == at::kFloat || dtype == at::kDouble) && dtype == gate.scalar_type() && (!given(bias) || bias->scalar_type() == dtype) && weight.requires_grad() &&
          y.numel() >= std::max<std::int64_t>(4096, weight.numel() / 8);
 }
 
@@ -226,6 +226,7 @@ struct ProductNode final : Node {
     if (made_) made_.source->check_unchanged();
     const bool of_weight = weight_tells_ && wanted[Gate] && direct({&grad, &in[Weight], &in[Gate], &in[Bias]}) &&
                            divides(in[Gate]);
+    how.overwrite = direct({&grad}) && ours(grad);  // asked before u holds it too
     // without a gate's gradient and an activation u has no influence, and may not have been kept
     Tensor u = grad;
     if ((wanted[Gate] && !of_weight) || activation_ != Activation::None) {
@@ -233,7 +234,6 @@ struct ProductNode final : Node {
       how.of_result = kept_.is_result && u.defined() && direct({&grad, &in[Gate], &in[Bias]}) && divides(in[Gate]);
       if (!u.defined() || (kept_.is_result && !how.of_result)) u = product_.forward(in[X], in[Weight], Tensor());
     }
-    how.overwrite = direct({&grad}) && ours(grad);
     const bool of_u = wanted[X] || wanted[Weight] || of_weight;
     auto [grad_u, grad_bias, grad_gate, grad_shift] =
         made_ ? sample_epilogue_backward(grad, u, optional(in[Bias]), made_, activation_,

@@ -6,6 +6,8 @@
 #include <ATen/ops/scalar_tensor.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <algorithm>
+
 #include "build_facts.h"
 #include "python_layers.h"
 #include "sample_norm.h"
@@ -44,6 +46,11 @@ class Bank {
   std::vector<std::int64_t> sizes_, kinds_;
 };
 
+// Whether kernels may read these tensors as they lie in memory; see eager().
+bool all_ordinary(const std::vector<OptionalTensor>& tensors) {
+  return std::all_of(tensors.begin(), tensors.end(), [](const auto& tensor) { return eager({pointer(tensor)}); });
+}
+
 py::dict build_facts() {
   py::dict facts;
   facts["torch"] = MRVAE_BUILD_TORCH;
@@ -74,6 +81,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
                                                      std::move(shift_at), std::move(groups));
       }))
       .def("run", &mrvae::GatedFold::run, unlocked);
+  m.def("ordinary", &mrvae::all_ordinary);
   m.def("sample_batch_norm", &mrvae::sample_batch_norm, unlocked);
   mrvae::define_layers(m);
   mrvae::define_entry(m);

@@ -154,6 +154,9 @@ Gradients backward(const Tensor& grad, const Saved& saved, const std::array<bool
 // Kernels read and write as many numbers as x says; torch's own operator does not look at the running statistics.
 void check(const Tensor& x, const Tensor& gate, const OptionalTensor& shift, const OptionalTensor& weight,
            const OptionalTensor& bias, const OptionalTensor& mean, const OptionalTensor& variance, bool of_batch) {
+  // read as they lie in memory, which a trace would take for constants
+  TORCH_CHECK_VALUE(eager({&x, &gate, pointer(shift), pointer(weight), pointer(bias), pointer(mean), pointer(variance)}),
+                    name, ": expected ordinary tensors, outside of tracing and dispatch modes");
   const auto dtype = x.scalar_type();
   TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble, name, ": x has dtype ", dtype,
                    "; expected float32 or float64");

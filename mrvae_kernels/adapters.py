@@ -248,7 +248,7 @@ class NormAdapter(Adapter):
     ) -> Tensor:
         if isinstance(layer, _InstanceNorm) and x.dim() == layer._get_no_batch_dim():
             raise ValueError(f"x has shape {tuple(x.shape)}, no batch axis; expected one beta, not one a sample")
-        if activation is None and sample_norms.takes(layer, x, gate):
+        if activation is None and sample_norms.takes(layer, x, gate, shift):
             return sample_norms.batch_norm(layer, x, gate, shift, layer.weight, layer.bias)
         normalized = layer.plain.forward(layer, x)
         return functional.epilogue(normalized, None, gate, shift, 1, activation)

@@ -20,7 +20,7 @@ from .layers import Recorded, _one
 
 def conditional_norm(layer: Any, weight: Tensor, bias: Tensor, x: Tensor) -> Tensor:
     """weight x_hat + bias, x_hat as the batch norm `layer` normalises x; weight and bias are (C,), or (N, C)."""
-    if sample_norms.takes(layer, x, weight):
+    if sample_norms.takes(layer, x, weight, bias):
         return sample_norms.batch_norm(layer, x, weight, bias, None, None)
     parameters = layer._parameters
     before = {"weight": parameters["weight"], "bias": parameters["bias"]}

@@ -27,11 +27,11 @@ this one takes 0.66 to 0.84 of theirs: forward and backward pass of x from (16, 
 included, interleaved on 2 cores."""
 
 
-def takes(layer: Any, x: Tensor, scale: Tensor) -> bool:
+def takes(layer: Any, x: Tensor, scale: Tensor, offset: Tensor | None) -> bool:
     """Whether `batch_norm` does what this norm does to x, and is worth it: eager float32 and float64 on the CPU.
 
-    Elsewhere, when traced, under a transform, and where torch has an error to raise, the norm and the epilogue stay two
-    operators.
+    scale and offset: its gate and shift. Elsewhere, when traced, under a transform or a dispatch mode, and where torch
+    has an error to raise, the norm and the epilogue stay two operators.
     """
     return (
         layer.plain in BATCH_NORMS
@@ -43,19 +43,22 @@ def takes(layer: Any, x: Tensor, scale: Tensor) -> bool:
         and scale.shape == x.shape[:2]
         and x.numel() > x.shape[1]  # of one element a channel torch says why it has no variance
         and x.numel() >= LEAST_POSITIONS * scale.numel()
-        and _fits(layer, x, scale)
+        and _fits(layer, x, scale, offset)
         and not torch._C._are_functorch_transforms_active()
         and not torch.jit.is_tracing()
         and choose_backend(x.device, x.dtype, "epilogue") == "cpp"
+        and core().ordinary([x, scale, offset, *layer._parameters.values(), *layer._buffers.values()])
     )
 
 
-def _fits(layer: Any, x: Tensor, scale: Tensor) -> bool:
+def _fits(layer: Any, x: Tensor, scale: Tensor, offset: Tensor | None) -> bool:
     """Whether parameters and running statistics are of x's dtype and (C,): torch's operator does not look itself, and
     writes C statistics into a buffer of fewer."""
     buffers, parameters = layer._buffers, layer._parameters
     mean, variance = buffers["running_mean"], buffers["running_var"]
     if (mean is None) != (variance is None) or scale.dtype != x.dtype:
+        return False
+    if offset is not None and (offset.dtype != x.dtype or offset.shape != scale.shape):
         return False
     size = x.shape[1:2]
     of_channels = (mean, variance, parameters["weight"], parameters["bias"])

@@ -9,9 +9,12 @@ import pytest
 import torch
 from helpers import BETA, randomize
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.flop_counter import FlopCounterMode
 
 import mrvae_kernels as mk
 from mrvae_kernels import ops, sample_norms
+from mrvae_kernels.conditional import conditional_norm
 from mrvae_kernels.ops.shortcuts import core
 
 pytestmark = pytest.mark.skipif(not ops.EXTENSION, reason="the compiled core is not built")
@@ -95,7 +98,7 @@ def test_gradcheck(of_batch, given):
 
     def function(*values: Tensor) -> Tensor:
         arguments = dict.fromkeys(sizes) | dict(zip(names, values, strict=True))
-        assert sample_norms.takes(gated, arguments["x"], arguments["gate"])
+        assert sample_norms.takes(gated, arguments["x"], arguments["gate"], arguments["shift"])
         return sample_norms.batch_norm(gated, *arguments.values())
 
     for frozen in (None, *names):
@@ -183,7 +186,7 @@ def test_inputs_of_few_positions_are_left_to_two_operators(monkeypatch):
     scale = torch.ones(len(BETA), 4, dtype=x.dtype)
     for least, taken in ((12, True), (13, False)):
         monkeypatch.setattr(sample_norms, "LEAST_POSITIONS", least)
-        assert sample_norms.takes(gated, x, scale) == taken
+        assert sample_norms.takes(gated, x, scale, None) == taken
         assert in_one_pass(gated(x, BETA)) == taken
 
 
@@ -229,6 +232,83 @@ def test_what_is_not_taken_goes_the_usual_way(case):
     assert not in_one_pass(y)
     rounding = {"rtol": 2e-2, "atol": 2e-2} if case == "bfloat16" else {}  # one beta folds: g w is rounded as well
     torch.testing.assert_close(each, one, **rounding)
+
+
+def test_under_a_dispatch_mode_forward_and_backward_pass_are_operators():
+    _, gated, x = made(2)
+    parameters = [x, *gated.parameters()]
+    expected = torch.autograd.grad(gated(x, BETA).square().sum(), parameters)
+    batches = int(gated.num_batches_tracked)
+    with FlopCounterMode(display=False):
+        y = gated(x, BETA)
+        y.square().sum().backward()
+    assert not in_one_pass(y) and int(gated.num_batches_tracked) == batches + 1
+    torch.testing.assert_close([parameter.grad for parameter in parameters], list(expected))
+
+
+def test_a_trace_replays_with_its_own_gates_and_statistics():
+    norm = mk.ConditionalBatchNorm2d(4, dtype=torch.float64, track_running_stats=False)
+
+    def function(x: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+        return conditional_norm(norm, scale, offset, x)
+
+    def drawn() -> list[Tensor]:
+        return [torch.randn(size, dtype=torch.float64) for size in ((3, 4, 4, 3), (3, 4), (3, 4))]
+
+    traced, other = make_fx(function)(*drawn()), drawn()
+    assert sample_norms.takes(norm, *other)
+    torch.testing.assert_close(traced(*other), function(*other))
+
+
+@pytest.mark.parametrize("case", ["negative bit", "another offset"])
+def test_tensors_that_are_not_what_their_memory_says_go_the_usual_way(case):
+    _, gated, x = made(2)
+    scale, offset = torch.rand(len(BETA), 4, dtype=x.dtype), None
+    assert sample_norms.takes(gated, x, scale, offset)
+    if case == "negative bit":
+        x = torch.complex(torch.zeros_like(x.detach()), x.detach()).conj().imag
+        with pytest.raises(ValueError, match="expected ordinary tensors"):
+            core().sample_batch_norm(x, scale, offset, None, None, None, None, True, 0.1, 1e-5)
+    else:
+        offset = scale.float()
+    assert not sample_norms.takes(gated, x, scale, offset)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels last", "transposed"])
+def test_large_inputs_are_cut_into_the_same_parts_by_any_number_of_threads(layout):
+    """More than the 16,384 elements that one task of the backward pass takes; torch's own statistics of channels-last
+    inputs do depend on the threads, so that the bits are those with running statistics."""
+    plain = randomize(nn.BatchNorm2d(24, dtype=torch.float64))
+    gated = mk.GatedBatchNorm2d.from_plain(copy.deepcopy(plain), gate=mk.GateSpec("softplus", shift=True))
+    beta = torch.linspace(0.1, 5, 16, dtype=torch.float64)
+    x = torch.randn(16, 24, 9, 9, dtype=torch.float64)
+    if layout == "channels last":
+        x = x.to(memory_format=torch.channels_last)
+    if layout == "transposed":
+        x = x.transpose(0, 1).contiguous().transpose(0, 1)
+    x.requires_grad_()
+    eta = mk.standardize(beta, dtype=torch.float64)[:, None]
+    gate = nn.functional.softplus(eta * gated.gate_weight + gated.gate_bias)[..., None, None]
+    shift = (eta * gated.shift_weight + gated.shift_bias)[..., None, None]
+    grad = torch.randn(x.shape, dtype=x.dtype)
+    sought = [x, gated.gate_weight, gated.shift_bias]
+    expected = torch.autograd.grad(gate * plain(x) + shift, sought, grad)
+    threads = torch.get_num_threads()
+    try:
+        for training in (True, False):
+            found = []
+            for count in (1, 2):
+                torch.set_num_threads(count)
+                y = gated.train(training)(x, beta)
+                assert in_one_pass(y)
+                found.append([y, *torch.autograd.grad(y, sought, grad)])
+            if training:
+                torch.testing.assert_close(found[0][1:], list(expected))
+                torch.testing.assert_close(found[1][1:], list(expected))
+            else:
+                torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_tangents_are_refused():

@@ -18,6 +18,7 @@ pytestmark = requires_extension
 
 WAYS = [("fold", False), ("epilogue", False), ("epilogue", True)]
 GEOMETRY = ([2, 1], [1, 0], [1, 1], False, [0, 0], 1)
+GROUPED = ([2, 1], [1, 0], [1, 1], False, [0, 0], 3)
 TRANSPOSED = ([2, 1], [1, 0], [1, 1], True, [1, 0], 1)
 PRODUCTS = {
     "linear": (ops.gated_linear, reference.gated_linear, (5, 4), (3, 4), ()),
@@ -25,6 +26,7 @@ PRODUCTS = {
     # results large enough to be kept no more: dW tells the gates' gradients
     "large linear": (ops.gated_linear, reference.gated_linear, (1400, 4), (3, 4), ()),
     "large convolution": (ops.gated_convolution, reference.gated_convolution, (120, 4, 6, 5), (3, 4, 3, 2), GEOMETRY),
+    "large grouped": (ops.gated_convolution, reference.gated_convolution, (120, 3, 6, 5), (3, 1, 3, 2), GROUPED),
     "large transposed": (ops.gated_convolution, reference.gated_convolution, (40, 4, 6, 5), (4, 3, 3, 2), TRANSPOSED),
 }
 LINEAR = ("linear", "large linear")
@@ -129,6 +131,17 @@ def test_a_checkpoint_that_goes_on_after_a_change_in_place(strategy, per_sample,
         return checkpoint(lambda *t: run(*t).mul_(2).tanh().square(), *given, use_reentrant=False)
 
     same(grads_of(recomputed, tensors), grads_of(lambda *t: (2 * formula(*t)).tanh().square(), tensors))
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_gradient_of_nobody_else_s_may_be_overwritten(product, bias):
+    """The engine's own, as after gelu: du takes its memory."""
+    tensors = tensors_for(product, False)
+    if not bias:
+        tensors[2] = None
+    run, formula = layer(product, "none", "epilogue")
+    same(grads_of(lambda *t: F.gelu(run(*t)), tensors), grads_of(lambda *t: F.gelu(formula(*t)), tensors))
 
 
 def _holders(tensor: Tensor) -> int:
