@@ -160,6 +160,15 @@ bool memory_order(const Tensor& u, std::int64_t axis, bool per_sample, EpilogueS
   return true;
 }
 
+Tensor dense(const Tensor& u, std::int64_t axis, bool per_sample, EpilogueShape& shape) {
+  Tensor result = widened(u);
+  if (!memory_order(result, axis, per_sample, shape)) {
+    result = result.contiguous();
+    memory_order(result, axis, per_sample, shape);
+  }
+  return result;
+}
+
 bool same_layout(const Tensor& a, const Tensor& b) {
   if (a.scalar_type() != b.scalar_type()) return false;
   for (std::int64_t d = 0; d < a.dim(); ++d) {

@@ -36,26 +36,6 @@ void check(const Tensor& u, const OptionalTensor& bias, const Tensor& gate, cons
   }
 }
 
-// u as one dense block that memory_order() accepts
-Tensor dense(const Tensor& u, std::int64_t axis, bool per_sample, EpilogueShape& shape) {
-  Tensor result = widened(u);
-  if (!memory_order(result, axis, per_sample, shape)) {
-    result = result.contiguous();
-    memory_order(result, axis, per_sample, shape);
-  }
-  return result;
-}
-
-template <class T>
-const T* data(const Tensor& tensor) {
-  return tensor.defined() ? tensor.const_data_ptr<T>() : nullptr;
-}
-
-template <class T>
-T* mutable_data(const Tensor& tensor) {
-  return tensor.defined() ? tensor.mutable_data_ptr<T>() : nullptr;
-}
-
 struct Parameters {
   Tensor gate, bias, shift;
   Activation activation;

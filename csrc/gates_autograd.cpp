@@ -48,11 +48,6 @@ std::vector<GateSlice<T>> slices(const std::vector<Tensor>& values, IntArrayRef 
   return result;
 }
 
-template <class T>
-T* data(const Tensor& tensor) {
-  return tensor.defined() && tensor.numel() > 0 ? static_cast<T*>(tensor.data_ptr()) : nullptr;
-}
-
 // w, c and eta, contiguous and of the dtype of gates, and the slices' values or their gradients
 struct Operands {
   Tensor weight, bias, eta;
@@ -78,7 +73,7 @@ template <class T>
 void backward(const Operands& operands, const Tensor& grad_weight, const Tensor& grad_bias, const Tensor& grad_eta) {
   const auto parts = slices<T>(operands.values, operands.sizes, operands.kinds);
   const T *w = data<T>(operands.weight), *c = data<T>(operands.bias), *eta = data<T>(operands.eta);
-  T *dw = data<T>(grad_weight), *dc = data<T>(grad_bias), *deta = data<T>(grad_eta);
+  T *dw = mutable_data<T>(grad_weight), *dc = mutable_data<T>(grad_bias), *deta = mutable_data<T>(grad_eta);
   const std::int64_t samples = operands.eta.numel();
 #if defined(MRVAE_CUDA)
   if (on_gpu(operands.weight)) {

@@ -77,6 +77,17 @@ Tensor scratch(std::int64_t bytes, const Tensor& like);
 // The order of u's elements in memory as samples, rows, channels and the rest. False where u is not one dense block with
 // the samples, if they matter, outermost.
 bool memory_order(const Tensor& u, std::int64_t axis, bool per_sample, EpilogueShape& shape);
+// u as one dense block that memory_order() accepts, its shape in `shape`
+Tensor dense(const Tensor& u, std::int64_t axis, bool per_sample, EpilogueShape& shape);
+// nullptr for an undefined tensor
+template <class T>
+const T* data(const Tensor& tensor) {
+  return tensor.defined() ? tensor.const_data_ptr<T>() : nullptr;
+}
+template <class T>
+T* mutable_data(const Tensor& tensor) {
+  return tensor.defined() ? tensor.mutable_data_ptr<T>() : nullptr;
+}
 // `value`, computed densely, with the dtype and strides that at::empty_like(like) has.
 Tensor restored(const Tensor& value, const Tensor& like);
 bool same_layout(const Tensor& a, const Tensor& b);

@@ -5,8 +5,8 @@
 //
 // What the backward pass needs besides the inputs is kept without memory of its own where that can be: of an epilogue
 // without a shift, y itself, from which u + b = y / g. y belongs to the user: where it was changed in place meanwhile,
-// or g is too small to divide by, the product is computed again. Of a large y without an
-// activation and one gate a channel nothing at all, since dg = (<dW, W> + db b) / g (weight_tells). W' is folded again where dx asks for it.
+// or g is too small to divide by, the product is computed again. Of a large y without an activation, where a gate serves
+// the whole batch, nothing at all: dg = (<dW, W> + db b) / g (weight_tells). W' is folded again where dx asks for it.
 #pragma once
 
 #include <ATen/SavedTensorHooks.h>
@@ -78,9 +78,10 @@ bool divisible(const Tensor& gate, Activation activation, bool inert) {
 inline bool weight_tells(const Tensor& y, const Tensor& weight, const Tensor& gate, const OptionalTensor& bias,
                          const OptionalTensor& shift, Activation activation) {
   const auto dtype = weight.scalar_type();
-  return activation == Activation::None && result_tells(y, shift, activation) && gate.dim() == 1 &&
-         (dtype == at::kFloat || dtype == at::kDouble) && dtype == gate.scalar_type() && (!given(bias) || bias->scalar_type() == dtype) && weight.requires_grad() &&
-         y.numel() >= std::max<std::int64_t>(4096, weight.numel() / 8);
+  const bool exact = (dtype == at::kFloat || dtype == at::kDouble) && gate.scalar_type() == dtype &&
+                     (!given(bias) || bias->scalar_type() == dtype);
+  return exact && activation == Activation::None && result_tells(y, shift, activation) && gate.dim() == 1 &&
+         weight.requires_grad() && y.numel() >= std::max<std::int64_t>(4096, weight.numel() / 8);
 }
 
 // values / gate, and 0 where the gate is 0

@@ -3,7 +3,10 @@
 #include <ATen/ops/batch_norm_update_stats.h>
 #include <ATen/ops/empty_like.h>
 
+#include <algorithm>
 #include <cmath>
+#include <tuple>
+#include <utility>
 
 #include "cpu/kernels.h"
 
@@ -11,11 +14,6 @@ namespace mrvae {
 namespace {
 
 constexpr const char* name = "batch norm with one beta a sample";
-
-template <class T>
-const T* data(const Tensor& tensor) {
-  return tensor.defined() ? tensor.const_data_ptr<T>() : nullptr;
-}
 
 Tensor contiguous(const OptionalTensor& tensor) { return given(tensor) ? tensor->contiguous() : Tensor(); }
 
@@ -90,9 +88,8 @@ Gradients backward(const Tensor& grad, const Saved& saved, const std::array<bool
   const std::int64_t samples = affine.samples, channels = affine.channels;
   const Tensor gain = gain_of(affine, g, saved.rstd);
   EpilogueShape shape;
-  const Tensor x = memory_order(saved.x, 1, true, shape) ? saved.x : saved.x.contiguous();
+  const Tensor x = dense(saved.x, 1, true, shape);
   const Tensor dz = same_layout(grad, x) ? grad : at::empty_like(x).copy_(grad);
-  memory_order(x, 1, true, shape);
 
   // of the epilogue's gate, rstd S: sum dz (x - mean); of its shift: dT
   const auto [unused_u, unused_bias, dot, by_offset] =
@@ -222,7 +219,7 @@ Tensor sample_batch_norm(const Tensor& x, const Tensor& gate, const OptionalTens
   Tensor mean, variance;
   if (of_batch) {
     at::AutoDispatchBelowADInplaceOrView below;
-    std::tie(mean, variance) = at::batch_norm_update_stats(x.detach(), running_mean, running_variance, momentum);
+    std::tie(mean, variance) = at::batch_norm_update_stats(x, running_mean, running_variance, momentum);
   } else {
     mean = running_mean->contiguous();
     variance = running_variance->contiguous();
