@@ -44,31 +44,36 @@ MRVAE_HOST_DEVICE T sigmoid(T p) {
 
 template <class T>
 struct GatePoint {
-  T value, slope;  // g and dg/dp
+  T value, slope, relative;  // g, dg/dp and (dg/dp) / g: what the slope is by y in place of u + b = y / g
 };
 
-// Both from one e^-|p|; whoever reads one of them only pays for that. An infinite p saturates the gate instead of
+// All from one e^-|p|; whoever reads one of them only pays for that. An infinite p saturates the gate instead of
 // making it NaN later.
 //
 // |p| and min(p, 0) are arithmetic: of `p < 0 ? p : -p` GCC makes paths through the whole function, every one of them
-// computed under a mask: 85 instructions of AVX-512 in place of 40, 0.65 ns a sqrt gate in place of 0.21.
+// computed under a mask: 85 instructions of AVX-512 in place of 40, 0.65 ns a sqrt gate in place of 0.21. So does
+// `closed || open == 0`: a linear network's step with one beta a sample took 1.3 times as long.
 template <Gate kind, class T>
 MRVAE_HOST_DEVICE GatePoint<T> gate_point(T p) {
+  constexpr T least = std::numeric_limits<T>::min();  // by a gate of 0 there is nothing to divide
   if constexpr (kind == Gate::Identity) {
-    return {finite(p), T(1)};
+    const T value = finite(p);
+    return {value, T(1), finite(T(1) / value)};
   } else if constexpr (kind == Gate::Sqrt) {
     T e, rest;
     elementary::decay(T(0.5) * (p - std::fabs(p)), e, rest);
     const T open = std::sqrt(rest), divisor = open < T(sqrt_gate_floor) ? T(sqrt_gate_floor) : open;
-    const T slope = T(-0.5) * e / divisor;
+    const T half = T(-0.5) * e, product = open * divisor;
     const bool closed = p >= T(0);  // not of a NaN
-    return {closed ? T(0) : open, closed ? T(0) : slope};
+    return {closed ? T(0) : open, closed ? T(0) : half / divisor,
+            closed ? T(0) : half / (product < least ? least : product)};
   } else {
     T e, rest;
     elementary::decay(-std::fabs(p), e, rest);
     const T r = T(1) / (T(1) + e), small = e * r, cumulative = p < T(0) ? small : r;
-    if constexpr (kind == Gate::Sigmoid) return {cumulative, small * r};
-    return {finite((p < T(0) ? T(0) : p) + elementary::log1p(e)), cumulative};
+    if constexpr (kind == Gate::Sigmoid) return {cumulative, small * r, p < T(0) ? r : small};
+    const T value = finite((p < T(0) ? T(0) : p) + elementary::log1p(e));
+    return {value, cumulative, cumulative / (value < least ? least : value)};
   }
 }
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .adapters import ADAPTERS, NormAdapter
 from .conditional import conditional_norm
 from .gates import GateNetwork
-from .hosting import Hosted
+from .hosting import Hosted, Slices, values_of
 from .places import Places
 from .traced import TracedGates
 
@@ -43,8 +43,8 @@ class ConditionalNormAdapter(NormAdapter):
 class HostedNorm(Hosted):
     """A conditional norm, which never folds with the gated layers."""
 
-    def _traced(self, call: TracedGates, x: Any, *args: Any, **kwargs: Any) -> Any:
-        return self.adapter.run(self, *self._values(call), None, None, x)
+    def _traced(self, call: TracedGates, slices: Slices, x: Any, *args: Any, **kwargs: Any) -> Any:
+        return self.adapter.run(self, *values_of(call, slices), None, None, x)
 
 
 ADAPTER = ConditionalNormAdapter()

@@ -51,14 +51,17 @@ def hooked(module: nn.Module) -> bool:
     return everywhere or any(getattr(module, f"_{kind}") for kind in kinds) or torch.compiler.is_exporting()
 
 
+Slices = tuple[int, int, int, int]
+"""The places of the gate, the shift and the gate on inputs, -1 for none; and where the gate begins among all gates."""
+
+
 class Hosted(nn.Module):
     """What hosted layers share; `plain` is the torch.nn class underneath."""
 
     plain: type[nn.Module]
     adapter: Adapter
     _calls: Sequence[TracedGates] = ()  # the network's, one list for all layers: torch.compile's, innermost last
-    # the places of the gate, the shift and the gate on inputs, -1 for none; and where the gate begins among all of them
-    _slices: tuple[int, int, int, int] = (0, -1, -1, 0)
+    _slices: Slices = (0, -1, -1, 0)
     _share: Share | None = None
     _direct: Any = None  # the core's HostedLayer, which counts where there is no share; not for a compiled network
     _stage: Any = None  # the network's, where there is a compiled core
@@ -67,21 +70,17 @@ class Hosted(nn.Module):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Without nn.Module's way to `forward` where there is nothing on it: 0.8 of a small layer's 5.4 us."""
         if torch.compiler.is_compiling():
-            return super().__call__(*args, **kwargs) if self._has_hooks() else self.forward(*args, **kwargs)
+            return super().__call__(*args, **kwargs) if hooked(self) else self.forward(*args, **kwargs)
         if len(args) == 1 and not kwargs and EXTENSION:
             y = core().call_layer(self, args[0])
             if y is not None:
                 return y
         return super().__call__(*args, **kwargs)
 
-    @traced.asked_once
-    def _has_hooks(self) -> bool:
-        return hooked(self)
-
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         calls = self._calls  # not traced itself, a layer behind a break of Dynamo's graph is part of such a call too
         if calls and (torch.compiler.is_compiling() or self._share is None):
-            return self._trace(calls[-1], *args, **kwargs)
+            return trace(self, calls[-1], *args, **kwargs)
         share = self._share
         if share is None and self._direct is not None:
             if len(args) == 1 and not kwargs:
@@ -107,21 +106,9 @@ class Hosted(nn.Module):
                 self._last_strategy = strategy
         return adapter.run(self, share.gate, share.shift, None, strategy, *args, **kwargs)
 
-    def _trace(self, call: TracedGates, *args: Any, **kwargs: Any) -> Any:
-        x, *rest = (kwargs.pop("input"), *args) if "input" in kwargs else args
-        _, _, inputs, _ = self._slices
-        if inputs >= 0:
-            x = self.adapter.scale_inputs(x, call.value(inputs))
-        return self._traced(call, x, *rest, **kwargs)
-
-    def _values(self, call: TracedGates) -> tuple[Tensor, Tensor | None]:
-        """Gate and shift of a call that torch.compile traces."""
-        gate, shift, _, _ = self._slices
-        return call.value(gate), None if shift < 0 else call.value(shift)
-
-    def _traced(self, call: TracedGates, x: Any, *args: Any, **kwargs: Any) -> Any:
+    def _traced(self, call: TracedGates, slices: Slices, x: Any, *args: Any, **kwargs: Any) -> Any:
         """The layer's output as torch.compile traces it."""
-        gate, shift = self._values(call)
+        gate, shift = values_of(call, slices)
         adapter = self.adapter
         if gate.dim() == 1 and not adapter.product:
             folded = fold_layers([FoldJob(self, adapter, gate, shift)])[0]
@@ -152,39 +139,69 @@ class Hosted(nn.Module):
 class TracedProduct(Hosted):
     """A Linear or convolution, of which torch.compile looks at little: at its parameters, and a few numbers."""
 
-    def takes_activation(self, after: nn.Module | None) -> bool:
-        """Whether the layer's epilogue can do the module after it as well, in a call that is compiled."""
-        return type(after) is nn.ReLU and bool(self._calls) and not self._has_hooks() and not hooked(after)
-
 
 class TracedLinear(TracedProduct):
     """A Linear, of which torch.compile looks at nothing but weight and bias."""
 
-    def _traced(self, call: TracedGates, x: Any, *args: Any, activation: str = "none", **kwargs: Any) -> Any:
+    def _traced(
+        self, call: TracedGates, slices: Slices, x: Any, *args: Any, activation: str = "none", **kwargs: Any
+    ) -> Any:
         layer: Any = self
-        gate, shift, _, start = self._slices
+        gate, shift, _, start = slices
         found = call.values[gate]
         if isinstance(found, SampledGate) and shift < 0:
             return traced.sampled_linear(x, layer.weight, layer.bias, *found, start, activation, call.asked)
         return traced.gated_linear(
-            x, layer.weight, layer.bias, *self._values(call), call.flat, start, activation, call.asked, call.exporting
+            x, layer.weight, layer.bias, *values_of(call, slices), call.flat, start, activation, call.asked,
+            call.exporting,
         )
 
 
 class TracedConvolution(TracedProduct):
     """A convolution likewise, with its strides and the like as numbers; others run as every layer."""
 
-    def _traced(self, call: TracedGates, x: Any, *args: Any, activation: str = "none", **kwargs: Any) -> Any:
+    def _traced(
+        self, call: TracedGates, slices: Slices, x: Any, *args: Any, activation: str = "none", **kwargs: Any
+    ) -> Any:
         layer: Any = self
         padding = layer.padding
         if args or kwargs or isinstance(padding, str) or layer.padding_mode != "zeros" or x.dim() != layer.weight.dim():
-            y = super()._traced(call, x, *args, **kwargs)
+            y = super()._traced(call, slices, x, *args, **kwargs)
             return y if activation == "none" else y.relu()
         geometry = (layer.stride, padding, layer.dilation, layer.transposed, layer.output_padding, layer.groups)
         return traced.gated_convolution(
-            x, layer.weight, layer.bias, *self._values(call), call.flat, self._slices[3], geometry, activation,
+            x, layer.weight, layer.bias, *values_of(call, slices), call.flat, slices[3], geometry, activation,
             call.asked, call.exporting,
         )
+
+
+# Functions, not methods: of each method that is called on a layer, Dynamo guards that the layer has none of its own.
+
+
+@traced.asked_once
+def slices_of(layer: Hosted) -> Slices:
+    """The layer's places, which stay what they are as long as it is this layer of this class."""
+    return layer._slices
+
+
+def values_of(call: TracedGates, slices: Slices) -> tuple[Tensor, Tensor | None]:
+    """Gate and shift of a call that torch.compile traces."""
+    gate, shift, _, _ = slices
+    return call.value(gate), None if shift < 0 else call.value(shift)
+
+
+def trace(layer: Hosted, call: TracedGates, *args: Any, **kwargs: Any) -> Any:
+    """The layer's output in a call that torch.compile traces."""
+    x, *rest = (kwargs.pop("input"), *args) if "input" in kwargs else args
+    slices = slices_of(layer)
+    if slices[2] >= 0:
+        x = layer.adapter.scale_inputs(x, call.value(slices[2]))
+    return layer._traced(call, slices, x, *rest, **kwargs)
+
+
+def takes_activation(layer: Hosted, after: nn.Module | None) -> bool:
+    """Whether the layer's epilogue can do the module after it as well, in a call that is compiled."""
+    return type(after) is nn.ReLU and bool(layer._calls) and not hooked(layer) and not hooked(after)
 
 
 GEOMETRY = frozenset(("stride", "padding", "dilation", "groups", "output_padding", "padding_mode"))
@@ -205,8 +222,8 @@ class HostedSequential(nn.Sequential):
         for module, after in zip(modules, [*modules[1:], None], strict=True):
             if done:
                 done = False
-            elif isinstance(module, TracedProduct) and module.takes_activation(after):
-                input, done = module._trace(module._calls[-1], input, activation="relu"), True
+            elif isinstance(module, TracedProduct) and takes_activation(module, after):
+                input, done = trace(module, module._calls[-1], input, activation="relu"), True
             else:
                 input = module(input)
         return input

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import functional, measurements, reference, strategy, traced
+from . import functional, measurements, reference, strategy, traced_call
 from .adapters import ADAPTERS, Adapter
 from .backends import inside_transform
 from .gates import (
@@ -44,7 +44,7 @@ from .places import Places
 from .plans import LayerGates, Plans
 from .recalibration import recalibrate
 from .selection import Gates, select
-from .traced import SampledGate, TracedGates
+from .traced import TracedGates
 
 
 class GatedEntry(NamedTuple):
@@ -156,7 +156,7 @@ class MultiRate(Recorded):
     def forward(self, *args: Any, beta: Beta, **kwargs: Any) -> Any:
         """The network's forward at this beta: a positive number, a 0-d tensor, or one a sample, shape (N,)."""
         if torch.compiler.is_compiling():
-            return self._trace(beta, args, kwargs)
+            return traced_call.run(self, beta, args, kwargs)
         if self.conditional is not None:
             with self._turn.lock, self._lend_norms(beta):
                 return self._run(beta, args, kwargs)
@@ -184,41 +184,6 @@ class MultiRate(Recorded):
                     installed.take_back(layers)
             finally:
                 plans.stage.gates = None
-
-    def _trace(self, beta: Beta, args: Any, kwargs: Any) -> Any:
-        """A call as torch.compile and torch.export see it: see `traced`."""
-        override = strategy.current()
-        if override.backend not in (None, "reference") or override.strategy == "fused":
-            with self._lend_norms(beta):
-                return self._call(beta, None, args, kwargs)
-        self._check_layers()
-        flat, bank = self._traced_bank(beta)
-        values = [*bank, *self._norm_values(beta)]
-        exporting = torch.compiler.is_exporting()
-        self._calls.append(TracedGates(values, None if exporting else flat, override.strategy, exporting))
-        try:
-            return self.network(*args, **kwargs)
-        finally:
-            self._calls.pop()
-
-    def _traced_bank(self, beta: Beta) -> tuple[Tensor | None, Sequence[Tensor | SampledGate]]:
-        """All gates and shifts, in one piece where they are, and one by one."""
-        weight, bias = self.gate_weight, self.gate_bias
-        if weight is None or bias is None or isinstance(beta, bool) or not isinstance(beta, (Tensor, int, float)):
-            return None, self._bank(beta)
-        if not isinstance(beta, Tensor):
-            beta = torch.scalar_tensor(beta, dtype=reference.gate_dtype(weight.dtype), device=weight.device)
-        low, high = self.beta_range
-        if beta.dim() == 1:
-            return None, traced.sampled_gates(weight, bias, beta, low, high, self._sizes, self._kinds)
-        flat, *values = traced.bank(weight, bias, beta, low, high, self._sizes, self._kinds)
-        return flat, values
-
-    @traced.asked_once
-    def _check_layers(self) -> None:
-        """RuntimeError where a gated layer is gone: asked when the call is traced, and not guarded."""
-        traced.announce()
-        self._hosts()
 
     def _call(self, beta: Beta, key: Any, args: Any, kwargs: Any) -> Any:
         """Without a plan that is ready."""

@@ -38,26 +38,35 @@ def gate_activation(preactivation: Tensor, kind: str) -> Tensor:
     softplus  log(1 + exp(p))
     identity  p (FiLM's shift)
     """
-    limit = torch.finfo(preactivation.dtype).max
-    p = preactivation.clamp(-limit, limit)
-    if kind == "identity":
-        return p
+    p = preactivation
+    if kind != "sqrt":
+        return gate_value(p, kind)
+    negative = p < 0
+    square = torch.where(negative, -torch.expm1(torch.where(negative, p, -torch.ones_like(p))), 0.0)
+    exact = square.detach().sqrt()
+    bounded = square / (2 * exact.clamp(min=0.5 / SQRT_GATE_MAX_SLOPE))
+    return exact + (bounded - bounded.detach())
+
+
+def gate_value(preactivation: Tensor, kind: str) -> Tensor:
+    """g = act(p) for passes that write their derivative out: the sqrt gate's is not bounded here."""
+    p = preactivation
     if kind == "sigmoid":
         return torch.sigmoid(p)
+    if kind == "sqrt":
+        return torch.where(p < 0, -torch.expm1(p), 0.0).sqrt()
+    limit = torch.finfo(p.dtype).max
+    p = p.clamp(-limit, limit)
+    if kind == "identity":
+        return p
     if kind == "softplus":
         return torch.logaddexp(p, torch.zeros_like(p))
-    if kind == "sqrt":
-        negative = p < 0
-        square = torch.where(negative, -torch.expm1(torch.where(negative, p, -torch.ones_like(p))), 0.0)
-        exact = square.detach().sqrt()
-        bounded = square / (2 * exact.clamp(min=0.5 / SQRT_GATE_MAX_SLOPE))
-        return exact + (bounded - bounded.detach())
     raise ValueError(f"gate kind is {kind!r}; expected sigmoid, sqrt, softplus or identity")
 
 
 def gate_and_slope(preactivation: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     """g = act(p) and dg/dp, as autograd has it of gate_activation: for backward passes that make gates anew."""
-    gate = gate_activation(preactivation, kind)
+    gate = gate_value(preactivation, kind)
     if kind == "identity":
         return gate, torch.ones_like(gate)
     if kind == "sigmoid":
@@ -66,6 +75,17 @@ def gate_and_slope(preactivation: Tensor, kind: str) -> tuple[Tensor, Tensor]:
         return gate, torch.sigmoid(preactivation)
     slope = (gate.square() - 1) / (2 * gate.clamp(min=0.5 / SQRT_GATE_MAX_SLOPE))
     return gate, torch.where(preactivation < 0, slope, 0)
+
+
+def gate_and_relative_slope(preactivation: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """g = act(p) > 0 and (dg/dp) / g, with one division at most; 0 where g is 0. Not for "identity"."""
+    p, gate = preactivation, gate_value(preactivation, kind)
+    if kind == "sigmoid":
+        return gate, 1 - gate
+    if kind == "softplus":
+        return gate, torch.where(gate > 0, torch.sigmoid(p) / gate, 0)
+    divisor = 2 * gate * gate.clamp(min=0.5 / SQRT_GATE_MAX_SLOPE)
+    return gate, torch.where(gate > 0, (gate.square() - 1) / divisor, 0)
 
 
 def gates(weight: Tensor, bias: Tensor, eta: Tensor, kind: str) -> Tensor:

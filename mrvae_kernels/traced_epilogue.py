@@ -114,7 +114,8 @@ class SampledEpilogue(torch.autograd.Function):
         ctx: Any, u: Tensor, bias: Tensor | None, weight: Tensor, gate_bias: Tensor, eta: Tensor, flat_weight: Tensor,
         flat_bias: Tensor, start: int, kind: str, relu: bool,
     ) -> Tensor:
-        gate = reference.gates(weight, gate_bias, eta, kind)
+        dtype = eta.dtype
+        gate = reference.gate_value(eta.unsqueeze(-1) * weight.to(dtype) + gate_bias.to(dtype), kind)
         y = reference.epilogue(u, bias, gate, None, 1, "relu" if relu else "none")
         ctx.save_for_backward(y.clone(), flat_weight, flat_bias, eta)
         ctx.rows, ctx.kind, ctx.relu = slice(start, start + weight.shape[0]), kind, relu
@@ -126,10 +127,10 @@ class SampledEpilogue(torch.autograd.Function):
         y, flat_weight, flat_bias, eta = ctx.saved_tensors
         weight, gate_bias = flat_weight[ctx.rows].to(eta.dtype), flat_bias[ctx.rows].to(eta.dtype)
         p = eta.unsqueeze(-1) * _anew(weight) + gate_bias
-        gate, slope = reference.gate_and_slope(p, ctx.kind)
+        gate, relative_slope = reference.gate_and_relative_slope(p, ctx.kind)
         dz = _through(grad, y, ctx.relu).to(gate.dtype)
         du = dz * gate
-        dp = _divided(dz * y.to(gate.dtype), gate) * slope
+        dp = dz * y.to(gate.dtype) * relative_slope  # dz (u + b) g', y = g (u + b)
         dbias = None if ctx.bias_dtype is None else du.sum(0).to(ctx.bias_dtype)
         dweight = (dp * eta.unsqueeze(-1)).sum(0).to(flat_weight.dtype)
         deta = (dp * weight).sum(1) if ctx.needs_input_grad[4] else None

@@ -68,7 +68,7 @@ struct Found {
   MRVAE_HOST_DEVICE T at(std::int64_t i, T) const { return values[i]; }
 };
 
-// What one sample adds to the sums of n channels, and du.
+// What one sample adds to the sums of n channels, and du. dp = d (u + b) g' = d y (g' / g).
 template <bool of_result, class Gradient, class S, class Gates, class T>
 MRVAE_HOST_DEVICE void add_loop(const Gradient& gradient, const S* u, std::int64_t n, const Gates& gates, S* grad_u,
                                 T* grad_weight, T* grad_bias, T* sum) {
@@ -76,8 +76,7 @@ MRVAE_HOST_DEVICE void add_loop(const Gradient& gradient, const S* u, std::int64
   for (std::int64_t i = 0; i < n; ++i) {
     const GatePoint<T> gate = gates.point(i);
     const T y = load(u[i]), d = gradient.at(i, y);
-    const T v = of_result ? (gate.value == T(0) ? T(0) : y / gate.value) : y + gates.b(i);
-    const T dp = d * v * gate.slope, du = d * gate.value;
+    const T dp = d * (of_result ? y * gate.relative : (y + gates.b(i)) * gate.slope), du = d * gate.value;
     grad_weight[i] += dp * gates.eta;
     grad_bias[i] += dp;
     sum[i] += du;

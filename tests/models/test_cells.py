@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from mrvae_models.networks.cells import DecoderCell, DoublingSkip, EncoderCell, HalvingSkip, SqueezeExcite
+from mrvae_models.networks.cells import (
+    DecoderCell,
+    DoublingSkip,
+    EncoderCell,
+    HalvingSkip,
+    SqueezeExcite,
+    double_bilinear,
+)
 from torch import Tensor, nn
 
 from tests.helpers import randomize
@@ -70,6 +77,38 @@ def test_a_doubling_skip_interpolates(x):
     ramp = torch.arange(4, dtype=torch.float64).expand(1, 8, 6, 4)
     expected = torch.tensor([0, 0.25, 0.75, 1.25, 1.75, 2.25, 2.75, 3], dtype=torch.float64).expand(1, 8, 12, 8)
     torch.testing.assert_close(skip(ramp), skip.conv(expected))
+
+
+def test_a_doubling_skip_is_the_papers(x):
+    skip = randomize(DoublingSkip(8, 4).double())
+    expected = skip.conv(F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False))
+    torch.testing.assert_close(skip(x), expected)
+
+
+@pytest.mark.parametrize("height, width", [(1, 1), (1, 5), (4, 3)])
+def test_bilinear_doubling_written_out_for_torch_compile(monkeypatch, height, width):
+    x = torch.randn(2, 3, height, width, dtype=torch.float64, requires_grad=True)
+    expected = double_bilinear(x)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    found = double_bilinear(x)
+    torch.testing.assert_close(found, expected)
+    numbers = torch.rand_like(found)
+    for a, b in zip(*(torch.autograd.grad((y * numbers).sum(), x) for y in (found, expected)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.slow
+def test_two_doubling_cells_compiled_have_their_gradients():
+    torch.manual_seed(0)
+    cells = nn.Sequential(DecoderCell(16, 3, double=True), DecoderCell(8, 3, double=True))
+    x = torch.randn(4, 16, 7, 7)
+    found = []
+    for run in (cells, torch.compile(cells, fullgraph=True)):
+        y = run(x)
+        numbers = torch.linspace(-1, 1, y.numel()).reshape(y.shape)
+        found.append(torch.autograd.grad((y * numbers).sum(), list(cells.parameters())))
+    for eager, compiled in zip(*found, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-3, atol=1e-4)
 
 
 def test_squeeze_and_excite_has_at_least_four_hidden_units():

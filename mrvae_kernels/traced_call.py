@@ -1,0 +1,65 @@
+"""A MultiRate's call as torch.compile and torch.export see it: all gates in one node, then the network; see `traced`.
+
+Functions, not methods, and what does not change asked for once: all else that is looked at, Dynamo guards every call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from . import reference, strategy, traced
+from .gates import Beta
+from .traced import SampledGate, TracedGates
+
+if TYPE_CHECKING:
+    from .multirate import MultiRate
+
+Layout = tuple[tuple[int, ...], tuple[str, ...], float, float, bool, bool]
+
+
+@traced.asked_once
+def layout_of(model: MultiRate) -> Layout:
+    """Sizes and kinds of the slices of the gates, the range of beta, whether the gates have no hidden layers, and whether
+    there are conditional norms. RuntimeError where a gated layer is gone."""
+    traced.announce()
+    model._hosts()
+    low, high = model.beta_range
+    return model._sizes, model._kinds, low, high, model.gate_networks is None, model.conditional is not None
+
+
+def run(model: MultiRate, beta: Beta, args: Any, kwargs: Any) -> Any:
+    """The network's output at this beta."""
+    override = strategy.current()
+    if override.backend not in (None, "reference") or override.strategy == "fused":
+        with model._lend_norms(beta):
+            return model._call(beta, None, args, kwargs)
+    layout = layout_of(model)
+    flat, values = _bank(model, layout, beta)
+    if layout[-1]:
+        values = [*values, *model._norm_values(beta)]
+    exporting = torch.compiler.is_exporting()
+    model._calls.append(TracedGates(values, None if exporting else flat, override.strategy, exporting))
+    try:
+        return model.network(*args, **kwargs)
+    finally:
+        model._calls.pop()
+
+
+def _bank(model: MultiRate, layout: Layout, beta: Beta) -> tuple[Tensor | None, Sequence[Tensor | SampledGate]]:
+    """All gates and shifts, in one piece where they are, and one by one."""
+    sizes, kinds, low, high, affine, _ = layout
+    if not isinstance(beta, Tensor) and (isinstance(beta, bool) or not isinstance(beta, (int, float))):
+        affine = False
+    weight, bias = model.gate_weight, model.gate_bias
+    if not affine or weight is None or bias is None:
+        return None, model._bank(beta)
+    if not isinstance(beta, Tensor):
+        beta = torch.scalar_tensor(beta, dtype=reference.gate_dtype(weight.dtype), device=weight.device)
+    if beta.dim() == 1:
+        return None, traced.sampled_gates(weight, bias, beta, low, high, sizes, kinds)
+    flat, *values = traced.bank(weight, bias, beta, low, high, sizes, kinds)
+    return flat, values
