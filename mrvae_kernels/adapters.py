@@ -18,7 +18,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from . import functional, sample_norms
 from .gates import GateSpec
 from .recurrent import gated_recurrent, recurrent_rows
-from .reference import along
+from .reference import Geometry, along
 from .strategy import Product
 from .weight_norm import WeightNormConv2d
 
@@ -106,7 +106,7 @@ class Adapter:
         """Whether the compiled core can call the layer straight away, with a number for each of `geometry`."""
         return True
 
-    def geometry(self, layer: Any) -> functional.Geometry | None:
+    def geometry(self, layer: Any) -> Geometry | None:
         """A convolution's stride, padding, dilation, transposed, output padding and groups, else None."""
         return None
 
@@ -156,7 +156,7 @@ class ConvolutionAdapter(Adapter):
         x = x if x.dim() == self.spatial + 2 else x.unsqueeze(0)
         return functional.fused_refusal(x, layer.weight, self.geometry(layer))
 
-    def geometry(self, layer: Any) -> functional.Geometry:
+    def geometry(self, layer: Any) -> Geometry:
         padding = layer.padding
         if isinstance(padding, str):
             reach = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]

@@ -20,12 +20,11 @@ from torch import Tensor
 from . import ops, reference
 from .gates import DEFAULT_BETA_RANGE, GATE_KINDS, KINDS, Beta, BetaRange, standardize, standardize_number
 from .ops.shortcuts import bank
+from .reference import Geometry
 from .strategy import Product, choose_backend, choose_strategy, current, fused_refused
 from .triton_kernels import geometry as geometries
 
 IntOrInts = int | Sequence[int]
-Geometry = tuple[Sequence[int], Sequence[int], Sequence[int], bool, Sequence[int], int]
-"""stride, padding, dilation, transposed, output_padding and groups of a convolution."""
 
 
 def gate_values(

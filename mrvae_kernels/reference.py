@@ -15,6 +15,9 @@ from torch import Tensor
 SQRT_GATE_MAX_SLOPE = 8.0
 """The sqrt gate's slope -exp(p) / (2 g) grows without bound as p -> 0-; backward bounds it with max(g, 1/16) for g."""
 
+Geometry = tuple[Sequence[int], Sequence[int], Sequence[int], bool, Sequence[int], int]
+"""stride, padding, dilation, transposed, output_padding and groups of a convolution."""
+
 ACTIVATIONS = ("none", "relu", "silu", "gelu", "tanh", "leaky_relu", "elu")
 
 
@@ -176,14 +179,8 @@ def gated_convolution(
     return epilogue(convolve(x, (weight, None), geometry), bias, gate, shift, 1, activation)
 
 
-def convolve(
-    x: Tensor, parameters: tuple[Tensor, Tensor | None],
-    geometry: tuple[Sequence[int], Sequence[int], Sequence[int], bool, Sequence[int], int],
-) -> Tensor:
-    """torch's convolution with this weight and bias, in 1 to 3 dimensions.
-
-    geometry: stride, padding, dilation, transposed, output padding and groups.
-    """
+def convolve(x: Tensor, parameters: tuple[Tensor, Tensor | None], geometry: Geometry) -> Tensor:
+    """torch's convolution with this weight and bias, in 1 to 3 dimensions."""
     stride, padding, dilation, transposed, output_padding, groups = geometry
     extra = {"output_padding": output_padding} if transposed else {}
     function = CONVOLUTIONS[transposed][x.dim() - 3]

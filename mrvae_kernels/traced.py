@@ -22,8 +22,9 @@ from torch import Tensor
 from . import functional, reference
 from .cost_model import TRACED
 from .gates import BetaRange, standardize
+from .reference import Geometry
 from .strategy import choose_strategy
-from .traced_epilogue import Bank, Epilogue, Fold, SampledEpilogue
+from .traced_epilogue import Bank, Epilogue, Fold, FoldedProduct, SampledEpilogue
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -128,7 +129,7 @@ def gated_linear(
     gate, shift = functional.check_linear(x, weight, bias, gate, shift)
     how = _strategy(weight, math.prod(x.shape[:-1]) * weight.shape[0], gate, asked, exporting)
     if how == "fold":
-        return reference.activate(F.linear(x, *_fold(weight, bias, gate, shift, flat, start, 0)), activation)
+        return reference.activate(_folded(x, weight, bias, gate, shift, flat, start, 0, None), activation)
     return _epilogue(F.linear(x, weight), bias, gate, shift, flat, start, x.dim() - 1, activation)
 
 
@@ -147,7 +148,7 @@ def sampled_linear(
 
 def gated_convolution(
     x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor, shift: Tensor | None, flat: Tensor | None, start: int,
-    geometry: functional.Geometry, activation: str, asked: str | None, exporting: bool,
+    geometry: Geometry, activation: str, asked: str | None, exporting: bool,
 ) -> Tensor:
     """A batch's convolution; see `functional.gated_conv2d` and gated_linear."""
     _, _, _, transposed, _, groups = geometry
@@ -155,25 +156,32 @@ def gated_convolution(
     outputs = functional.convolution_output_numel(x, weight, *geometry)
     how = _strategy(weight, outputs, gate, asked, exporting)
     if how == "fold":
-        folded = _fold(weight, bias, gate, shift, flat, start, groups if transposed else 0)
-        return reference.activate(reference.convolve(x, folded, geometry), activation)
+        fold_groups = groups if transposed else 0
+        return reference.activate(
+            _folded(x, weight, bias, gate, shift, flat, start, fold_groups, geometry), activation
+        )
     return _epilogue(reference.convolve(x, (weight, None), geometry), bias, gate, shift, flat, start, 1, activation)
 
 
-def _fold(
-    weight: Tensor, bias: Tensor | None, gate: Tensor, shift: Tensor | None, flat: Tensor | None, start: int,
-    groups: int,
-) -> tuple[Tensor, Tensor | None]:
-    if shift is not None or flat is None or not _own_backward():
-        return reference.fold(weight, bias, gate, shift, groups)
-    return Fold.apply(weight, bias, gate, flat, start, groups)
+def _folded(
+    x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor, shift: Tensor | None, flat: Tensor | None, start: int,
+    groups: int, geometry: Geometry | None,
+) -> Tensor:
+    own = shift is None and flat is not None and _own_backward()
+    if own:
+        folded = Fold.apply(weight, bias, gate, flat, start, groups)
+    else:
+        folded = reference.fold(weight, bias, gate, shift, groups)
+    if own and x.dim() > 1 and not torch.is_autocast_enabled(x.device.type):  # which casts what its backward pass gets
+        return FoldedProduct.apply(x, *folded, weight, flat, start, groups, geometry)
+    return F.linear(x, *folded) if geometry is None else reference.convolve(x, folded, geometry)
 
 
 def _epilogue(
     u: Tensor, bias: Tensor | None, gate: Tensor, shift: Tensor | None, flat: Tensor | None, start: int, dim: int,
     activation: str,
 ) -> Tensor:
-    if shift is not None or flat is None or not _own_backward():
+    if shift is not None or (flat is None and gate.dim() == 1) or not _own_backward():
         return reference.epilogue(u, bias, gate, shift, dim, activation)
     return Epilogue.apply(u, bias, gate, flat, start, dim, activation == "relu")
 

@@ -23,8 +23,8 @@ Layout = tuple[tuple[int, ...], tuple[str, ...], float, float, bool, bool]
 
 @traced.asked_once
 def layout_of(model: MultiRate) -> Layout:
-    """Sizes and kinds of the slices of the gates, the range of beta, whether the gates have no hidden layers, and whether
-    there are conditional norms. RuntimeError where a gated layer is gone."""
+    """Sizes and kinds of the slices of the gates, the range of beta, whether the gates are in the flat parameters, and
+    whether there are conditional norms. RuntimeError where a gated layer is gone."""
     traced.announce()
     model._hosts()
     low, high = model.beta_range
@@ -51,13 +51,14 @@ def run(model: MultiRate, beta: Beta, args: Any, kwargs: Any) -> Any:
 
 def _bank(model: MultiRate, layout: Layout, beta: Beta) -> tuple[Tensor | None, Sequence[Tensor | SampledGate]]:
     """All gates and shifts, in one piece where they are, and one by one."""
-    sizes, kinds, low, high, affine, _ = layout
-    if not isinstance(beta, Tensor) and (isinstance(beta, bool) or not isinstance(beta, (int, float))):
-        affine = False
-    weight, bias = model.gate_weight, model.gate_bias
-    if not affine or weight is None or bias is None:
+    sizes, kinds, low, high, flat_parameters, _ = layout
+    if not flat_parameters:
         return None, model._bank(beta)
+    weight, bias = model.gate_weight, model.gate_bias
+    assert weight is not None and bias is not None
     if not isinstance(beta, Tensor):
+        if isinstance(beta, bool) or not isinstance(beta, (int, float)):
+            return None, model._bank(beta)
         beta = torch.scalar_tensor(beta, dtype=reference.gate_dtype(weight.dtype), device=weight.device)
     if beta.dim() == 1:
         return None, traced.sampled_gates(weight, bias, beta, low, high, sizes, kinds)

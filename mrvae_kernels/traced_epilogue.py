@@ -2,13 +2,14 @@
 
     bank      g = act(w eta + c)                    keeps w, c and eta, which are there anyway
     fold      W' = g W,  b' = g b                   dW = g dW', db = g db', dg = <dW', W> + db' b
+    product   y = W' x + b'                         dx = W'^T dy, dW' = dy x^T; keeps W and g, not W'
     epilogue  y = act(g (u + b)), act none or ReLU  du = g dz, db = sum du, dg = sum dz (u + b) = (sum dz y) / g,
                                                     dz = dy where y > 0 (ReLU), else dy; keeps y, not u
 
-Left to autograd, u is kept beside y, which the next layer keeps anyway, and the slices of gates are kept one by one: a
-tensor more between the passes costs more than the arithmetic on a gate. So what is kept of gates is the whole
-network's in one piece, `flat`, of which a layer's begin at `start`; the slice itself is where the gradient goes. A gate
-of exactly 0 has no gradient, as the gates of a network have the slope 0 there.
+Left to autograd, u is kept beside y, which the next layer keeps anyway, W' beside W, and the gates slice by slice: a
+tensor more between the passes costs more than the arithmetic on a gate. So what is kept of gates is the whole network's
+in one piece, `flat`, of which a layer's begin at `start`; the slice itself is where the gradient goes. A gate of
+exactly 0 has no gradient, as the gates of a network have the slope 0 there.
 
 y is kept as a clone, which costs nothing in a graph without in-place operations (Inductor drops it): a layer's caller
 may write into its result, as nn.ReLU(inplace=True) does.
@@ -21,9 +22,11 @@ from itertools import accumulate
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
+from .reference import Geometry
 
 
 class Bank(torch.autograd.Function):
@@ -79,27 +82,67 @@ class Fold(torch.autograd.Function):
         return dweight, None if bias is None else dbias, dgate, None, None, None
 
 
-class Epilogue(torch.autograd.Function):
-    """One gate a channel of u, along axis `dim`."""
+class FoldedProduct(torch.autograd.Function):
+    """A product with what Fold has made of weight and bias, of which W' is made anew for dx, so that it is not kept.
+
+    geometry: a convolution's, see reference.convolve; None for a Linear. weight and flat get no gradient here: it goes
+    through Fold.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, u: Tensor, bias: Tensor | None, gate: Tensor, flat: Tensor, start: int, dim: int, relu: bool
+        ctx: Any, x: Tensor, folded: Tensor, folded_bias: Tensor | None, weight: Tensor, flat: Tensor, start: int,
+        groups: int, geometry: Geometry | None,
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, flat)
+        channels = weight.shape[0] if groups == 0 else groups * weight.shape[1]
+        ctx.rows, ctx.groups, ctx.geometry = slice(start, start + channels), groups, geometry
+        ctx.bias_sizes = None if folded_bias is None else list(folded_bias.shape)
+        if geometry is None:
+            return F.linear(x, folded, folded_bias)
+        return reference.convolve(x, (folded, folded_bias), geometry)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, flat = ctx.saved_tensors
+        wanted = list(ctx.needs_input_grad[:3])
+        folded, _ = reference.fold(_anew(weight), None, flat[ctx.rows], None, ctx.groups)
+        if ctx.geometry is not None:
+            found = torch.ops.aten.convolution_backward(grad, x, folded, ctx.bias_sizes, *ctx.geometry, wanted)
+            return *found, None, None, None, None, None
+        rows = grad.flatten(0, -2)
+        dx = grad @ folded if wanted[0] else None
+        dweight = rows.t() @ x.flatten(0, -2) if wanted[1] else None
+        dbias = rows.sum(0) if wanted[2] else None
+        return dx, dweight, dbias, None, None, None, None, None
+
+
+class Epilogue(torch.autograd.Function):
+    """One gate a channel of u along axis `dim`, (C,), or one a sample and channel, (N, C), for which flat is None."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, u: Tensor, bias: Tensor | None, gate: Tensor, flat: Tensor | None, start: int, dim: int, relu: bool
     ) -> Tensor:
         y = reference.epilogue(u, bias, gate, None, dim, "relu" if relu else "none")
-        ctx.save_for_backward(y.clone(), flat)
-        ctx.rows, ctx.dim, ctx.relu = slice(start, start + gate.shape[0]), dim, relu
+        ctx.save_for_backward(y.clone(), gate if flat is None else flat)
+        ctx.rows = slice(None) if flat is None else slice(start, start + gate.shape[0])
+        ctx.kept_axes = [0, dim][-gate.dim() :]
+        ctx.dim, ctx.relu = dim, relu
         ctx.bias_dtype = None if bias is None else bias.dtype
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        y, flat = ctx.saved_tensors
-        gate = flat[ctx.rows]
+        y, gates = ctx.saved_tensors
+        gate = gates[ctx.rows]
         dz = _through(grad, y, ctx.relu).to(gate.dtype)
         du = (dz * reference.along(gate, ctx.dim, y.dim())).to(grad.dtype)
-        dgate = _divided(_by_channel(dz * y.to(gate.dtype), ctx.dim), gate)
-        dbias = None if ctx.bias_dtype is None else (gate * _by_channel(dz, ctx.dim)).to(ctx.bias_dtype)
+        dgate = _divided(_sums(dz * y.to(gate.dtype), ctx.kept_axes), gate)
+        dbias = None
+        if ctx.bias_dtype is not None:
+            sums = gate * _sums(dz, ctx.kept_axes)
+            dbias = (sums if gate.dim() == 1 else sums.sum(0)).to(ctx.bias_dtype)
         return du, dbias, dgate, None, None, None, None
 
 
@@ -148,9 +191,9 @@ def _through(grad: Tensor, y: Tensor, relu: bool) -> Tensor:
     return torch.where(y > 0, grad, 0) if relu else grad
 
 
-def _by_channel(values: Tensor, dim: int) -> Tensor:
+def _sums(values: Tensor, kept: Sequence[int]) -> Tensor:
     """Sums over the other axes, if there are any: torch takes an empty list of them for all."""
-    others = [axis for axis in range(values.dim()) if axis != dim]
+    others = [axis for axis in range(values.dim()) if axis not in kept]
     return values.sum(others) if others else values
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 import time
 from collections.abc import Callable
@@ -313,3 +314,24 @@ def test_nothing_is_kept_for_the_backward_pass_twice(x, activation):
         places = [kept.untyped_storage().data_ptr() for kept in y.grad_fn.saved_tensors]
         own = {value.untyped_storage().data_ptr() for value in (x, y, BETA, *model.parameters())}
         assert len({*places} - own) == sum(place not in own for place in places)  # Inductor writes into them
+
+
+@pytest.mark.parametrize("strategy, beta", [("fold", BETA), ("epilogue", BETA), (None, EACH)])
+def test_nothing_of_a_layers_size_is_kept_for_its_gate(strategy, beta):
+    x = torch.randn(3, 3, 7, 7, dtype=torch.float64)
+    convolutions = nn.Conv2d(3, 8, 3, stride=2), nn.ReLU(), nn.ConvTranspose2d(8, 4, 3, stride=2), nn.ReLU()
+    plain = nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(4 * 7 * 7, 5)).double()
+    model = randomize(mk.multirate(copy.deepcopy(plain), "sqrt"))
+    kept = []
+    with mk.override(strategy=strategy):
+        for call in (plain, functools.partial(model, beta=beta)):
+            torch.compiler.reset()
+            y = torch.compile(call, backend="aot_eager_decomp_partition", fullgraph=True)(x)
+            known, count = [x, y, *plain.parameters(), *model.parameters()], 0
+            for value in y.grad_fn.saved_tensors:
+                if not any(value.equal(other) for other in known):  # a copy, of which Inductor makes none
+                    known.append(value)
+                    count += value.numel()
+            kept.append(count)
+    # the gates and eta, or one gate a sample and channel; the smallest W' or u has 216 numbers
+    assert kept[1] - kept[0] < 100, kept

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mrvae_kernels import reference
 from mrvae_kernels.gates import GATE_KINDS, KINDS
-from mrvae_kernels.traced_epilogue import Bank, Epilogue, Fold, SampledEpilogue
+from mrvae_kernels.traced_epilogue import Bank, Epilogue, Fold, FoldedProduct, SampledEpilogue
 
 ETA = torch.tensor([-1.7, -0.4, 0.0, 0.9, 1.6], dtype=torch.float64)
 
@@ -66,6 +66,56 @@ def test_fold(groups, biased):
          [r for r in reference.fold(weight, bias, gate, None, groups) if r is not None], inputs)
 
 
+@pytest.mark.parametrize("kind", GATE_KINDS)
+def test_relative_slopes_are_slopes_over_gates(kind):
+    p = torch.tensor([-800.0, -40, -3, -1e-3, -1e-9, 0, 1e-9, 2, 40, 800], dtype=torch.float64)
+    gate, slope = reference.gate_and_slope(p, kind)
+    again, relative = reference.gate_and_relative_slope(p, kind)
+    torch.testing.assert_close(again, gate, rtol=0, atol=0)
+    torch.testing.assert_close(gate * relative, slope, rtol=1e-12, atol=1e-300)
+    assert relative.isfinite().all()
+
+
+CONVOLUTIONS = [
+    # x, weight, groups of a transposed convolution's fold, geometry
+    ((4, 3, 9), (6, 3, 3), 0, ((2,), (1,), (1,), False, (0,), 1)),
+    ((4, 4, 6, 5), (6, 2, 3, 2), 0, ((1, 2), (1, 0), (2, 1), False, (0, 0), 2)),
+    ((2, 2, 4, 3, 5), (3, 2, 2, 1, 2), 0, ((1, 1, 2), (0, 1, 1), (1, 1, 1), False, (0, 0, 0), 1)),
+    ((4, 6, 4), (6, 2, 3), 3, ((2,), (1,), (1,), True, (1,), 3)),
+    ((3, 4, 3, 4), (4, 5, 3, 3), 1, ((2, 2), (1, 1), (1, 1), True, (1, 1), 1)),
+]
+
+
+@pytest.mark.parametrize("x_shape, weight_shape, groups, geometry", [
+    ((5, 4), (6, 4), 0, None), ((2, 3, 4), (6, 4), 0, None), *CONVOLUTIONS,
+])
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("of_x", [True, False])
+def test_folded_product(x_shape, weight_shape, groups, geometry, biased, of_x):
+    x, weight = numbers(*x_shape).requires_grad_(of_x), numbers(*weight_shape)
+    channels = groups * weight_shape[1] if groups else weight_shape[0]
+    bias = numbers(channels) if biased else None
+    flat = torch.rand(channels + 3, dtype=torch.float64)
+    gate = flat[2 : 2 + channels].clone().requires_grad_()
+    inputs = [weight, gate, *([x] if of_x else []), *([bias] if biased else [])]
+    ours = FoldedProduct.apply(x, *Fold.apply(weight, bias, gate, flat, 2, groups), weight, flat, 2, groups, geometry)
+    if geometry is None:
+        expected = reference.gated_linear(x, weight, bias, gate)
+    else:
+        expected = reference.gated_convolution(x, weight, bias, gate, None, *geometry)
+    same(ours, expected, inputs)
+
+
+@pytest.mark.parametrize("shape, dim", [((4, 3), 1), ((2, 5, 3), 2), ((4, 3, 2, 5), 1), ((4, 3, 2, 2, 2), 1)])
+@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize("biased", [True, False])
+def test_epilogue_of_one_gate_a_sample_and_channel(shape, dim, relu, biased):
+    u, gate = numbers(*shape), (torch.rand(shape[0], 3, dtype=torch.float64) + 1e-3).requires_grad_()
+    bias = numbers(3) if biased else None
+    expected = reference.epilogue(u, bias, gate, None, dim, "relu" if relu else "none")
+    same(Epilogue.apply(u, bias, gate, None, 0, dim, relu), expected, [u, gate, *([bias] if biased else [])])
+
+
 @pytest.mark.parametrize("shape, dim", [((3,), 0), ((5, 3), 1), ((2, 5, 3), 2), ((4, 3, 2, 5), 1)])
 @pytest.mark.parametrize("relu", [True, False])
 @pytest.mark.parametrize("biased", [True, False])
@@ -85,6 +135,10 @@ def test_a_closed_gate_has_no_gradient(relu):
     y = Epilogue.apply(u, bias, gate, gate.detach(), 0, 1, relu)
     du, dbias, dgate = gradients(y, [u, bias, gate])
     assert dgate[0] != 0 and not dgate[1:].any()
+    assert not du[:, 1].any() and dbias[1] == 0 and du.isfinite().all()
+    each = gate.detach().expand(4, 3).clone().requires_grad_()
+    du, dbias, deach = gradients(Epilogue.apply(u, bias, each, None, 0, 1, relu), [u, bias, each])
+    assert deach[:, 0].any() and not deach[:, 1:].any()
     assert not du[:, 1].any() and dbias[1] == 0 and du.isfinite().all()
 
 

@@ -56,8 +56,8 @@ class HalvingSkip(nn.Module):
 class DoublingSkip(nn.Module):
     """A 1x1 convolution, then bilinear interpolation to twice the height and width.
 
-    The paper's order is the other. The two commute, as the weights of an interpolated pixel sum to 1, and so does a gate
-    on the convolution's channels with the interpolation; this way round there are a quarter of the pixels to convolve.
+    The paper's order is the other. The two commute, as the weights of an interpolated pixel sum to 1, and so does a
+    gate on the convolution's channels; this way round there are a quarter of the pixels to convolve.
     """
 
     def __init__(self, channels: int, channels_out: int) -> None:
