@@ -11,8 +11,8 @@ from overhead_cases import CASES, drop_a_gradient, step_of
 from torch import nn
 
 import mrvae_kernels as mk
-from bench import overhead_networks
-from bench.overhead_check import References, refusal
+from bench import overhead_check, overhead_networks
+from bench.overhead_check import RUNS, RUNS_IN_DOUBT, References, refusal
 from bench.overhead_networks import VARIANTS
 from bench.variants import RecordedStep, draws, step_bytes, training_step
 
@@ -154,6 +154,30 @@ def test_a_wrong_variant_is_refused_with_the_reason(variant, fault, said, monkey
     fault(step, monkeypatch)
     reason = refusal(step)
     assert reason is not None and said in reason and "\n" not in reason
+
+
+@pytest.mark.parametrize("seen", [True, False])
+def test_before_a_refusal_more_runs_say_what_rounding_does(seen, monkeypatch):
+    right, runs, name = overhead_check.expected, [], "gradient: encoder.body.1.weight"
+
+    def expected(plain, start, draw, shared, noise, dtype=torch.float64, autocast=False):
+        values = right(plain, start, draw, shared, noise, dtype, autocast)
+        if dtype == torch.float32:
+            runs.append(draw.x)
+            if seen and len(runs) == RUNS + RUNS_IN_DOUBT:
+                values[name] = 1.01 * values[name]
+        return values
+
+    monkeypatch.setattr(overhead_check, "expected", expected)
+    step, references = step_of("gated"), References()
+    step.parameters["encoder.body.1.weight"].register_hook(lambda grad: 1.02 * grad)
+    reason = refusal(step, references)
+    assert reason is None if seen else name in reason
+    assert len(runs) == RUNS + RUNS_IN_DOUBT and len({tuple(x.flatten().tolist()) for x in runs}) == len(runs)
+    assert torch.equal(runs[0], step.inputs[0].x) and len(references.known) == 1
+    step = step_of("gated")
+    step.parameters["encoder.body.1.weight"].register_hook(lambda grad: 1.1 * grad)
+    assert name in refusal(step, references) and len(runs) == RUNS + RUNS_IN_DOUBT, "asked once"
 
 
 @pytest.mark.parametrize("layer", ["encoder.body.1", "encoder.mean", "decoder.0", "decoder.2"])
