@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .adapters import ADAPTERS, NormAdapter
 from .conditional import conditional_norm
 from .gates import GateNetwork
-from .hosting import Hosted, Slices, values_of
+from .hosting import Hosted, Slices, place_of, values_of
 from .places import Places
 from .traced import TracedGates
 
@@ -95,4 +95,4 @@ class ConditionalNorms(nn.Module):
     def tell(self, calls: Sequence[TracedGates], start: int) -> None:
         """Where each norm finds s and t in calls that torch.compile traces: from slice `start` on."""
         for i, layer in enumerate(self.places.layers):
-            layer.__dict__.update(_calls=calls, _slices=(start + 2 * i, start + 2 * i + 1, -1, 0))
+            layer.__dict__.update(_calls=calls, _place=place_of((start + 2 * i, start + 2 * i + 1, -1, 0)))

@@ -43,9 +43,9 @@ WITHOUT_A_BETA = (
 )
 
 
-@traced.asked_once
 def hooked(module: nn.Module) -> bool:
-    """Whether nn.Module's call does more than `forward`; as torch.compile itself, not guarded."""
+    """Whether nn.Module's call does more than `forward`. Of a traced call it is asked once, and not guarded, as
+    torch.compile does itself."""
     kinds = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
     everywhere = any(getattr(nn.modules.module, f"_global_{kind}") for kind in kinds)
     return everywhere or any(getattr(module, f"_{kind}") for kind in kinds) or torch.compiler.is_exporting()
@@ -55,13 +55,25 @@ Slices = tuple[int, int, int, int]
 """The places of the gate, the shift and the gate on inputs, -1 for none; and where the gate begins among all gates."""
 
 
+
+def place_of(slices: Slices) -> str:
+    """The same as a string, for which Dynamo has one guard a layer and call; for the tuple it has three."""
+    return " ".join(map(str, slices))
+
+
+@traced.asked_once
+def slices_of(place: str) -> Slices:
+    gate, shift, inputs, start = map(int, place.split())
+    return gate, shift, inputs, start
+
+
 class Hosted(nn.Module):
     """What hosted layers share; `plain` is the torch.nn class underneath."""
 
     plain: type[nn.Module]
     adapter: Adapter
     _calls: Sequence[TracedGates] = ()  # the network's, one list for all layers: torch.compile's, innermost last
-    _slices: Slices = (0, -1, -1, 0)
+    _place: str = place_of((0, -1, -1, 0))
     _share: Share | None = None
     _direct: Any = None  # the core's HostedLayer, which counts where there is no share; not for a compiled network
     _stage: Any = None  # the network's, where there is a compiled core
@@ -70,12 +82,16 @@ class Hosted(nn.Module):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Without nn.Module's way to `forward` where there is nothing on it: 0.8 of a small layer's 5.4 us."""
         if torch.compiler.is_compiling():
-            return super().__call__(*args, **kwargs) if hooked(self) else self.forward(*args, **kwargs)
+            return super().__call__(*args, **kwargs) if self._has_hooks() else self.forward(*args, **kwargs)
         if len(args) == 1 and not kwargs and EXTENSION:
             y = core().call_layer(self, args[0])
             if y is not None:
                 return y
         return super().__call__(*args, **kwargs)
+
+    @traced.asked_once
+    def _has_hooks(self) -> bool:
+        return hooked(self)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         calls = self._calls  # not traced itself, a layer behind a break of Dynamo's graph is part of such a call too
@@ -131,7 +147,7 @@ class Hosted(nn.Module):
 
     def release(self) -> None:
         """Turn back into the plain layer."""
-        for name in ("_share", "_direct", "_stage", "_last_strategy", "_calls", "_slices"):
+        for name in ("_share", "_direct", "_stage", "_last_strategy", "_calls", "_place"):
             self.__dict__.pop(name, None)
         self.__class__ = self.plain  # type: ignore[assignment]
 
@@ -178,12 +194,6 @@ class TracedConvolution(TracedProduct):
 # Functions, not methods: of each method that is called on a layer, Dynamo guards that the layer has none of its own.
 
 
-@traced.asked_once
-def slices_of(layer: Hosted) -> Slices:
-    """The layer's places, which stay what they are as long as it is this layer of this class."""
-    return layer._slices
-
-
 def values_of(call: TracedGates, slices: Slices) -> tuple[Tensor, Tensor | None]:
     """Gate and shift of a call that torch.compile traces."""
     gate, shift, _, _ = slices
@@ -193,15 +203,10 @@ def values_of(call: TracedGates, slices: Slices) -> tuple[Tensor, Tensor | None]
 def trace(layer: Hosted, call: TracedGates, *args: Any, **kwargs: Any) -> Any:
     """The layer's output in a call that torch.compile traces."""
     x, *rest = (kwargs.pop("input"), *args) if "input" in kwargs else args
-    slices = slices_of(layer)
+    slices = slices_of(layer._place)
     if slices[2] >= 0:
         x = layer.adapter.scale_inputs(x, call.value(slices[2]))
     return layer._traced(call, slices, x, *rest, **kwargs)
-
-
-def takes_activation(layer: Hosted, after: nn.Module | None) -> bool:
-    """Whether the layer's epilogue can do the module after it as well, in a call that is compiled."""
-    return type(after) is nn.ReLU and bool(layer._calls) and not hooked(layer) and not hooked(after)
 
 
 GEOMETRY = frozenset(("stride", "padding", "dilation", "groups", "output_padding", "padding_mode"))
@@ -218,15 +223,23 @@ class HostedSequential(nn.Sequential):
         if not torch.compiler.is_compiling() and EXTENSION:  # it may be unpickled where there is no core
             return core().run_sequential(self._modules, input)
         done = False
-        modules = list(self._modules.values())
-        for module, after in zip(modules, [*modules[1:], None], strict=True):
+        modules, hooks = list(self._modules.values()), self._hooks()
+        for i, (module, after) in enumerate(zip(modules, [*modules[1:], None], strict=True)):
             if done:
                 done = False
-            elif isinstance(module, TracedProduct) and takes_activation(module, after):
+            elif (
+                isinstance(module, TracedProduct) and type(after) is nn.ReLU and module._calls
+                and not (hooks[i] or hooks[i + 1])
+            ):
                 input, done = trace(module, module._calls[-1], input, activation="relu"), True
             else:
                 input = module(input)
         return input
+
+    @traced.asked_once
+    def _hooks(self) -> tuple[bool, ...]:
+        """Whether each module has hooks."""
+        return tuple(map(hooked, self._modules.values()))
 
 
 def host_sequentials(network: nn.Module, layers: Collection[nn.Module]) -> None:

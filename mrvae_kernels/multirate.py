@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import functional, measurements, reference, strategy, traced_call
+from . import functional, measurements, reference, strategy, traced, traced_call
 from .adapters import ADAPTERS, Adapter
 from .backends import inside_transform
 from .gates import (
@@ -37,6 +37,7 @@ from .hosting import (
     Turn,
     host_sequentials,
     lend,
+    place_of,
 )
 from .layers import Recorded
 from .ops.shortcuts import core
@@ -184,6 +185,12 @@ class MultiRate(Recorded):
                     installed.take_back(layers)
             finally:
                 plans.stage.gates = None
+
+    @traced.asked_once
+    def _check_layers(self) -> None:
+        """RuntimeError where a gated layer is gone: asked when the call is traced, and not guarded."""
+        traced.announce()
+        self._hosts()
 
     def _call(self, beta: Beta, key: Any, args: Any, kwargs: Any) -> Any:
         """Without a plan that is ready."""
@@ -338,10 +345,13 @@ class MultiRate(Recorded):
         self._calls: list[TracedGates] = [] if known is None else known
         for i, (layer, (shift, inputs)) in enumerate(zip(self._places.layers, self._layout, strict=True)):
             start = self.gated[self._entries[i].name].start
-            slices = (i, -1 if shift is None else shift, -1 if inputs is None else inputs, start)
-            layer.__dict__.update(_calls=self._calls, _slices=slices)
+            place = place_of((i, -1 if shift is None else shift, -1 if inputs is None else inputs, start))
+            layer.__dict__.update(_calls=self._calls, _place=place)
         if self.conditional is not None:
             self.conditional.tell(self._calls, len(self._rows))
+        self._traced_layout = traced_call.described(
+            self._sizes, self._kinds, self.gate_networks is None, self.conditional is not None
+        )
 
 
 def multirate(

@@ -1,10 +1,11 @@
 """A MultiRate's call as torch.compile and torch.export see it: all gates in one node, then the network; see `traced`.
 
-Functions, not methods, and what does not change asked for once: all else that is looked at, Dynamo guards every call.
+All that is looked at, Dynamo guards every call: so few methods, and the layout as one string.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,17 +19,20 @@ from .traced import SampledGate, TracedGates
 if TYPE_CHECKING:
     from .multirate import MultiRate
 
-Layout = tuple[tuple[int, ...], tuple[str, ...], float, float, bool, bool]
+Layout = tuple[tuple[int, ...], tuple[str, ...], bool, bool]
+
+
+def described(sizes: Sequence[int], kinds: Sequence[str], flat_parameters: bool, conditional: bool) -> str:
+    """Sizes and kinds of the slices of a network's gates, whether they are in the flat parameters, and whether there
+    are conditional norms."""
+    return json.dumps([list(sizes), list(kinds), flat_parameters, conditional])
 
 
 @traced.asked_once
-def layout_of(model: MultiRate) -> Layout:
-    """Sizes and kinds of the slices of the gates, the range of beta, whether the gates are in the flat parameters, and
-    whether there are conditional norms. RuntimeError where a gated layer is gone."""
-    traced.announce()
-    model._hosts()
-    low, high = model.beta_range
-    return model._sizes, model._kinds, low, high, model.gate_networks is None, model.conditional is not None
+def layout_of(description: str) -> Layout:
+    """The same, read from what `described` gives."""
+    sizes, kinds, flat_parameters, conditional = json.loads(description)
+    return tuple(sizes), tuple(kinds), flat_parameters, conditional
 
 
 def run(model: MultiRate, beta: Beta, args: Any, kwargs: Any) -> Any:
@@ -37,7 +41,8 @@ def run(model: MultiRate, beta: Beta, args: Any, kwargs: Any) -> Any:
     if override.backend not in (None, "reference") or override.strategy == "fused":
         with model._lend_norms(beta):
             return model._call(beta, None, args, kwargs)
-    layout = layout_of(model)
+    model._check_layers()
+    layout = layout_of(model._traced_layout)
     flat, values = _bank(model, layout, beta)
     if layout[-1]:
         values = [*values, *model._norm_values(beta)]
@@ -51,11 +56,12 @@ def run(model: MultiRate, beta: Beta, args: Any, kwargs: Any) -> Any:
 
 def _bank(model: MultiRate, layout: Layout, beta: Beta) -> tuple[Tensor | None, Sequence[Tensor | SampledGate]]:
     """All gates and shifts, in one piece where they are, and one by one."""
-    sizes, kinds, low, high, flat_parameters, _ = layout
+    sizes, kinds, flat_parameters, _ = layout
     if not flat_parameters:
         return None, model._bank(beta)
     weight, bias = model.gate_weight, model.gate_bias
     assert weight is not None and bias is not None
+    low, high = model.beta_range
     if not isinstance(beta, Tensor):
         if isinstance(beta, bool) or not isinstance(beta, (int, float)):
             return None, model._bank(beta)
