@@ -12,9 +12,10 @@ that its optimiser moves what has a gradient. A value a is off from the exact b 
 with p what the plain network with hooks gives in the step's own numbers (float32, TF32, bfloat16), the furthest of a
 run on the batch and two on batches that differ from it by a rounding of those numbers, up or down by chance: what a few
 ReLUs do whose inputs lie at 0 shows in some runs only (1.3 % of a gradient of the paper's CNN at batch 128), and a
-single run may be near the exact value by luck. Before a step is refused, twelve more such runs are asked, on batches
-that differ by four roundings, as the sums of thousands of products in another order do further up. b' are the values of
-b's kind (outputs, gradients, ...): a bias before a batch norm has no gradient but rounding.
+single run may be near the exact value by luck. Before a step is refused, twelve more such runs are asked, float32's on
+batches that differ by four roundings: Listing 1 and ours of the paper's CNN, compiled at batch 128, were both off by
+1.22 of 146 in one gradient, which three runs did not show and fifteen do. b' are the values of b's kind (outputs,
+gradients, ...): a bias before a batch norm has no gradient but rounding.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ ROUNDING = {"float32": 2.0**-23, "tf32": 2.0**-10, "bfloat16": 2.0**-8}
 
 RUNS = 3
 RUNS_IN_DOUBT = 12
-ROUNDINGS_IN_DOUBT = 4
+ROUNDINGS_IN_DOUBT = {"float32": 4, "tf32": 1, "bfloat16": 1}
 PLAIN_TIMES = 3
 OF_LARGEST = 1e-5
 SEED = 7
@@ -132,7 +133,9 @@ class Reference(NamedTuple):
                 step.plain, self.start, draw._replace(x=x), self.shared, self.noise, torch.float32,
                 step.numbers == "bfloat16",
             )
-            rounding = {name: max(off, _distance(plain[name], self.exact[name])) for name, off in rounding.items()}
+            for name, exact in self.exact.items():
+                if (off := _distance(plain[name], exact)) < math.inf:  # a run that overflows allows nothing
+                    rounding[name] = max(rounding[name], off)
         return self._replace(rounding=rounding, runs=self.runs + runs)
 
 
@@ -160,7 +163,7 @@ class References:
         if reference.runs > RUNS:
             return reference
         self.known = [known for known in self.known if known is not reference]
-        self.known.append(reference.after(step, draw, RUNS_IN_DOUBT, ROUNDINGS_IN_DOUBT))
+        self.known.append(reference.after(step, draw, RUNS_IN_DOUBT, ROUNDINGS_IN_DOUBT[step.numbers]))
         return self.known[-1]
 
 
@@ -267,7 +270,7 @@ def _wrong_values(values: Values, reference: Reference, tolerance: Tolerance) ->
         relative = tolerance.gradients if name.startswith("gradient") else tolerance.outputs
         allowed = relative * size + PLAIN_TIMES * reference.rounding[name]
         allowed += OF_LARGEST * largest[name.partition(":")[0]]
-        if not off <= worst * allowed:
+        if off == math.inf or not off <= worst * allowed:
             worst = off / allowed if off < math.inf else math.inf
             wrong = (
                 f"{name} is off by {off:.3g}, its size is {size:.3g} and {allowed:.3g} are allowed, from the same "

@@ -57,8 +57,7 @@ template <Gate kind, class T>
 MRVAE_HOST_DEVICE GatePoint<T> gate_point(T p) {
   constexpr T least = std::numeric_limits<T>::min();  // by a gate of 0 there is nothing to divide
   if constexpr (kind == Gate::Identity) {
-    const T value = finite(p);
-    return {value, T(1), finite(T(1) / value)};
+    return {finite(p), T(1), T(0)};  // a shift, not a gate: nothing is divided by it
   } else if constexpr (kind == Gate::Sqrt) {
     T e, rest;
     elementary::decay(T(0.5) * (p - std::fabs(p)), e, rest);

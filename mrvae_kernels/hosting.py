@@ -153,7 +153,8 @@ class Hosted(nn.Module):
 
 
 class TracedProduct(Hosted):
-    """A Linear or convolution, of which torch.compile looks at little: at its parameters, and a few numbers."""
+    """A Linear or convolution: traced, it takes an nn.ReLU after it along, and torch.compile looks at little, its
+    parameters and a few numbers."""
 
 
 class TracedLinear(TracedProduct):
@@ -191,7 +192,7 @@ class TracedConvolution(TracedProduct):
         )
 
 
-# Functions, not methods: of each method that is called on a layer, Dynamo guards that the layer has none of its own.
+# Functions where methods would do: of a method that is called on a layer, Dynamo guards that it is the class's own.
 
 
 def values_of(call: TracedGates, slices: Slices) -> tuple[Tensor, Tensor | None]:

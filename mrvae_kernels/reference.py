@@ -81,7 +81,7 @@ def gate_and_slope(preactivation: Tensor, kind: str) -> tuple[Tensor, Tensor]:
 
 
 def gate_and_relative_slope(preactivation: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    """g = act(p) > 0 and (dg/dp) / g, with one division at most; 0 where g is 0. Not for "identity"."""
+    """g = act(p) and (dg/dp) / g, finite also where g is 0, with one division at most. Not for "identity"."""
     p, gate = preactivation, gate_value(preactivation, kind)
     if kind == "sigmoid":
         return gate, 1 - gate

@@ -127,7 +127,7 @@ class Epilogue(torch.autograd.Function):
         y = reference.epilogue(u, bias, gate, None, dim, "relu" if relu else "none")
         ctx.save_for_backward(y.clone(), gate if flat is None else flat)
         ctx.rows = slice(None) if flat is None else slice(start, start + gate.shape[0])
-        ctx.kept_axes = [0, dim][-gate.dim() :]
+        ctx.kept_axes = [dim] if gate.dim() == 1 else [0, dim]
         ctx.dim, ctx.relu = dim, relu
         ctx.bias_dtype = None if bias is None else bias.dtype
         return y

@@ -141,6 +141,19 @@ def test_gates_that_do_not_divide(kind, weight, bias):
         torch.testing.assert_close(value.double() / scale, other / scale, **TOLERANCE[torch.float32])
 
 
+@pytest.mark.parametrize(("kind", "biases"), [
+    ("sqrt", (-1e-12, -1e-6, -3e-3, -5e-3)), ("sigmoid", (-40.0, -20.0)), ("softplus", (-40.0, -20.0)),
+])
+def test_small_gates_that_divide(kind, biases):
+    model = gated(kind, nn.Sequential(nn.Linear(7, 20), nn.ReLU(), nn.Linear(20, 30))).double()
+    with torch.no_grad():
+        model.gate_weight[: 8 * len(biases)] = 0
+        for i, bias in enumerate(biases):  # of the first layer and of the second
+            model.gate_bias[8 * i : 8 * i + 8] = bias
+            model.gate_bias[20 + 7 * i : 27 + 7 * i] = bias
+    check(model, kind, *batch(dtype=torch.float64))
+
+
 @pytest.mark.parametrize("kind", ["sigmoid", "sqrt"])
 @pytest.mark.parametrize("last", [None, nn.ReLU()], ids=["none", "relu"])
 @pytest.mark.parametrize("change", [lambda y: y.mul_(2), lambda y: y.relu_(), lambda y: y.view(-1)[3:].neg_()])
