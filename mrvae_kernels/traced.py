@@ -113,8 +113,8 @@ def _own_backward() -> bool:
 
 
 def _y_tells(dtype: torch.dtype) -> bool:
-    """Whether y is kept, from which the backward pass has u. Not in float16, where y of a gate of 1e-5 is subnormal: the
-    gate's gradient was off by 2e-3, by 17 % at 1e-7."""
+    """Whether y is kept, from which the backward pass has u. Not in float16, where y of a small gate is subnormal: the
+    gradient of a gate of 1e-5 was off by 2e-3, of 1e-7 by 17 %."""
     return dtype != torch.float16 and _own_backward()
 
 
