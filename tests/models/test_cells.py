@@ -101,12 +101,12 @@ def test_bilinear_doubling_written_out_for_torch_compile(monkeypatch, height, wi
 def test_two_doubling_cells_compiled_have_their_gradients():
     torch.manual_seed(0)
     cells = nn.Sequential(DecoderCell(16, 3, double=True), DecoderCell(8, 3, double=True))
-    x = torch.randn(4, 16, 7, 7)
+    x = torch.randn(4, 16, 7, 7, requires_grad=True)
     found = []
     for run in (cells, torch.compile(cells, fullgraph=True)):
         y = run(x)
         numbers = torch.linspace(-1, 1, y.numel()).reshape(y.shape)
-        found.append(torch.autograd.grad((y * numbers).sum(), list(cells.parameters())))
+        found.append(torch.autograd.grad((y * numbers).sum(), [x, *cells.parameters()]))
     for eager, compiled in zip(*found, strict=True):
         torch.testing.assert_close(compiled, eager, rtol=1e-3, atol=1e-4)
 
