@@ -321,6 +321,13 @@ class MultiRate(Recorded):
         """The gated layers, as the network holds them now."""
         return self._places.hosted()
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "beta_range":
+            value = BetaRange.of(value)
+            if (plans := self.__dict__.get("_plans")) is not None:
+                plans.forget()  # they hold the range that they were made for
+        super().__setattr__(name, value)
+
     def _apply(self, *args: Any, **kwargs: Any) -> MultiRate:
         """`.to()`, `.half()` and the like: another device or dtype makes other plans."""
         self._plans.forget()

