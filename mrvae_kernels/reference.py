@@ -44,8 +44,7 @@ def gate_activation(preactivation: Tensor, kind: str) -> Tensor:
     p = preactivation
     if kind != "sqrt":
         return gate_value(p, kind)
-    negative = p < 0
-    square = torch.where(negative, -torch.expm1(torch.where(negative, p, -torch.ones_like(p))), 0.0)
+    square = _sqrt_gate_squared(p)
     exact = square.detach().sqrt()
     bounded = square / (2 * exact.clamp(min=0.5 / SQRT_GATE_MAX_SLOPE))
     return exact + (bounded - bounded.detach())
@@ -57,7 +56,7 @@ def gate_value(preactivation: Tensor, kind: str) -> Tensor:
     if kind == "sigmoid":
         return torch.sigmoid(p)
     if kind == "sqrt":
-        return torch.where(p < 0, -torch.expm1(p), 0.0).sqrt()
+        return _sqrt_gate_squared(p).sqrt()
     limit = torch.finfo(p.dtype).max
     p = p.clamp(-limit, limit)
     if kind == "identity":
@@ -65,6 +64,12 @@ def gate_value(preactivation: Tensor, kind: str) -> Tensor:
     if kind == "softplus":
         return torch.logaddexp(p, torch.zeros_like(p))
     raise ValueError(f"gate kind is {kind!r}; expected sigmoid, sqrt, softplus or identity")
+
+
+def _sqrt_gate_squared(p: Tensor) -> Tensor:
+    """1 - exp(p) for p < 0, else 0; the inner choice keeps autograd from 0 times the slope of an overflow."""
+    negative = p < 0
+    return torch.where(negative, -torch.expm1(torch.where(negative, p, -torch.ones_like(p))), 0.0)
 
 
 def gate_and_slope(preactivation: Tensor, kind: str) -> tuple[Tensor, Tensor]:

@@ -44,7 +44,8 @@ def run(model: MultiRate, beta: Beta, args: Any, kwargs: Any) -> Any:
     model._check_layers()
     layout = layout_of(model._traced_layout)
     flat, values = _bank(model, layout, beta)
-    if layout[-1]:
+    *_, conditional = layout
+    if conditional:
         values = [*values, *model._norm_values(beta)]
     exporting = torch.compiler.is_exporting()
     model._calls.append(TracedGates(values, None if exporting else flat, override.strategy, exporting))
