@@ -1,6 +1,7 @@
 // Gate and activation functions with their derivatives: the only copy, for the host and the device.
 //
 //   gate        g = act(p),  p = w * eta + c,  eta = (log beta - mean) / std
+//               of degree 2 or 3: p = sum_k w_k P_k(eta) + c, see polynomial()
 //   layer       y = activation(g * (u + b) + t)
 //
 // Sigmoid and sqrt are Eqn. 6 and 7 of the Multi-Rate VAE paper. Every finite p gives a finite g and a finite slope.
@@ -32,6 +33,20 @@ MRVAE_HOST_DEVICE T finite(T z) {
 template <class T>
 MRVAE_HOST_DEVICE T gate_argument(T w, T eta, T c) {
   return w * eta + c;
+}
+
+constexpr int gate_degrees = 3;
+
+// P_k(eta), k from 0: eta, eta^2 - 1, eta^3 - 9/5 eta. Legendre's polynomials, to a factor: of mean 0 and orthogonal while
+// log beta is uniform on its range, so that each bends a gate without turning or moving it.
+template <class T>
+MRVAE_HOST_DEVICE T polynomial(int k, T eta) {
+  return k == 0 ? eta : k == 1 ? eta * eta - T(1) : (eta * eta - T(1.8)) * eta;
+}
+// dP_k / deta
+template <class T>
+MRVAE_HOST_DEVICE T polynomial_slope(int k, T eta) {
+  return k == 0 ? T(1) : k == 1 ? T(2) * eta : T(3) * eta * eta - T(1.8);
 }
 
 // 1 / (1 + e^-p), from e^-|p| so that nothing overflows

@@ -1,7 +1,7 @@
 // All gates of a model and the layers that it folds, as one autograd node: what a training step begins with.
 //
-//   g_i = act_i(w_i eta + c_i);  W' = g W, b' = g b + t for the folded layers
-//   backward: dW, db, dg, dt of the folded layers, then dw, dc of all gates
+//   g_i = act_i(w_i eta + c_i), or of more degrees;  W' = g W, b' = g b + t for the folded layers
+//   backward: dW, db, dg, dt of the folded layers, then the gradients of all gates' weight and bias
 #include "gated_fold.h"
 
 #include <ATen/ops/add.h>
@@ -117,13 +117,13 @@ struct GatedFoldNode final : Node {
   void expect(const std::vector<Tensor>& values) {
     for (const Tensor& value : values) add_input_metadata(value);
   }
-  // gradients of the slices and, after them, the sums over the samples that are dw and dc of layers which make their
-  // gates themselves
+  // gradients of the slices and, after them, the sums over the samples that are those of the parameters of layers which
+  // make their gates themselves
   void expect(const std::vector<SampleGates>& slices) {
     for (const bool sums : {false, true}) {
       for (const SampleGates& slice : slices) {
         const Tensor& eta = slice.source->eta;
-        const c10::SymInt shape[] = {sums ? 2 : eta.numel(), slice.size};
+        const c10::SymInt shape[] = {sums ? slice.sums() : eta.numel(), slice.size};
         add_input_metadata(eta.options(), shape, /*is_tensor_subclass=*/false, /*is_nested=*/false, eta.scalar_type());
       }
     }

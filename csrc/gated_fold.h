@@ -24,7 +24,7 @@ struct StepGates : torch::CustomClassHolder {
   // May be asked of one thread at a time, as a network may be called.
   const Tensor& value(std::size_t slice) const;
   Edge edge(std::size_t slice) const { return node ? Edge(node, std::uint32_t(slice)) : gradient_edge(values[slice]); }
-  // Where the sums (2, C) of a slice of `made` go.
+  // Where the sums of a slice of `made` go.
   Edge sums_edge(std::size_t slice) const { return Edge(node, std::uint32_t(values.size() + slice)); }
   Tensor variable(std::int64_t slice) const;
 };

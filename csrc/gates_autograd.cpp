@@ -20,9 +20,13 @@ void check_gates(const Tensor& weight, const Tensor& bias, const Tensor& eta, In
     TORCH_CHECK_VALUE(size >= 0, "gates: sizes has ", size, "; expected no negative number");
     total += size;
   }
-  TORCH_CHECK_VALUE(weight.dim() == 1 && weight.size(0) == total && bias.sizes() == weight.sizes(),
-                    "gates: weight and bias have shapes ", weight.sizes(), " and ", bias.sizes(), "; expected (", total,
-                    ",) each, the sum of sizes");
+  TORCH_CHECK_VALUE(
+      bias.dim() == 1 && bias.size(0) == total &&
+          (weight.dim() == 1 ? weight.size(0) == total
+                             : weight.dim() == 2 && weight.size(0) >= 1 && weight.size(0) <= gate_degrees &&
+                                   weight.size(1) == total),
+      "gates: weight and bias have shapes ", weight.sizes(), " and ", bias.sizes(), "; expected (", total,
+      ",) each, the sum of sizes, or (degree, ", total, ") for the weight of gates of degree 1, 2 or 3");
   TORCH_CHECK_VALUE(eta.dim() <= 1, "gates: eta has shape ", eta.sizes(),
                     "; expected one number (0-d), or one a sample (N,)");
   TORCH_CHECK_VALUE(kinds.size() == sizes.size(), "gates: got ", kinds.size(), " kinds for ", sizes.size(),
@@ -48,7 +52,7 @@ std::vector<GateSlice<T>> slices(const std::vector<Tensor>& values, IntArrayRef 
   return result;
 }
 
-// w, c and eta, contiguous and of the dtype of gates, and the slices' values or their gradients
+// weight, bias and eta, contiguous and of the dtype of gates, and the slices' values or their gradients
 struct Operands {
   Tensor weight, bias, eta;
   std::vector<Tensor> values;
@@ -58,31 +62,35 @@ struct Operands {
 template <class T>
 void forward(const Operands& operands) {
   const auto parts = slices<T>(operands.values, operands.sizes, operands.kinds);
-  const T *w = data<T>(operands.weight), *c = data<T>(operands.bias), *eta = data<T>(operands.eta);
+  const auto parameters = gate_parameters<T>(operands.weight, operands.bias);
+  const T* eta = data<T>(operands.eta);
 #if defined(MRVAE_CUDA)
   if (on_gpu(operands.weight)) {
     const Launch launch(operands.weight);
-    return cuda::gates_forward<T>(parts, w, c, eta, operands.eta.numel(), launch.stream());
+    return cuda::gates_forward<T>(parts, parameters, eta, operands.eta.numel(), launch.stream());
   }
 #endif
-  cpu::gates_forward<T>(parts, w, c, eta, operands.eta.numel());
+  cpu::gates_forward<T>(parts, parameters, eta, operands.eta.numel());
 }
 
 // grad_eta may be undefined: then it is not computed
 template <class T>
 void backward(const Operands& operands, const Tensor& grad_weight, const Tensor& grad_bias, const Tensor& grad_eta) {
   const auto parts = slices<T>(operands.values, operands.sizes, operands.kinds);
-  const T *w = data<T>(operands.weight), *c = data<T>(operands.bias), *eta = data<T>(operands.eta);
-  T *dw = mutable_data<T>(grad_weight), *dc = mutable_data<T>(grad_bias), *deta = mutable_data<T>(grad_eta);
+  const auto parameters = gate_parameters<T>(operands.weight, operands.bias);
+  const auto grads = gate_gradients<T>(grad_weight, grad_bias);
+  const T* eta = data<T>(operands.eta);
+  T* deta = mutable_data<T>(grad_eta);
   const std::int64_t samples = operands.eta.numel();
 #if defined(MRVAE_CUDA)
   if (on_gpu(operands.weight)) {
     const Launch launch(operands.weight);
-    const Tensor sums = scratch(cuda::gates_backward_scratch(parts, samples, deta != nullptr), operands.weight);
-    return cuda::gates_backward<T>(parts, w, c, eta, samples, dw, dc, deta, sums.data_ptr(), launch.stream());
+    const std::int64_t bytes = cuda::gates_backward_scratch(parts, samples, parameters.degree, deta != nullptr);
+    const Tensor sums = scratch(bytes, operands.weight);
+    return cuda::gates_backward<T>(parts, parameters, eta, samples, grads, deta, sums.data_ptr(), launch.stream());
   }
 #endif
-  cpu::gates_backward<T>(parts, w, c, eta, samples, dw, dc, deta);
+  cpu::gates_backward<T>(parts, parameters, eta, samples, grads, deta);
 }
 
 // `sizes` of the contiguous memory of `all`, from element `offset` on, without the dispatcher's 0.5 us for a view.

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 #include <vector>
 
 #include "gate.h"
@@ -12,9 +13,29 @@ namespace mrvae {
 // float16 is stored on a GPU only: the CPU computes it in a float32 copy.
 enum class Storage { Float, Double, BFloat16, Half };
 
-// ---- gates: g[n, i] = act(w[i] * eta[n] + c[i]) ------------------------------------------------------------------
+// ---- gates: g[n, i] = act(sum_k w_k[i] P_k(eta[n]) + c[i]), k < degree ---------------------------------------------
 
-// One layer's part of the flat w and c. `values` is (samples, size), written by the forward pass and read as dL/dg by
+// w_0 to w_(degree - 1), `stride` apart, and c of all gates, flat; or what they get as gradients.
+template <class T>
+struct GateParameters {
+  T *weight, *bias;
+  std::int64_t stride;
+  int degree;
+  MRVAE_HOST_DEVICE GateParameters from(std::int64_t i) const { return {weight + i, bias + i, stride, degree}; }
+  MRVAE_HOST_DEVICE T* row(int k) const { return weight + k * stride; }
+};
+
+// f(degree), as a constant of the compiler's
+template <class F>
+void with_degree(int degree, const F& f) {
+  switch (degree) {
+    case 1: return f(std::integral_constant<int, 1>());
+    case 2: return f(std::integral_constant<int, 2>());
+    default: return f(std::integral_constant<int, gate_degrees>());
+  }
+}
+
+// One layer's part of the flat parameters. `values` is (samples, size), written by the forward pass and read as dL/dg by
 // the backward pass, where nullptr stands for zero.
 template <class T>
 struct GateSlice {

@@ -106,6 +106,18 @@ Tensor activation_gradient(const Tensor& grad, const Tensor& saved, Activation a
 
 // ---- gates ---------------------------------------------------------------------------------------------------------
 
+// weight is w (C,), or w_0, w_1, ... (degree, C) of gates that are polynomials of eta; bias is c (C,).
+inline int gate_degree(const Tensor& weight) { return weight.dim() == 1 ? 1 : int(weight.size(0)); }
+// Where they lie, contiguous
+template <class T>
+GateParameters<const T> gate_parameters(const Tensor& weight, const Tensor& bias) {
+  return {weight.const_data_ptr<T>(), bias.const_data_ptr<T>(), bias.numel(), gate_degree(weight)};
+}
+// Where their gradients go
+template <class T>
+GateParameters<T> gate_gradients(const Tensor& weight, const Tensor& bias) {
+  return {weight.mutable_data_ptr<T>(), bias.mutable_data_ptr<T>(), bias.numel(), gate_degree(weight)};
+}
 void check_gates(const Tensor& weight, const Tensor& bias, const Tensor& eta, IntArrayRef sizes, IntArrayRef kinds);
 std::vector<Tensor> gates(const Tensor& weight, const Tensor& bias, const Tensor& eta, IntArrayRef sizes,
                           IntArrayRef kinds);

@@ -144,7 +144,7 @@ struct GateInput {
   Tensor values;
   Edge edge;
   bool inert = false;  // of a gate: at the value 0 it gets no gradient
-  SampleGates made{};  // in place of the values: the node makes them, and `edge` takes their sums (2, C)
+  SampleGates made{};  // in place of the values: the node makes them, and `edge` takes their sums
 };
 
 template <class Product>

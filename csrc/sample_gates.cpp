@@ -15,22 +15,22 @@ template <class T>
 cpu::SampleEpilogue<T> epilogue_of(const Tensor& u, const Tensor& bias, const SampleGates& gates,
                                    Activation activation) {
   const GateSource& source = *gates.source;
-  return {u.size(0), u.size(1), source.weight.const_data_ptr<T>() + gates.offset,
-          source.bias.const_data_ptr<T>() + gates.offset, source.eta.const_data_ptr<T>(), gates.kind,
-          bias.defined() ? bias.const_data_ptr<T>() : nullptr, activation};
+  return {u.size(0), u.size(1), gate_parameters<T>(source.weight, source.bias).from(gates.offset),
+          source.eta.const_data_ptr<T>(), gates.kind, data<T>(bias), activation};
 }
 
 Tensor bias_operand(const OptionalTensor& bias, const SampleGates& gates) {
   return given(bias) ? operand(*bias, gates.source->weight.scalar_type()) : Tensor();
 }
 
-// By p at both ends of the range of eta, between which p and the gate are monotonic.
+// By p at both ends of the range of eta, between which p and the gate are monotonic; of a polynomial, by a bound of it.
 template <class T>
 bool divide(const SampleGates& gates) {
   // e^p / 2, which is less than the gate, is far above the least divisor here
   constexpr T lowest = std::is_same_v<T, double> ? -600 : -60;
   const GateSource& source = *gates.source;
-  const T *w = source.weight.const_data_ptr<T>() + gates.offset, *c = source.bias.const_data_ptr<T>() + gates.offset;
+  const auto with = gate_parameters<T>(source.weight, source.bias).from(gates.offset);
+  const T *w = with.weight, *c = with.bias;
   const T* eta = source.eta.const_data_ptr<T>();
   T low = eta[0], high = eta[0], sum = 0;
   for (std::int64_t n = 0; n < source.eta.numel(); ++n) {
@@ -41,7 +41,19 @@ bool divide(const SampleGates& gates) {
   if (!std::isfinite(sum)) return false;
   bool all = true;
   const auto each = [&](const auto& divides) {
-    for (std::int64_t i = 0; i < gates.size; ++i) all &= divides(w[i] * low + c[i], w[i] * high + c[i]);
+    if (with.degree == 1) {
+      for (std::int64_t i = 0; i < gates.size; ++i) all &= divides(w[i] * low + c[i], w[i] * high + c[i]);
+      return;
+    }
+    T most[gate_degrees] = {};
+    for (std::int64_t n = 0; n < source.eta.numel(); ++n) {
+      for (int k = 0; k < with.degree; ++k) most[k] = std::max(most[k], std::abs(polynomial(k, eta[n])));
+    }
+    for (std::int64_t i = 0; i < gates.size; ++i) {
+      T bound = c[i];
+      for (int k = 0; k < with.degree; ++k) bound -= std::abs(with.row(k)[i]) * most[k];
+      all &= divides(bound, bound);
+    }
   };
   switch (gates.kind) {
     case Gate::Sigmoid:
@@ -92,8 +104,8 @@ Tensor SampleGates::values() const {
   const Tensor result = at::empty({eta.numel(), size}, weight.options().requires_grad(false));
   const auto run = [&](auto zero) {
     using T = decltype(zero);
-    cpu::gates_forward<T>({{offset, size, kind, result.mutable_data_ptr<T>()}}, weight.const_data_ptr<T>(),
-                          bias.const_data_ptr<T>(), eta.const_data_ptr<T>(), eta.numel());
+    cpu::gates_forward<T>({{offset, size, kind, result.mutable_data_ptr<T>()}}, gate_parameters<T>(weight, bias),
+                          eta.const_data_ptr<T>(), eta.numel());
   };
   weight.scalar_type() == at::kDouble ? run(0.0) : run(0.0f);
   return result;
@@ -118,17 +130,20 @@ std::vector<SampleGates> slices_of(const std::shared_ptr<const GateSource>& sour
 void add_sums(IntArrayRef sizes, TensorList sums, const Tensor& grad_weight, const Tensor& grad_bias) {
   const auto run = [&](auto zero) {
     using T = decltype(zero);
-    T *weight = grad_weight.mutable_data_ptr<T>(), *bias = grad_bias.mutable_data_ptr<T>();
+    GateParameters<T> to = gate_gradients<T>(grad_weight, grad_bias);
     for (std::size_t i = 0; i < sizes.size(); ++i) {
       const std::int64_t size = sizes[i];
       if (sums[i].defined()) {
         const Tensor dense = sums[i].contiguous();  // the engine's sum of two layers' may be anything
         const T* from = dense.const_data_ptr<T>();
-        for (std::int64_t c = 0; c < size; ++c) weight[c] += from[c];
-        for (std::int64_t c = 0; c < size; ++c) bias[c] += from[size + c];
+        const auto add = [&](T* target) {
+          for (std::int64_t c = 0; c < size; ++c) target[c] += from[c];
+          from += size;
+        };
+        for (int k = 0; k < to.degree; ++k) add(to.row(k));
+        add(to.bias);
       }
-      weight += size;
-      bias += size;
+      to = to.from(size);
     }
   };
   grad_weight.scalar_type() == at::kDouble ? run(0.0) : run(0.0f);
@@ -159,17 +174,19 @@ EpilogueGrads sample_epilogue_backward(const Tensor& grad, const Tensor& u, cons
   Tensor grad_u, grad_bias, sums;
   if (mask[0]) grad_u = how.overwrite ? incoming : at::empty_like(values);
   if (mask[1] && given(bias)) grad_bias = at::empty({bias->numel()}, options);
-  if (mask[2]) sums = at::empty({2, gates.size}, options);
+  if (mask[2]) sums = at::empty({gates.sums(), gates.size}, options);
   const auto run = [&](auto zero) {
     using T = decltype(zero);
     cpu::SampleEpilogue<T> epilogue = epilogue_of<T>(values, b, gates, activation);
     epilogue.of_result = how.of_result;
-    T* target = sums.defined() ? sums.mutable_data_ptr<T>() : nullptr;
+    GateParameters<T> target{};
+    if (sums.defined()) {
+      T* rows = sums.mutable_data_ptr<T>();
+      target = {rows, rows + epilogue.gates.degree * gates.size, gates.size, epilogue.gates.degree};
+    }
     cpu::sample_epilogue_backward<T>(
         storage_of(values), epilogue, incoming.const_data_ptr(), values.const_data_ptr(),
-        {grad_u.defined() ? grad_u.mutable_data_ptr() : nullptr, target,
-         target == nullptr ? nullptr : target + gates.size,
-         grad_bias.defined() ? grad_bias.mutable_data_ptr<T>() : nullptr});
+        {grad_u.defined() ? grad_u.mutable_data_ptr() : nullptr, target, mutable_data<T>(grad_bias)});
   };
   options.dtype() == at::kDouble ? run(0.0) : run(0.0f);
   if (grad_bias.defined()) grad_bias = grad_bias.to(bias->scalar_type());

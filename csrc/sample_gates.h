@@ -19,7 +19,7 @@ class GateSource {
   // RuntimeError where one of the tensors was changed in place since; as of any weight, `.data` does not show.
   void check_unchanged() const;
 
-  Tensor weight, bias, eta;  // contiguous, and of the dtype of gates
+  Tensor weight, bias, eta;  // contiguous, and of the dtype of gates; weight (C,), or (degree, C)
 
  private:
   struct Origin {
@@ -29,13 +29,14 @@ class GateSource {
   std::vector<Origin> origins_;
 };
 
-// The gates of one layer: (N, C) by w, c (C,) and eta (N,).
+// The gates of one layer: (N, C) by its part of the parameters and eta (N,).
 struct SampleGates {
   std::shared_ptr<const GateSource> source;
   std::int64_t offset = 0, size = 0;  // of the slice
   Gate kind = Gate::Identity;
 
   explicit operator bool() const { return source != nullptr; }
+  std::int64_t sums() const { return gate_degree(source->weight) + 1; }  // rows: dw_0, dw_1, ..., dc
   // Whether they are those of a Linear's call: x (N, K), weight (C, K) and bias (C,), computed in the dtype of the gates.
   bool fit(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) const;
   Tensor values() const;  // (N, C), where they are needed nevertheless
@@ -45,13 +46,13 @@ struct SampleGates {
 
 std::vector<SampleGates> slices_of(const std::shared_ptr<const GateSource>& source, IntArrayRef sizes,
                                    IntArrayRef kinds);
-// Adds the sums (2, C) of the slices that have some to their places in dw and dc.
+// Adds the sums of the slices that have some to their places in the gradients.
 void add_sums(IntArrayRef sizes, TensorList sums, const Tensor& grad_weight, const Tensor& grad_bias);
 
 // y = activation(g * (u + b)) of u (N, C). u_is_free: as in call_epilogue().
 Tensor sample_epilogue(const Tensor& u, const OptionalTensor& bias, const SampleGates& gates, Activation activation,
                        bool u_is_free);
-// As call_epilogue_backward(), but the gates' gradient is (2, C): dw and dc.
+// As call_epilogue_backward(), but the gates' gradient is the sums, (degree + 1, C).
 EpilogueGrads sample_epilogue_backward(const Tensor& grad, const Tensor& u, const OptionalTensor& bias,
                                        const SampleGates& gates, Activation activation, std::array<bool, 3> mask,
                                        EpilogueBackward how);

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import ops, reference
-from .gates import DEFAULT_BETA_RANGE, GATE_KINDS, KINDS, Beta, BetaRange, standardize, standardize_number
+from .gates import DEFAULT_BETA_RANGE, GATE_KINDS, KINDS, MAX_DEGREE, Beta, BetaRange, standardize, standardize_number
 from .ops.shortcuts import bank
 from .reference import Geometry
 from .strategy import Product, choose_backend, choose_strategy, current, fused_refused
@@ -32,23 +32,26 @@ def gate_values(
 ) -> Tensor:
     """g = act(weight * eta + bias), eta = (log beta - mean) / std over `beta_range` (MR-VAE, Eqn. 6 and 7).
 
-    weight, bias: (C,). beta: a number or 0-d tensor, giving (C,), or shape (N,), giving (N, C). Result in float32, or
-    float64 for float64 parameters. ValueError for a beta that is not positive and finite, and for an unknown kind.
+    weight, bias: (C,); or weight (degree, C) for gates that are polynomials of eta, see GateSpec. beta: a number or 0-d
+    tensor, giving (C,), or shape (N,), giving (N, C). Result in float32, or float64 for float64 parameters. ValueError
+    for a beta that is not positive and finite, and for an unknown kind.
     """
     if kind not in GATE_KINDS:
         raise ValueError(f"gate kind is {kind!r}; expected one of {', '.join(GATE_KINDS)}")
-    if weight.dim() != 1 or weight.shape != bias.shape:
+    several = weight.dim() == 2 and 1 <= len(weight) <= MAX_DEGREE
+    if bias.dim() != 1 or not (weight.dim() == 1 or several) or weight.shape[-1] != len(bias):
         raise ValueError(
-            f"gate weight and bias have shapes {tuple(weight.shape)} and {tuple(bias.shape)}; expected (C,) each"
+            f"gate weight and bias have shapes {tuple(weight.shape)} and {tuple(bias.shape)}; expected (C,) each, or "
+            f"(degree, C) for the weight of gates of degree 1 to {MAX_DEGREE}"
         )
     eta = standardize(beta, beta_range, device=weight.device, dtype=reference.gate_dtype(weight.dtype))
-    return gate_bank(weight, bias, eta, [weight.shape[0]], [kind])[0]
+    return gate_bank(weight, bias, eta, [len(bias)], [kind])[0]
 
 
 def gate_bank(weight: Tensor, bias: Tensor, eta: Tensor, sizes: Sequence[int], kinds: Sequence[str]) -> list[Tensor]:
     """All gates (and shifts, kind "identity") of a model in one operator, from one flat weight and bias.
 
-    sizes: features of each, their sum being the length of weight; eta from `gates.standardize`: 0-d or (N,).
+    sizes: features of each, their sum being the length of bias; weight (C,) or (degree, C); eta from `gates.standardize`: 0-d or (N,).
     Returns (C_i,) or (N, C_i) each.
     """
     backend = choose_backend(weight.device, weight.dtype, "gates")

@@ -1,7 +1,7 @@
 """Gates: from beta to one factor a feature (papers/MR-VAE, Eqn. 6 and 7).
 
     eta = (log beta - mean) / std        mean, std of log beta under U[log a, log b]
-    p   = w * eta + c                    or a small MLP of eta (the paper's ablation, Figure 9)
+    p   = w * eta + c                    or a polynomial of eta (ours), or a small MLP (the paper's ablation, Figure 9)
     g   = act(p)                         sigmoid, sqrt or softplus
 
 Bae, Zhang, Ruan, Wang, Hasegawa, Ba, Grosse: "Multi-Rate VAE: Train Once, Get the Full Rate-Distortion Curve", 2022.
@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -22,6 +22,8 @@ KINDS = ("sigmoid", "sqrt", "softplus", "identity")
 """Activation of a gate by its code in the operators; "identity" serves FiLM's shift only."""
 
 GATE_KINDS = KINDS[:3]
+
+MAX_DEGREE = 3
 
 INITS = ("open", "paper", "ranked")
 
@@ -66,6 +68,9 @@ class GateSpec:
 
     kind    "sigmoid" (paper's encoder gate), "sqrt" (paper's decoder gate, sqrt(relu(1 - exp p))) or "softplus"
             (unbounded)
+    degree  of p as a polynomial of eta: 1 is the paper's affine map; 2 adds w_2 (eta^2 - 1), 3 also w_3 (eta^3 - 9/5
+            eta), so that a gate may open and close again, or close late. Orthogonal polynomials: each starts at w_k = 0
+            and bends the gate without turning or moving it. Layers of a network have one degree (multirate)
     shift   FiLM: also add t = w_t eta + c_t after the gate (Perez et al., 2018; the paper's ablation)
     hidden  sizes of hidden ReLU layers between eta and p; () is the paper's affine map, (64,) its 2-layer ablation
     shared  with hidden: the layers of a network share the hidden part (multirate only)
@@ -73,7 +78,8 @@ class GateSpec:
             in Listing 1 and leaves 14.5 % of sqrt gates dead for every beta; "ranked": features close one after another
             as beta grows, see init_gates_
     inputs  a gate (a kind or a GateSpec) on the layer's input features too: y = g (W (g_in x) + b) + t. On the
-            decoder's first layer it switches latents off, noise and all, which a gate on the outputs cannot
+            decoder's first layer it switches latents off, noise and all, which a gate on the outputs cannot. Its degree
+            is that of the gate
     """
 
     kind: str = "sigmoid"
@@ -82,6 +88,7 @@ class GateSpec:
     shared: bool = False
     init: str = "open"
     inputs: str | GateSpec | None = None
+    degree: int = 1
 
     def __post_init__(self) -> None:
         if self.kind not in GATE_KINDS:
@@ -100,13 +107,17 @@ class GateSpec:
             raise ValueError("init='ranked' orders affine gates; with hidden layers choose 'open' or 'paper'")
         if self.shared and not self.hidden:
             raise ValueError("shared=True without hidden layers: there is nothing to share; give hidden=(64,), say")
+        if isinstance(self.degree, bool) or self.degree not in range(1, MAX_DEGREE + 1):
+            raise ValueError(f"gate degree is {self.degree!r}; expected 1 (affine in eta) to {MAX_DEGREE}")
+        if self.hidden and self.degree > 1:
+            raise ValueError(f"gate degree is {self.degree} with hidden layers, which bend a gate by themselves: choose one")
         if self.inputs is not None:
             inner = GateSpec.of(self.inputs)
             if inner.shift or inner.inputs is not None or inner.hidden or self.hidden:
                 raise ValueError(
                     f"inputs={self.inputs!r}: a gate on inputs is an affine one, without shift or hidden layers"
                 )
-            object.__setattr__(self, "inputs", inner)
+            object.__setattr__(self, "inputs", replace(inner, degree=self.degree))
 
     @classmethod
     def of(cls, value: str | GateSpec) -> GateSpec:
@@ -188,22 +199,28 @@ def _check_values(low: float, high: float, bounds: BetaRange) -> None:
 def init_gates_(weight: Tensor, bias: Tensor, kind: str, init: str = "open") -> None:
     """Fill w and c in place, so that gates start open ("open") or as in the paper's Listing 1 ("paper").
 
+    weight: (C,), or (degree, C), whose further rows start at 0: what follows is of the first.
+
     open:   sigmoid  w ~ 0.5 N(0, 1),  c ~ 2 + N(0, 1)           g about 0.85 at the middle of the range
             sqrt     w ~ 0.25 N(0, 1), c ~ -1 - 3 U(0, 1)        g about 0.9, never dead
             softplus w ~ 0.25 N(0, 1), c ~ 0.541 + 0.1 N(0, 1)   g about 1, softplus(0.541) = 1
             identity w = c = 0                                   no shift
     paper:  w, c ~ U(-1, 1), as nn.Linear(1, C); identity as well.
-    ranked: sigmoid  w = -4, c = 4 tau, tau from 0 to 3 in equal steps: feature k closes around eta = tau_k. Without an
-            order between the latents none of them switches off at large beta; the same order in the posterior's heads
-            and in the decoder's input gate lets them agree.
+    ranked: sigmoid  w = -4, c = 4 tau, tau from 2 to -1/2 in equal steps: feature k closes around eta = tau_k, most of
+            them between the middle of the range and its end, sqrt(3). Without an order between the latents none of them
+            switches off at large beta; the same order in the posterior's heads and in the decoder's input gate lets
+            them agree.
     """
     with torch.no_grad():
+        if weight.dim() == 2:
+            weight[1:].zero_()
+            weight = weight[0]
         if init == "paper":
             weight.uniform_(-1, 1)
             bias.uniform_(-1, 1)
         elif init == "ranked" and kind == "sigmoid":
             weight.fill_(-4)
-            bias.copy_(torch.linspace(12, 0, bias.numel()))
+            bias.copy_(torch.linspace(8, -2, bias.numel()))
         elif kind == "sigmoid":
             weight.normal_(0, 0.5)
             bias.normal_(2, 1)

@@ -3,8 +3,9 @@
     y = layer(x, beta) = act(g (W x + b) + t),   g = gate(w eta + c)
 
 Each class is a subclass of torch.nn's, takes its arguments, initialises weight and bias alike (before the gate, so that
-a seed gives the same weights) and keeps their `state_dict` keys; added are `gate_weight` and `gate_bias` (C each), with
-FiLM `shift_weight` and `shift_bias`, or `gate_network` for gates with hidden layers. Further keywords:
+a seed gives the same weights) and keeps their `state_dict` keys; added are `gate_weight` and `gate_bias` (C each; the
+weight (degree, C) for gates of degree 2 or 3), with FiLM `shift_weight` and `shift_bias`, or `gate_network` for gates
+with hidden layers. Further keywords:
 
     gate        "sigmoid", "sqrt", "softplus" or a GateSpec
     beta_range  (a, b), the range that beta is sampled from in training; saved in the state_dict and checked on loading
@@ -44,12 +45,17 @@ def check_state(own: dict[str, Any], loaded: object, owner: str) -> None:
         state = None
     if not isinstance(state, dict):
         raise ValueError(f"the checkpoint's record of the gates of this {owner} is unreadable; it is damaged")
-    for key, value in own.items():
-        if state.get(key) != value:
+    for key in dict.fromkeys((*own, *state)):
+        if state.get(key) != own.get(key):
             raise ValueError(
-                f"the checkpoint was made with {key} = {state.get(key)!r}, this {owner} has {value!r}; "
+                f"the checkpoint was made with {key} = {state.get(key)!r}, this {owner} has {own.get(key)!r}; "
                 f"build it with the checkpoint's {key}"
             )
+
+
+def degree_state(spec: GateSpec) -> dict[str, int]:
+    """What a checkpoint says of the degree: nothing of affine gates, as those from before there was another."""
+    return {} if spec.degree == 1 else {"degree": spec.degree}
 
 
 class Recorded(nn.Module):
@@ -112,7 +118,8 @@ class GatedLayer(Recorded):
             self.gate_network.to(device=like.device, dtype=like.dtype)
             return
         for prefix, kind in zip(("gate", "shift"), kinds, strict=False):
-            pair = [nn.Parameter(torch.empty(features, device=like.device, dtype=like.dtype)) for _ in range(2)]
+            shapes = [(features,) if spec.degree == 1 else (spec.degree, features), (features,)]
+            pair = [nn.Parameter(torch.empty(shape, device=like.device, dtype=like.dtype)) for shape in shapes]
             init_gates_(pair[0], pair[1], kind, spec.init)
             self.register_parameter(f"{prefix}_weight", pair[0])
             self.register_parameter(f"{prefix}_bias", pair[1])
@@ -161,7 +168,7 @@ class GatedLayer(Recorded):
             kinds = (self.gate_spec.kind, "identity")
             values = [reference.gate_activation(part, kind) for part, kind in zip(parts, kinds, strict=False)]
         else:
-            size = [self.gate_weight.shape[0]]
+            size = [len(self.gate_bias)]
             values = functional.gate_bank(self.gate_weight, self.gate_bias, eta, size, [self.gate_spec.kind])
             if self.gate_spec.shift:
                 values += functional.gate_bank(self.shift_weight, self.shift_bias, eta, size, ["identity"])
@@ -180,7 +187,7 @@ class GatedLayer(Recorded):
 
     def _gate_state(self) -> dict[str, Any]:
         gate = self.gate_spec.kind + ("+shift" if self.gate_spec.shift else "")
-        return {"beta_range": list(self.beta_range), "gate": gate}
+        return {"beta_range": list(self.beta_range), "gate": gate, **degree_state(self.gate_spec)}
 
     def extra_repr(self) -> str:
         inherited = super().extra_repr()

@@ -39,7 +39,7 @@ from .hosting import (
     lend,
     place_of,
 )
-from .layers import Recorded
+from .layers import Recorded, degree_state
 from .ops.shortcuts import core
 from .places import Places
 from .plans import LayerGates, Plans
@@ -72,8 +72,8 @@ class MultiRate(Recorded):
 
     Made by `multirate`. Calls take the network's own arguments plus `beta=`. Attributes:
         network      the user's network, its names untouched; call it through this module, or within `at(beta)`
-        gate_weight  w of all gates (then of all shifts), flat; gate_bias c likewise. None with hidden gate layers,
-                     which live in `gate_networks`
+        gate_weight  w of all gates (then of all shifts), flat, (degree, C) for gates of degree 2 or 3; gate_bias c
+                     likewise. None with hidden gate layers, which live in `gate_networks`
         gated        layer name -> slice of the flat gates; `shifts` likewise for FiLM, `inputs` for gates on inputs
         left         layer name -> why it has no gate
         conditional  with norms="conditional", s and t of the batch norms; its `names` are theirs. Else None
@@ -132,9 +132,10 @@ class MultiRate(Recorded):
 
     def _add_gates(self, like: Tensor) -> None:
         specs = [e.spec for e in self._entries]
-        if len({(s.hidden, s.shared) for s in specs}) > 1:
+        if len({(s.hidden, s.shared, s.degree) for s in specs}) > 1:
             raise ValueError(
-                "gates differ in hidden or shared; all gates of a network have the same hidden layers, or none"
+                "gates differ in hidden, shared or degree; all gates of a network have the same hidden layers, or none, "
+                "and the same degree"
             )
         self.gate_networks: nn.ModuleList | None = None
         self.register_parameter("gate_weight", None)
@@ -148,8 +149,9 @@ class MultiRate(Recorded):
             built = [GateNetwork(specs[0].hidden, sizes, kinds, specs[0].init) for sizes, kinds in parts]
             self.gate_networks = nn.ModuleList(built).to(device=like.device, dtype=like.dtype)
             return
-        weight, bias = (torch.empty(sum(self._sizes), device=like.device, dtype=like.dtype) for _ in range(2))
-        pieces = zip(weight.split(self._sizes), bias.split(self._sizes), self._rows, strict=True)
+        bias = torch.empty(sum(self._sizes), device=like.device, dtype=like.dtype)
+        weight = torch.empty_like(bias) if specs[0].degree == 1 else bias.new_empty(specs[0].degree, len(bias))
+        pieces = zip(weight.split(self._sizes, -1), bias.split(self._sizes), self._rows, strict=True)
         for piece_weight, piece_bias, row in pieces:
             init_gates_(piece_weight, piece_bias, row.kind, row.init)
         self.gate_weight, self.gate_bias = nn.Parameter(weight), nn.Parameter(bias)
@@ -274,7 +276,7 @@ class MultiRate(Recorded):
         return {
             "beta_range": list(self.beta_range),
             "gates": [f"{row.name} {row.role} {row.kind}" for row in self._rows],
-            **norms,
+            **degree_state(self._entries[0].spec), **norms,
         }
 
     def extra_repr(self) -> str:

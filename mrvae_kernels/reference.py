@@ -96,16 +96,49 @@ def gate_and_relative_slope(preactivation: Tensor, kind: str) -> tuple[Tensor, T
     return gate, torch.where(gate > 0, (gate.square() - 1) / divisor, 0)
 
 
-def gates(weight: Tensor, bias: Tensor, eta: Tensor, kind: str) -> Tensor:
-    """g = act(w eta + c): (C,) for a 0-d eta, (N, C) for eta of shape (N,)."""
+def polynomials(eta: Tensor, degree: int) -> list[Tensor]:
+    """eta, eta^2 - 1 and eta^3 - 9/5 eta, the first `degree` of them: what a gate's argument is a sum of.
+
+    Legendre's polynomials, to a factor: of mean 0 and orthogonal while log beta is uniform on its range, where the mean
+    of eta^2 is 1.
+    """
+    return [eta, eta * eta - 1, (eta * eta - 1.8) * eta][:degree]
+
+
+def polynomial_slopes(eta: Tensor, degree: int) -> list[Tensor]:
+    """Their derivatives by eta."""
+    return [torch.ones_like(eta), 2 * eta, 3 * eta * eta - 1.8][:degree]
+
+
+def gate_argument(weight: Tensor, bias: Tensor, eta: Tensor) -> Tensor:
+    """p = w eta + c, or sum_k w_k P_k(eta) + c of a weight with several rows w_k; P as in `polynomials`.
+
+    weight: (C,) or (degree, C), bias (C,); p is (C,) for a 0-d eta, (N, C) for eta of shape (N,), in the dtype of gates.
+    """
     dtype = gate_dtype(weight.dtype)
-    return gate_activation(eta.to(dtype).unsqueeze(-1) * weight.to(dtype) + bias.to(dtype), kind)
+    eta, weight, bias = eta.to(dtype).unsqueeze(-1), weight.to(dtype), bias.to(dtype)
+    if weight.dim() == 1:
+        return eta * weight + bias
+    return sum_of(polynomials(eta, len(weight)), weight) + bias
+
+
+def sum_of(factors: Sequence[Tensor], rows: Tensor) -> Tensor:
+    """sum_k factor_k row_k, without a matrix product, so that torch.compile fuses it with what comes after."""
+    first, *others = zip(factors, rows.unbind(), strict=True)
+    total = first[0] * first[1]
+    for factor, row in others:
+        total = total + factor * row
+    return total
+
+
+def gates(weight: Tensor, bias: Tensor, eta: Tensor, kind: str) -> Tensor:
+    """g = act(p), p as in `gate_argument`: (C,) for a 0-d eta, (N, C) for eta of shape (N,)."""
+    return gate_activation(gate_argument(weight, bias, eta), kind)
 
 
 def gate_bank(weight: Tensor, bias: Tensor, eta: Tensor, sizes: Sequence[int], kinds: Sequence[str]) -> list[Tensor]:
-    """All gates of a model from one flat w and c: a list with (C_i,) or (N, C_i) each."""
-    dtype = gate_dtype(weight.dtype)
-    p = eta.to(dtype).unsqueeze(-1) * weight.to(dtype) + bias.to(dtype)  # in one: torch.compile keeps it for backward
+    """All gates of a model from one flat weight and bias: a list with (C_i,) or (N, C_i) each."""
+    p = gate_argument(weight, bias, eta)  # in one: torch.compile keeps it for backward
     return [gate_activation(piece, kind) for piece, kind in zip(p.split(list(sizes), -1), kinds, strict=True)]
 
 

@@ -30,8 +30,8 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class SampledGate(NamedTuple):
-    """A gate or shift at one beta a sample, by what it is made of: act(weight eta + bias), weight and bias (C,), eta
-    (N,); flat_weight and flat_bias are the whole network's."""
+    """A gate or shift at one beta a sample, by what it is made of: act(weight eta + bias), weight (C,) or (degree, C),
+    bias (C,), eta (N,); flat_weight and flat_bias are the whole network's."""
 
     weight: Tensor
     bias: Tensor
@@ -94,7 +94,7 @@ def bank_parts(
     weight: Tensor, bias: Tensor, beta: Tensor, low: float, high: float, sizes: tuple[int, ...]
 ) -> list[Tensor]:
     """eta, then w of each gate, then c of each."""
-    return [_eta(weight, beta, low, high), *weight.split(sizes), *bias.split(sizes)]
+    return [_eta(weight, beta, low, high), *weight.split(sizes, -1), *bias.split(sizes)]
 
 
 def gates(weight: Tensor, bias: Tensor, eta: Tensor, kind: str) -> Tensor:

@@ -1,6 +1,6 @@
 """Gates, folds and epilogues for torch.compile, with backward passes written out for what they keep.
 
-    bank      g = act(w eta + c)                    keeps w, c and eta, which are there anyway
+    bank      g = act(w eta + c), or of a polynomial  keeps w, c and eta, which are there anyway
     fold      W' = g W,  b' = g b                   dW = g dW', db = g db', dg = <dW', W> + db' b
     product   y = W' x + b'                         dx = W'^T dy, dW' = dy x^T; keeps W and g, not W'
     epilogue  y = act(g (u + b)), act none or ReLU  du = g dz, db = sum du, dg = sum dz (u + b) = (sum dz y) / g,
@@ -30,7 +30,8 @@ from .reference import Geometry
 
 
 class Bank(torch.autograd.Function):
-    """All gates and shifts of a network at one beta, flat without a gradient, then each: weight, bias (C,), eta 0-d.
+    """All gates and shifts of a network at one beta, flat without a gradient, then each: weight (C,) or (degree, C),
+    bias (C,), eta 0-d.
 
     Each is a slice, which AOTAutograd's partitioner takes for a view and makes again in the backward pass. It keeps
     what split gives beside flat, and Inductor (torch 2.13), which does not see that they share memory, writes results
@@ -50,11 +51,11 @@ class Bank(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, _: Tensor, *grads: Tensor) -> tuple[Tensor | None, ...]:
         weight, bias, eta = ctx.saved_tensors
-        p = _anew(weight).to(eta.dtype) * eta + bias.to(eta.dtype)
+        p = reference.gate_argument(_anew(weight), bias, eta)
         pieces = zip(p.split(ctx.sizes), grads, ctx.kinds, strict=True)
         dp = torch.cat([dg * reference.gate_and_slope(piece, kind)[1] for piece, dg, kind in pieces])
-        deta = (dp * weight.to(eta.dtype)).sum() if ctx.needs_input_grad[2] else None
-        return (dp * eta).to(weight.dtype), dp.to(bias.dtype), deta, None, None
+        deta = (dp * _argument_slope(weight, eta)).sum() if ctx.needs_input_grad[2] else None
+        return _weight_gradient(dp.unsqueeze(0), weight, eta.unsqueeze(0)), dp.to(bias.dtype), deta, None, None
 
 
 class Fold(torch.autograd.Function):
@@ -147,7 +148,8 @@ class Epilogue(torch.autograd.Function):
 
 
 class SampledEpilogue(torch.autograd.Function):
-    """u (N, C) with as many gates, g = act(w eta + c), w and c (C,), eta (N,): made in both passes, kept in neither.
+    """u (N, C) with as many gates, g = act(w eta + c), w (C,) or (degree, C), c (C,), eta (N,): made in both passes,
+    kept in neither.
 
     The gradients of w and c are summed on the way. flat_weight, flat_bias: the whole network's.
     """
@@ -157,26 +159,25 @@ class SampledEpilogue(torch.autograd.Function):
         ctx: Any, u: Tensor, bias: Tensor | None, weight: Tensor, gate_bias: Tensor, eta: Tensor, flat_weight: Tensor,
         flat_bias: Tensor, start: int, kind: str, relu: bool,
     ) -> Tensor:
-        dtype = eta.dtype
-        gate = reference.gate_value(eta.unsqueeze(-1) * weight.to(dtype) + gate_bias.to(dtype), kind)
+        gate = reference.gate_value(reference.gate_argument(weight, gate_bias, eta), kind)
         y = reference.epilogue(u, bias, gate, None, 1, "relu" if relu else "none")
         ctx.save_for_backward(y.clone(), flat_weight, flat_bias, eta)
-        ctx.rows, ctx.kind, ctx.relu = slice(start, start + weight.shape[0]), kind, relu
+        ctx.rows, ctx.kind, ctx.relu = slice(start, start + gate_bias.shape[0]), kind, relu
         ctx.bias_dtype = None if bias is None else bias.dtype
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         y, flat_weight, flat_bias, eta = ctx.saved_tensors
-        weight, gate_bias = flat_weight[ctx.rows].to(eta.dtype), flat_bias[ctx.rows].to(eta.dtype)
-        p = eta.unsqueeze(-1) * _anew(weight) + gate_bias
+        weight, gate_bias = flat_weight[..., ctx.rows], flat_bias[ctx.rows]
+        p = reference.gate_argument(_anew(weight), gate_bias, eta)
         gate, relative_slope = reference.gate_and_relative_slope(p, ctx.kind)
         dz = _through(grad, y, ctx.relu).to(gate.dtype)
         du = dz * gate
         dp = dz * y.to(gate.dtype) * relative_slope  # dz (u + b) g', y = g (u + b)
         dbias = None if ctx.bias_dtype is None else du.sum(0).to(ctx.bias_dtype)
-        dweight = (dp * eta.unsqueeze(-1)).sum(0).to(flat_weight.dtype)
-        deta = (dp * weight).sum(1) if ctx.needs_input_grad[4] else None
+        dweight = _weight_gradient(dp, weight, eta)
+        deta = (dp * _argument_slope(weight, eta)).sum(1) if ctx.needs_input_grad[4] else None
         dgate_bias = dp.sum(0).to(flat_bias.dtype)
         return du.to(grad.dtype), dbias, dweight, dgate_bias, deta, None, None, None, None, None
 
@@ -185,6 +186,21 @@ def _anew(weight: Tensor) -> Tensor:
     """The weight, from which gates are made anew: of the same nodes as in the forward pass AOTAutograd would make one,
     and keep their result."""
     return weight.neg().neg()
+
+
+def _weight_gradient(dp: Tensor, weight: Tensor, eta: Tensor) -> Tensor:
+    """Of weight (C,) or (degree, C), by the gradient of the arguments, dp (N, C), at eta (N,)."""
+    degree = 1 if weight.dim() == 1 else len(weight)
+    rows = [(dp * basis.unsqueeze(-1)).sum(0) for basis in reference.polynomials(eta, degree)]
+    return (rows[0] if weight.dim() == 1 else torch.stack(rows)).to(weight.dtype)
+
+
+def _argument_slope(weight: Tensor, eta: Tensor) -> Tensor:
+    """dp / deta: (C,) or (N, C)."""
+    weight = weight.to(eta.dtype)
+    if weight.dim() == 1:
+        return weight
+    return reference.sum_of([slope.unsqueeze(-1) for slope in reference.polynomial_slopes(eta, len(weight))], weight)
 
 
 def _through(grad: Tensor, y: Tensor, relu: bool) -> Tensor:

@@ -6,6 +6,7 @@ import itertools
 import math
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from helpers import RANGE
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 import mrvae_kernels as mk
 from mrvae_kernels.gates import GATE_KINDS, GateNetwork, init_gates_
-from mrvae_kernels.reference import gate_activation
+from mrvae_kernels.reference import gate_activation, polynomials
 
 BOUNDS = mk.BetaRange(*RANGE)
 BETAS = torch.tensor([1e-30, 1e-6, 0.01, 0.37, 1.0, 10.0, 1e6, 1e30], dtype=torch.float64)
@@ -60,10 +61,36 @@ def test_the_softplus_gate_is_unbounded_and_log_1_plus_exp(backend):
     torch.testing.assert_close(gate, expected, rtol=1e-14, atol=2.3e-308)
 
 
+def test_the_polynomials_are_orthogonal_where_log_beta_is_uniform():
+    nodes, weights = np.polynomial.legendre.leggauss(8)  # exact for the products, of degree 6
+    eta = math.sqrt(3) * torch.tensor(nodes)
+    basis = torch.stack([torch.ones_like(eta), *polynomials(eta, 3)])
+    gram = (basis * torch.tensor(weights) / 2) @ basis.t()
+    torch.testing.assert_close(gram, torch.diag(gram.diag()), rtol=0, atol=1e-14)
+    torch.testing.assert_close(gram.diag(), torch.tensor([1, 1, 4 / 5, 108 / 175], dtype=torch.float64))
+
+
 @pytest.mark.parametrize("kind", GATE_KINDS)
-def test_gate_gradients_are_right(backend, kind):
+def test_a_gate_of_degree_3_is_a_cubic_of_log_beta(backend, kind):
+    weight = torch.tensor([[0.3, -0.2, 0.0], [-0.1, 0.05, 0.0], [0.02, 0.1, 0.0]], dtype=torch.float64)
+    bias = torch.tensor([-1.0, -2.0, -0.5], dtype=torch.float64)
+    eta = ((BETAS[2:6].log() - BOUNDS.mean) / BOUNDS.std)[:, None]
+    for degree in (1, 2, 3):
+        p = bias + weight[0] * eta
+        p = p + weight[1] * (eta**2 - 1) if degree > 1 else p
+        p = p + weight[2] * (eta**3 - 9 / 5 * eta) if degree > 2 else p
+        gate = mk.gate_values(weight[:degree], bias, BETAS[2:6], kind)
+        torch.testing.assert_close(gate, gate_activation(p, kind), rtol=1e-12, atol=0)
+        for one, row in zip(BETAS[2:6].tolist(), gate, strict=True):
+            torch.testing.assert_close(mk.gate_values(weight[:degree], bias, one, kind), row, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("degree", [None, 2, 3])
+@pytest.mark.parametrize("kind", GATE_KINDS)
+def test_gate_gradients_are_right(backend, kind, degree):
     generator = torch.Generator().manual_seed(1)
-    weight, bias = (0.3 * torch.randn(4, dtype=torch.float64, generator=generator) for _ in range(2))
+    shape = (4,) if degree is None else (degree, 4)
+    weight, bias = (0.3 * torch.randn(size, dtype=torch.float64, generator=generator) for size in (shape, (4,)))
     bias -= 1.5 * (kind == "sqrt")  # away from the end where the slope is bounded on purpose
     for beta in (torch.tensor(0.7, dtype=torch.float64), torch.tensor([0.02, 0.7, 8.0], dtype=torch.float64)):
         inputs = [t.clone().requires_grad_() for t in (weight, bias, beta)]
@@ -142,6 +169,9 @@ def test_errors_of_gate_values():
         mk.gate_values(torch.ones(2), torch.ones(2), 0.5, "tanh")
     with pytest.raises(ValueError, match="expected"):
         mk.gate_values(torch.ones(2), torch.ones(3), 0.5)
+    for shape in ((4, 2), (0, 2), (2, 3), (1, 2, 2)):
+        with pytest.raises(ValueError, match="of degree 1 to 3"):
+            mk.gate_values(torch.ones(shape), torch.ones(2), 0.5)
     with pytest.raises(ValueError, match="gate kind is 'cube'"):
         gate_activation(torch.ones(2), "cube")
 
@@ -160,6 +190,12 @@ def test_errors_of_gate_values():
         {"kind": "sqrt", "init": "ranked"},
         {"init": "ranked", "hidden": (4,)},
         {"hidden": (4,), "inputs": "sigmoid"},
+        {"degree": 0},
+        {"degree": 4},
+        {"degree": True},
+        {"degree": 2.5},
+        {"degree": "3"},
+        {"hidden": (4,), "degree": 2},
         {"inputs": "cube"},
         {"inputs": mk.GateSpec(shift=True)},
     ],
@@ -174,6 +210,17 @@ def test_gate_specs_from_names_and_lists():
     assert mk.GateSpec(hidden=[4, 5]) == mk.GateSpec(hidden=(4, 5)) and hash(mk.GateSpec(hidden=[4]))
     with pytest.raises(TypeError, match="gate is 3"):
         mk.GateSpec.of(3)
+
+
+def test_the_gate_on_the_inputs_has_the_gates_degree():
+    assert mk.GateSpec(inputs="sigmoid", degree=3).inputs == mk.GateSpec("sigmoid", degree=3)
+
+
+@pytest.mark.parametrize("init", ["open", "paper"])
+def test_gates_of_more_degrees_start_affine(init):
+    weight, bias = torch.full((3, 50), 7.0), torch.empty(50)
+    init_gates_(weight, bias, "sigmoid", init)
+    assert (weight[1:] == 0).all() and (weight[0] != 7).all() and weight[0].std() > 0.2
 
 
 def dead(kind: str, init: str) -> tuple[float, Tensor]:

@@ -246,6 +246,29 @@ def test_another_or_damaged_record_is_refused_before_anything_is_copied(name, br
 
 @every_case
 @pytest.mark.parametrize("per_sample", [False, True])
+def test_gates_of_more_degrees(backend, name, per_sample):
+    layer = randomize(build(name, gate=mk.GateSpec("softplus", shift=True, degree=3), dtype=torch.float64)).eval()
+    x, beta = inputs(name, torch.float64), torch.tensor(BETA if per_sample else 0.3, dtype=torch.float64)
+    eta = mk.standardize(beta, dtype=torch.float64).unsqueeze(-1)
+    basis = (eta, eta**2 - 1, eta**3 - 1.8 * eta)
+    gate, shift = layer.gate(beta)
+    p, t = (
+        sum(e * w for e, w in zip(basis, weight, strict=True)) + bias
+        for weight, bias in ((layer.gate_weight, layer.gate_bias), (layer.shift_weight, layer.shift_bias))
+    )
+    torch.testing.assert_close(gate, nn.functional.softplus(p))
+    torch.testing.assert_close(shift, t)
+    output(layer(x, beta)).sum().backward()
+    assert layer.gate_weight.grad.shape == layer.gate_weight.shape == (3, layer.gate_bias.numel())
+    assert all(row.any() for row in layer.gate_weight.grad)
+    torch.testing.assert_close(output(layer(x, 0.3)), output(layer.to_plain(0.3)(x)), rtol=1e-10, atol=1e-12)
+    other = build(name, gate=mk.GateSpec("softplus", shift=True, degree=2), dtype=torch.float64)
+    with pytest.raises(ValueError, match="degree = 3, this"):
+        other.load_state_dict(layer.state_dict())
+
+
+@every_case
+@pytest.mark.parametrize("per_sample", [False, True])
 def test_gates_with_hidden_layers(backend, name, per_sample):
     layer = randomize(build(name, gate=mk.GateSpec("softplus", shift=True, hidden=(8,)), dtype=torch.float64)).eval()
     x, beta = inputs(name, torch.float64), torch.tensor(BETA if per_sample else 0.3, dtype=torch.float64)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -22,7 +23,9 @@ def by_hand(model: mk.MultiRate, x: Tensor, beta) -> Tensor:
 
     def gated(name: str, u: Tensor) -> Tensor:
         def value(where):
-            return eta.unsqueeze(-1) * model.gate_weight[where] + model.gate_bias[where]
+            e, w = eta.unsqueeze(-1), model.gate_weight[..., where]
+            p = e * w if w.dim() == 1 else e * w[0] + (e**2 - 1) * w[1] + (e**3 - 1.8 * e) * w[2]
+            return p + model.gate_bias[where]
 
         kind = {e.name: e.spec.kind for e in model._entries}[name]
         along = (-1, u.shape[1], *[1] * (u.dim() - 2))
@@ -39,9 +42,10 @@ def by_hand(model: mk.MultiRate, x: Tensor, beta) -> Tensor:
 
 
 FILM = {"encoder": mk.GateSpec("sigmoid", shift=True), "decoder": mk.GateSpec("softplus", shift=True)}
+CUBIC = {part: replace(spec, degree=3) for part, spec in FILM.items()}
 
 
-@pytest.mark.parametrize("gates", [None, "softplus", FILM], ids=["paper", "softplus", "FiLM"])
+@pytest.mark.parametrize("gates", [None, "softplus", FILM, CUBIC], ids=["paper", "softplus", "FiLM", "cubic"])
 @pytest.mark.parametrize("strategy", [None, "fold", "epilogue"])
 @pytest.mark.parametrize(
     "beta", [0.3, torch.tensor(0.3), torch.tensor(0.3, dtype=torch.float64), BETA, torch.tensor(BETA)], ids=repr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
 
 import pytest
@@ -94,6 +95,23 @@ GATED_INPUTS = {
     "encoder": mk.GateSpec("sigmoid", inputs="softplus"),
     "decoder": mk.GateSpec("sqrt", shift=True, inputs=mk.GateSpec("sigmoid", init="ranked")),
 }
+
+
+def test_gates_on_inputs_of_more_degrees(backend):
+    cubic = {part: dataclasses.replace(spec, degree=3) for part, spec in GATED_INPUTS.items()}
+    model, x = build_network(cubic), images()
+    assert model.gate_weight.shape == (3, model.gate_bias.numel())
+    model.gate_weight.data[1:] *= 0.3
+    alone = torch.cat([model(x[i : i + 1], beta=b) for i, b in enumerate(BETA)])
+    torch.testing.assert_close(model(x, beta=BETA), alone)
+    torch.testing.assert_close(mk.bake(model, 0.3)(x), model(x, beta=0.3))
+    with torch.no_grad():
+        model.gate_weight[1:] = 0
+    affine = build_network(GATED_INPUTS)
+    affine.load_state_dict({
+        **model.state_dict(), "gate_weight": model.gate_weight[0], "_extra_state": affine.get_extra_state(),
+    })
+    torch.testing.assert_close(model(x, beta=BETA), affine(x, beta=BETA))
 
 
 def test_gates_on_inputs(backend):

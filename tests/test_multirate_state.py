@@ -86,8 +86,10 @@ def test_a_state_dict_goes_through_a_file_safely():
         ({"gates": "softplus"}, "gates = ["),
         ({"gates": {"encoder": mk.GateSpec("sigmoid", shift=True), "decoder": "sqrt"}}, "gates = ["),
         ({"exclude": ["decoder.5"]}, "gates = ["),
+        ({"gates": {"encoder": mk.GateSpec(degree=3), "decoder": mk.GateSpec("sqrt", degree=3)}},
+         "degree = None, this MultiRate has 3"),
     ],
-    ids=["range", "kind", "shift", "layers"],
+    ids=["range", "kind", "shift", "layers", "degree"],
 )
 def test_a_state_dict_of_other_gates_is_refused_before_anything_is_copied(options, message):
     other = build_network(**options)
@@ -95,6 +97,22 @@ def test_a_state_dict_of_other_gates_is_refused_before_anything_is_copied(option
     with pytest.raises(ValueError, match=re.escape(f"the checkpoint was made with {message}")):
         other.load_state_dict(build_network().state_dict())
     assert all(torch.equal(before[k], v) for k, v in other.state_dict().items())
+
+
+def test_gates_of_more_degrees_keep_them_and_are_no_affine_ones():
+    gates = {"encoder": mk.GateSpec(degree=2), "decoder": mk.GateSpec("sqrt", degree=2)}
+    state = build_network(gates).state_dict()
+    other = build_network(gates)
+    torch.nn.init.zeros_(other.gate_weight)
+    other.load_state_dict(state)
+    assert torch.equal(other.gate_weight, state["gate_weight"]) and other.gate_weight.shape[0] == 2
+    with pytest.raises(ValueError, match=re.escape("degree = 2, this MultiRate has None")):
+        build_network().load_state_dict(state)
+
+
+def test_gates_of_a_network_have_one_degree():
+    with pytest.raises(ValueError, match="gates differ in hidden, shared or degree"):
+        build_network({"encoder": mk.GateSpec(degree=3), "decoder": "sqrt"})
 
 
 def test_missing_keys_and_other_shapes_are_errors():

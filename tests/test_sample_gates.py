@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import mrvae_kernels as mk
 from mrvae_kernels import ops
-from mrvae_kernels.reference import gate_activation
+from mrvae_kernels.reference import gates
 
 pytestmark = pytest.mark.skipif(not ops.EXTENSION, reason=f"the compiled core is missing: {ops.EXTENSION_ERROR}")
 
@@ -28,7 +28,7 @@ def perceptron(dtype: torch.dtype = torch.float32, last: nn.Module | None = None
     return nn.Sequential(*layers, *([last] if last is not None else [])).to(dtype)
 
 
-def gated(kind: str = "sigmoid", network: nn.Module | None = None, **options: bool) -> mk.MultiRate:
+def gated(kind: str = "sigmoid", network: nn.Module | None = None, **options: int) -> mk.MultiRate:
     """A gated network with gates anywhere between open and closed."""
     torch.manual_seed(0)
     model = mk.multirate(perceptron() if network is None else network, mk.GateSpec(kind, **options), RANGE)
@@ -45,11 +45,11 @@ def batch(n: int = 70, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tens
 
 def formula(model: mk.MultiRate, kind: str, x: Tensor, beta: Tensor) -> Tensor:
     """What a Sequential of Linear layers computes, without shifts."""
-    eta, offset = ((beta.to(x.dtype).log() - RANGE.mean) / RANGE.std)[:, None], 0
+    eta, offset = (beta.to(x.dtype).log() - RANGE.mean) / RANGE.std, 0
     for module in model.network:
         if isinstance(module, nn.Linear):
             where = slice(offset, offset + module.out_features)
-            gate = gate_activation(model.gate_weight[where] * eta + model.gate_bias[where], kind)
+            gate = gates(model.gate_weight[..., where], model.gate_bias[where], eta, kind)
             offset = where.stop
             x = gate * nn.functional.linear(x, module.weight, module.bias)
         else:
@@ -104,6 +104,33 @@ def test_gradients(kind, dtype, frozen):
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not frozen or not name.startswith(frozen))
     check(model, kind, x, beta)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("degree", [2, 3])
+def test_gates_of_more_degrees(degree, kind, dtype):
+    check(gated(kind, perceptron(dtype), degree=degree), kind, *batch(dtype=dtype))
+
+
+@pytest.mark.parametrize(("degree", "parameters"), [(2, (0.0, -30.0, -31.0)), (3, (0.0, 30.0, 30.0, 20.0))])
+def test_polynomials_that_leave_the_range_of_gates_that_divide(degree, parameters):
+    """At neither end of the range of beta, but between them."""
+    kind = "sigmoid"
+    model = gated(kind, nn.Sequential(nn.Linear(7, 20), nn.ReLU(), nn.Linear(20, 30)), degree=degree)
+    x, beta = batch()
+    *weights, bias = parameters
+    with torch.no_grad():
+        for row, value in zip(model.gate_weight, weights, strict=True):
+            row[::3] = value
+        model.gate_bias[::3] = bias - 60
+    model(x, beta=beta)
+    y = model(x, beta=beta)
+    assert makes_gates(y, slices=2)
+    found = gradients(y, list(model.parameters()))
+    for value, other in zip(found, expected(model, kind, x, beta), strict=True):
+        scale = float(other.abs().max()) + 1
+        torch.testing.assert_close(value.double() / scale, other / scale, **TOLERANCE[torch.float32])
 
 
 @pytest.mark.parametrize("samples", [2, 16, 17, 300])

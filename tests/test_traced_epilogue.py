@@ -42,8 +42,9 @@ def test_slopes_are_those_of_the_activation(kind):
     torch.testing.assert_close(slope, expected, rtol=1e-12, atol=1e-300)
 
 
-def test_bank():
-    weight, bias, eta = numbers(10), numbers(10), torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+@pytest.mark.parametrize("shape", [(10,), (1, 10), (2, 10), (3, 10)])
+def test_bank(shape):
+    weight, bias, eta = numbers(*shape), numbers(10), torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
     sizes = (3, 2, 4, 1)
     expected = reference.gate_bank(weight, bias, eta, sizes, KINDS)
     flat, *values = Bank.apply(weight, bias, eta, sizes, KINDS)
@@ -145,10 +146,11 @@ def test_a_closed_gate_has_no_gradient(relu):
 @pytest.mark.parametrize("kind", GATE_KINDS)
 @pytest.mark.parametrize("relu", [True, False])
 @pytest.mark.parametrize("biased", [True, False])
-def test_sampled_epilogue(kind, relu, biased):
-    u, weight, gate_bias, eta = numbers(5, 3), numbers(3), numbers(3), ETA.clone().requires_grad_()
+@pytest.mark.parametrize("shape", [(3,), (2, 3), (3, 3)])
+def test_sampled_epilogue(shape, kind, relu, biased):
+    u, weight, gate_bias, eta = numbers(5, 3), numbers(*shape), numbers(3), ETA.clone().requires_grad_()
     bias = numbers(3) if biased else None
-    flats = [torch.cat([torch.ones(2, dtype=torch.float64), value.detach()]) for value in (weight, gate_bias)]
+    flats = [torch.cat([torch.ones_like(value)[..., :2], value.detach()], -1) for value in (weight, gate_bias)]
     inputs = [u, weight, gate_bias, eta, *([bias] if biased else [])]
     ours = SampledEpilogue.apply(u, bias, weight, gate_bias, eta, *flats, 2, kind, relu)
     gate = reference.gates(weight, gate_bias, eta, kind)

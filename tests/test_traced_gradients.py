@@ -125,12 +125,23 @@ def test_nothing_of_a_layers_size_is_kept_for_its_gate(strategy, beta):
     assert all(size < 100 for size in kept[1] - kept[0]), kept
 
 
-def convolutional(dtype: torch.dtype = torch.float64) -> mk.MultiRate:
+def convolutional(dtype: torch.dtype = torch.float64, degree: int = 1) -> mk.MultiRate:
     layers = nn.Conv2d(3, 8, 3, stride=2), nn.ReLU(), nn.ConvTranspose2d(8, 4, 3), nn.Flatten(), nn.Linear(100, 5)
-    return randomize(mk.multirate(nn.Sequential(*layers).to(dtype), "sqrt"))
+    return randomize(mk.multirate(nn.Sequential(*layers).to(dtype), mk.GateSpec("sqrt", degree=degree)))
 
 
 IMAGES = torch.randn(3, 3, 7, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("degree", [2, 3])
+@pytest.mark.parametrize("strategy, beta", [("fold", BETA), ("epilogue", BETA), (None, EACH)])
+def test_gates_of_more_degrees(strategy, beta, degree):
+    model = convolutional(degree=degree)
+    call = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with mk.override(strategy=strategy):
+        torch.testing.assert_close(call(IMAGES, beta=beta), model(IMAGES, beta=beta))
+        found = gradients(call, IMAGES, beta, list(model.parameters()))
+        torch.testing.assert_close(found, gradients(model, IMAGES, beta, list(model.parameters())))
 
 
 @pytest.mark.parametrize("frozen", ["network.0", "network.2.bias", "network.4.weight", "gate_", "network", "x"])

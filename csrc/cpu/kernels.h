@@ -6,16 +6,16 @@
 
 namespace mrvae::cpu {
 
-// ---- gates: g[n, i] = act(w[i] * eta[n] + c[i]) ------------------------------------------------------------------
+// ---- gates ----------------------------------------------------------------------------------------------------------
 
 template <class T>
-void gates_forward(const std::vector<GateSlice<T>>& slices, const T* weight, const T* bias, const T* eta,
+void gates_forward(const std::vector<GateSlice<T>>& slices, const GateParameters<const T>& parameters, const T* eta,
                    std::int64_t samples);
 
-// dw = sum_n dp * eta, dc = sum_n dp, deta[n] = sum_i dp * w. `grad_eta` may be nullptr.
+// dw_k = sum_n dp P_k(eta), dc = sum_n dp, deta[n] = sum_i dp sum_k w_k P_k'(eta). `grad_eta` may be nullptr.
 template <class T>
-void gates_backward(const std::vector<GateSlice<T>>& slices, const T* weight, const T* bias, const T* eta,
-                    std::int64_t samples, T* grad_weight, T* grad_bias, T* grad_eta);
+void gates_backward(const std::vector<GateSlice<T>>& slices, const GateParameters<const T>& parameters, const T* eta,
+                    std::int64_t samples, const GateParameters<T>& grads, T* grad_eta);
 
 // ---- epilogue: y = activation(g * (u + b) + t) --------------------------------------------------------------------
 
@@ -34,23 +34,25 @@ void epilogue_backward(Storage storage, const EpilogueShape& shape, const void* 
 template <class T>
 bool divisible(const T* gate, std::int64_t n, bool positive, bool zeros);
 
-// ---- epilogue of (samples, channels) with a gate for each element, made of w, c and eta; no shift -------------------
+// ---- epilogue of (samples, channels) with a gate for each element, made of its parameters and eta; no shift ----------
 
 template <class T>
 struct SampleEpilogue {
   std::int64_t samples, channels;
-  const T *gate_weight, *gate_bias, *eta;  // (channels,), (channels,), (samples,)
+  GateParameters<const T> gates;  // of these channels
+  const T* eta;                   // (samples,)
   Gate kind;
   const T* bias;  // (channels,) or nullptr
   Activation activation;
   bool of_result = false;  // as in EpilogueParameters
 };
 
-// Any of them may be nullptr.
+// Any of them may be nullptr, those of the gates together.
 template <class T>
 struct SampleEpilogueGradients {
   void* u;
-  T *gate_weight, *gate_bias, *bias;  // (channels,) each
+  GateParameters<T> gates;  // of these channels
+  T* bias;                  // (channels,)
 };
 
 template <class T>

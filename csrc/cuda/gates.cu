@@ -1,4 +1,5 @@
-// g[n, i] = act(w[i] * eta[n] + c[i]) for all gates of a model in one launch, and its gradients.
+// g[n, i] = act(sum_k w_k[i] P_k(eta[n]) + c[i]) for all gates of a model in one launch, and its gradients. Each degree has
+// kernels of its own.
 //
 // A block takes 32 packs of columns of one slice, which its warps go down sample by sample.
 #include "combine.cuh"
@@ -78,21 +79,46 @@ __device__ __forceinline__ void read_columns(const T* from, std::int64_t column,
   for (int j = 0; j < V; ++j) values[j] = column + j < size ? from[column + j] : T(0);
 }
 
-template <class T>
+// The parameters of a thread's columns.
+template <int degree, class T, int V>
+struct Columns {
+  T w[degree][V], c[V];
+  __device__ __forceinline__ Columns(const GateParameters<const T>& all, const GatePlace<T>& place,
+                                     const Slice<T>& slice) {
+#pragma unroll
+    for (int k = 0; k < degree; ++k) {
+      read_columns(all.row(k) + slice.offset, place.column, slice.size, slice.wide, w[k]);
+    }
+    read_columns(all.bias + slice.offset, place.column, slice.size, slice.wide, c);
+  }
+  __device__ __forceinline__ T argument(int j, T eta) const {
+    T rest = c[j];
+#pragma unroll
+    for (int k = 1; k < degree; ++k) rest += w[k][j] * polynomial(k, eta);
+    return gate_argument(w[0][j], eta, rest);
+  }
+  __device__ __forceinline__ T slope(int j, T eta) const {  // dp / deta
+    T sum = w[0][j];
+#pragma unroll
+    for (int k = 1; k < degree; ++k) sum += w[k][j] * polynomial_slope(k, eta);
+    return sum;
+  }
+};
+
+template <int degree, class T>
 __global__ void __launch_bounds__(block_threads)
-    gates_forward_kernel(const __grid_constant__ Slices<T> table, const T* weight, const T* bias, const T* eta) {
+    gates_forward_kernel(const __grid_constant__ Slices<T> table, const GateParameters<const T> parameters,
+                         const T* eta) {
   constexpr int V = pack_size<T>;
   const GatePlace<T> place(table);
   const Slice<T>& slice = table.items[place.which];
   if (place.column >= slice.size) return;
-  T w[V], c[V];
-  read_columns(weight + slice.offset, place.column, slice.size, slice.wide, w);
-  read_columns(bias + slice.offset, place.column, slice.size, slice.wide, c);
+  const Columns<degree, T, V> columns(parameters, place, slice);
   for (std::int64_t n = place.first + place.warp; n < place.last; n += place.warps) {
     const T e = eta[n];
     T g[V];
 #pragma unroll
-    for (int j = 0; j < V; ++j) g[j] = gate_argument(w[j], e, c[j]);
+    for (int j = 0; j < V; ++j) g[j] = columns.argument(j, e);
     apply<false>(g, slice.kind);
     T* target = slice.values + n * slice.size + place.column;
     if (place.column + V <= slice.size) {
@@ -106,26 +132,24 @@ __global__ void __launch_bounds__(block_threads)
   }
 }
 
-// Where sums go: dw and dc are (parts, total), deta is (tiles, samples) or nullptr.
+// Where sums go: those of the parameters are (parts, total) each, deta is (tiles, samples) or nullptr.
 template <class T>
 struct GateSums {
-  T* weight;
-  T* bias;
+  GateParameters<T> parameters;
   T* eta;
   std::int64_t total;
 };
 
-template <class T>
+template <int degree, class T>
 __global__ void __launch_bounds__(block_threads, 1)
-    gates_backward_kernel(const __grid_constant__ Slices<T> table, const T* weight, const T* bias, const T* eta,
-                          const __grid_constant__ GateSums<T> sums) {
-  constexpr int V = pack_size<T>;
-  __shared__ T of_weight[block_threads * V], of_bias[block_threads * V];
+    gates_backward_kernel(const __grid_constant__ Slices<T> table, const GateParameters<const T> parameters,
+                          const T* eta, const __grid_constant__ GateSums<T> sums) {
+  constexpr int V = pack_size<T>, rows = degree + 1;  // dw_0, dw_1, ..., dc
+  __shared__ T of_thread[rows][block_threads * V];
   const GatePlace<T> place(table);
   const Slice<T>& slice = table.items[place.which];
-  T w[V], c[V], dw[V] = {}, dc[V] = {};
-  read_columns(weight + slice.offset, place.column, slice.size, slice.wide, w);
-  read_columns(bias + slice.offset, place.column, slice.size, slice.wide, c);
+  const Columns<degree, T, V> columns(parameters, place, slice);
+  T found[rows][V] = {};
   for (std::int64_t start = place.first + place.warp; start < place.last; start += in_flight * place.warps) {
     T grad[in_flight][V];
 #pragma unroll
@@ -144,15 +168,16 @@ __global__ void __launch_bounds__(block_threads, 1)
       const T e = eta[n];
       T p[V], of_eta = 0;
 #pragma unroll
-      for (int j = 0; j < V; ++j) p[j] = gate_argument(w[j], e, c[j]);
+      for (int j = 0; j < V; ++j) p[j] = columns.argument(j, e);
       apply<true>(p, slice.kind);
 #pragma unroll
       for (int j = 0; j < V; ++j) {
         // of a column beyond the last p may be NaN
         const T dp = slice.values != nullptr && place.column + j < slice.size ? grad[q][j] * p[j] : T(0);
-        dw[j] += dp * e;
-        dc[j] += dp;
-        of_eta += dp * w[j];
+#pragma unroll
+        for (int k = 0; k < degree; ++k) found[k][j] += dp * polynomial(k, e);
+        found[degree][j] += dp;
+        of_eta += dp * columns.slope(j, e);
       }
       if (sums.eta == nullptr) continue;
       of_eta = warp_sum(of_eta);
@@ -161,20 +186,21 @@ __global__ void __launch_bounds__(block_threads, 1)
   }
 #pragma unroll
   for (int j = 0; j < V; ++j) {
-    of_weight[threadIdx.x * V + j] = dw[j];
-    of_bias[threadIdx.x * V + j] = dc[j];
+#pragma unroll
+    for (int row = 0; row < rows; ++row) of_thread[row][threadIdx.x * V + j] = found[row][j];
   }
   __syncthreads();
   const std::int64_t left = place.tile * lanes * V;
   for (int i = int(threadIdx.x); i < lanes * V && left + i < slice.size; i += int(blockDim.x)) {
-    T of_w = 0, of_c = 0;
+    T sum[rows] = {};
     for (int k = 0; k < place.warps; ++k) {
-      of_w += of_weight[k * lanes * V + i];
-      of_c += of_bias[k * lanes * V + i];
+#pragma unroll
+      for (int row = 0; row < rows; ++row) sum[row] += of_thread[row][k * lanes * V + i];
     }
     const std::int64_t at = place.part * sums.total + slice.offset + left + i;
-    sums.weight[at] = of_w;
-    sums.bias[at] = of_c;
+#pragma unroll
+    for (int k = 0; k < degree; ++k) sums.parameters.row(k)[at] = sum[k];
+    sums.parameters.bias[at] = sum[degree];
   }
 }
 
@@ -196,8 +222,8 @@ struct GateCut {
 
 // Calls f(table) for every 64 slices that have an element.
 template <class T, class F>
-void for_tables(const std::vector<GateSlice<T>>& slices, const T* weight, const T* bias, std::int64_t samples,
-                const GateCut<T>& cut, const F& f) {
+void for_tables(const std::vector<GateSlice<T>>& slices, const GateParameters<const T>& parameters,
+                std::int64_t samples, const GateCut<T>& cut, const F& f) {
   Slices<T> table{};
   table.samples = samples, table.block_samples = cut.block_samples, table.parts = std::uint32_t(cut.parts);
   std::int64_t tile = 0;
@@ -210,8 +236,9 @@ void for_tables(const std::vector<GateSlice<T>>& slices, const T* weight, const 
     const std::int64_t tiles = GateCut<T>::tiles_of(slice);
     if (tiles == 0) continue;
     if (table.count == slice_limit) flush();
-    const bool wide = slice.size % pack_size<T> == 0 &&
-                      aligned({slice.values, weight + slice.offset, bias + slice.offset});
+    const GateParameters<const T> own = parameters.from(slice.offset);
+    const bool rows_aligned = own.degree == 1 || own.stride % pack_size<T> == 0;
+    const bool wide = slice.size % pack_size<T> == 0 && rows_aligned && aligned({slice.values, own.weight, own.bias});
     table.items[table.count] = {slice.offset, slice.size, slice.values, slice.kind, wide};
     table.first[table.count + 1] = table.first[table.count] + std::uint32_t(tiles * cut.parts);
     ++table.count;
@@ -227,54 +254,64 @@ unsigned threads_for(std::int64_t samples) {
 }  // namespace
 
 template <class T>
-void gates_forward(const std::vector<GateSlice<T>>& slices, const T* weight, const T* bias, const T* eta,
+void gates_forward(const std::vector<GateSlice<T>>& slices, const GateParameters<const T>& parameters, const T* eta,
                    std::int64_t samples, Stream stream) {
   if (samples == 0) return;
-  for_tables(slices, weight, bias, samples, GateCut<T>(slices, samples), [&](const Slices<T>& table) {
-    launch("gates_forward", gates_forward_kernel<T>, dim3(table.first[table.count]), dim3(threads_for(samples)), 0,
-           stream, table, weight, bias, eta);
+  for_tables(slices, parameters, samples, GateCut<T>(slices, samples), [&](const Slices<T>& table) {
+    with_degree(parameters.degree, [&](auto degree) {
+      launch("gates_forward", gates_forward_kernel<degree, T>, dim3(table.first[table.count]), dim3(threads_for(samples)),
+             0, stream, table, parameters, eta);
+    });
   });
 }
 
 template <class T>
-std::int64_t gates_backward_scratch(const std::vector<GateSlice<T>>& slices, std::int64_t samples, bool grad_eta) {
+std::int64_t gates_backward_scratch(const std::vector<GateSlice<T>>& slices, std::int64_t samples, int degree,
+                                    bool grad_eta) {
   const GateCut<T> cut(slices, samples);
-  return std::int64_t(sizeof(T)) * ((cut.parts > 1 ? 2 * cut.parts * cut.total : 0) +
+  return std::int64_t(sizeof(T)) * ((cut.parts > 1 ? (degree + 1) * cut.parts * cut.total : 0) +
                                     (grad_eta && cut.tiles > 1 ? cut.tiles * samples : 0));
 }
 
 template <class T>
-void gates_backward(const std::vector<GateSlice<T>>& slices, const T* weight, const T* bias, const T* eta,
-                    std::int64_t samples, T* grad_weight, T* grad_bias, T* grad_eta, void* scratch, Stream stream) {
+void gates_backward(const std::vector<GateSlice<T>>& slices, const GateParameters<const T>& parameters, const T* eta,
+                    std::int64_t samples, const GateParameters<T>& grads, T* grad_eta, void* scratch, Stream stream) {
   const GateCut<T> cut(slices, samples);
-  GateSums<T> sums{grad_weight, grad_bias, grad_eta, cut.total};
+  GateSums<T> sums{grads, grad_eta, cut.total};
   Combiner<T> combiner;
   T* free = static_cast<T*>(scratch);
   if (cut.parts > 1) {
-    sums.weight = free;
-    sums.bias = free + cut.parts * cut.total;
-    free += 2 * cut.parts * cut.total;
-    combiner.add({1, cut.parts, cut.total, 1}, sums.weight, sums.bias, nullptr,
-                 {grad_weight, grad_bias, nullptr, nullptr, nullptr, nullptr});
+    const std::int64_t all = cut.parts * cut.total;
+    sums.parameters = {free, free + grads.degree * all, all, grads.degree};
+    free += (grads.degree + 1) * all;
+    const EpilogueShape shape{1, cut.parts, cut.total, 1};
+    combiner.add(shape, sums.parameters.weight, sums.parameters.bias, nullptr,
+                 {grads.weight, grads.bias, nullptr, nullptr, nullptr, nullptr});
+    for (int k = 1; k < grads.degree; ++k) {
+      combiner.add(shape, sums.parameters.row(k), nullptr, nullptr,
+                   {grads.row(k), nullptr, nullptr, nullptr, nullptr, nullptr});
+    }
   }
   if (grad_eta != nullptr && cut.tiles != 1) {
     sums.eta = free;
     combiner.add({1, cut.tiles, samples, 1}, sums.eta, nullptr, nullptr,
                  {grad_eta, nullptr, nullptr, nullptr, nullptr, nullptr});
   }
-  for_tables(slices, weight, bias, samples, cut, [&](const Slices<T>& table) {
-    launch("gates_backward", gates_backward_kernel<T>, dim3(table.first[table.count]), dim3(threads_for(samples)), 0,
-           stream, table, weight, bias, eta, sums);
+  for_tables(slices, parameters, samples, cut, [&](const Slices<T>& table) {
+    with_degree(parameters.degree, [&](auto degree) {
+      launch("gates_backward", gates_backward_kernel<degree, T>, dim3(table.first[table.count]),
+             dim3(threads_for(samples)), 0, stream, table, parameters, eta, sums);
+    });
   });
   combiner.launch_all(stream);
 }
 
 #define MRVAE_INSTANTIATE(T)                                                                                        \
-  template void gates_forward<T>(const std::vector<GateSlice<T>>&, const T*, const T*, const T*, std::int64_t,      \
-                                 Stream);                                                                           \
-  template std::int64_t gates_backward_scratch<T>(const std::vector<GateSlice<T>>&, std::int64_t, bool);            \
-  template void gates_backward<T>(const std::vector<GateSlice<T>>&, const T*, const T*, const T*, std::int64_t, T*, \
-                                  T*, T*, void*, Stream);
+  template void gates_forward<T>(const std::vector<GateSlice<T>>&, const GateParameters<const T>&, const T*,        \
+                                 std::int64_t, Stream);                                                             \
+  template std::int64_t gates_backward_scratch<T>(const std::vector<GateSlice<T>>&, std::int64_t, int, bool);       \
+  template void gates_backward<T>(const std::vector<GateSlice<T>>&, const GateParameters<const T>&, const T*,       \
+                                  std::int64_t, const GateParameters<T>&, T*, void*, Stream);
 MRVAE_INSTANTIATE(float)
 MRVAE_INSTANTIATE(double)
 #undef MRVAE_INSTANTIATE

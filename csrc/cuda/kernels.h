@@ -13,15 +13,16 @@ using Stream = void*;  // a cudaStream_t
 // ---- gates: one launch for 64 slices ------------------------------------------------------------------------------
 
 template <class T>
-void gates_forward(const std::vector<GateSlice<T>>& slices, const T* weight, const T* bias, const T* eta,
+void gates_forward(const std::vector<GateSlice<T>>& slices, const GateParameters<const T>& parameters, const T* eta,
                    std::int64_t samples, Stream stream);
 
 // As cpu::gates_backward: one launch for 64 slices, and one more where sums are split over blocks.
 template <class T>
-std::int64_t gates_backward_scratch(const std::vector<GateSlice<T>>& slices, std::int64_t samples, bool grad_eta);
+std::int64_t gates_backward_scratch(const std::vector<GateSlice<T>>& slices, std::int64_t samples, int degree,
+                                    bool grad_eta);
 template <class T>
-void gates_backward(const std::vector<GateSlice<T>>& slices, const T* weight, const T* bias, const T* eta,
-                    std::int64_t samples, T* grad_weight, T* grad_bias, T* grad_eta, void* scratch, Stream stream);
+void gates_backward(const std::vector<GateSlice<T>>& slices, const GateParameters<const T>& parameters, const T* eta,
+                    std::int64_t samples, const GateParameters<T>& grads, T* grad_eta, void* scratch, Stream stream);
 
 // ---- epilogue -----------------------------------------------------------------------------------------------------
 

@@ -108,11 +108,11 @@ double slope(Gate kind, double p) {
 }
 
 template <class T>
-void gates(const std::vector<std::int64_t>& sizes, std::int64_t samples, int offset, bool want_eta) {
+void gates(const std::vector<std::int64_t>& sizes, std::int64_t samples, int offset, bool want_eta, int degree = 1) {
   std::int64_t total = 0;
   for (const auto size : sizes) total += size;
-  Array<T> w(total, 1.0, offset), c(total, 2.0, offset), eta(samples, 3.0, 0), dw(total, offset), dc(total, offset);
-  Array<T> deta(samples);
+  Array<T> w(degree * total, 1.0, offset), c(total, 2.0, offset), eta(samples, 3.0, 0), dw(degree * total, offset);
+  Array<T> dc(total, offset), deta(samples);
   std::vector<Array<T>> values, grads;
   for (std::size_t i = 0; i < sizes.size(); ++i) {
     values.emplace_back(samples * sizes[i], offset);
@@ -127,26 +127,33 @@ void gates(const std::vector<std::int64_t>& sizes, std::int64_t samples, int off
     backward.push_back({at, sizes[i], kind, unused(i) ? nullptr : grads[i].data()});
     at += sizes[i];
   }
-  cuda::gates_forward<T>(forward, w.data(), c.data(), eta.data(), samples, nullptr);
-  Scratch scratch(cuda::gates_backward_scratch(backward, samples, want_eta));
-  cuda::gates_backward<T>(backward, w.data(), c.data(), eta.data(), samples, dw.data(), dc.data(),
-                          want_eta ? deta.data() : nullptr, scratch.data(), nullptr);
+  const GateParameters<const T> parameters{w.data(), c.data(), total, degree};
+  const GateParameters<T> gradients{dw.data(), dc.data(), total, degree};
+  cuda::gates_forward<T>(forward, parameters, eta.data(), samples, nullptr);
+  Scratch scratch(cuda::gates_backward_scratch(backward, samples, degree, want_eta));
+  cuda::gates_backward<T>(backward, parameters, eta.data(), samples, gradients, want_eta ? deta.data() : nullptr,
+                          scratch.data(), nullptr);
   std::vector<double> want_deta(samples), scale(samples);
   at = 0;
   for (std::size_t i = 0; i < sizes.size(); ++i) {
     const Gate kind = forward[i].kind;
     for (std::int64_t k = 0; k < sizes[i]; ++k) {
-      double want_w = 0, want_c = 0;
+      double want_w[gate_degrees] = {}, want_c = 0;
       for (std::int64_t n = 0; n < samples; ++n) {
-        const double p = w[at + k] * eta[n] + c[at + k];
+        const double e = eta[n], basis[] = {e, e * e - 1, e * e * e - 1.8 * e}, turned[] = {1, 2 * e, 3 * e * e - 1.8};
+        double p = c[at + k], slope_of_p = 0;
+        for (int d = 0; d < degree; ++d) {
+          p += w[d * total + at + k] * basis[d];
+          slope_of_p += w[d * total + at + k] * turned[d];
+        }
         near("gate", k, values[i][n * sizes[i] + k], gate(kind, p), rounding<T>);
         const double dp = unused(i) ? 0 : grads[i][n * sizes[i] + k] * slope(kind, p);
-        want_w += dp * eta[n];
+        for (int d = 0; d < degree; ++d) want_w[d] += dp * basis[d];
         want_c += dp;
-        want_deta[n] += dp * w[at + k];
-        scale[n] += std::fabs(dp);
+        want_deta[n] += dp * slope_of_p;
+        scale[n] += std::fabs(dp) * (degree == 1 ? 1 : 4);
       }
-      near("dw", k, dw[at + k], want_w, summation<T>, double(samples));
+      for (int d = 0; d < degree; ++d) near("dw", k, dw[d * total + at + k], want_w[d], summation<T>, double(samples));
       near("dc", k, dc[at + k], want_c, summation<T>, double(samples));
     }
     at += sizes[i];
@@ -160,7 +167,10 @@ template <class T>
 void all_gates() {
   for (const std::int64_t samples : {1, 2, 7, 33, 300}) {
     for (const int offset : {0, 1}) {
-      gates<T>({128, 1, 31, 0, 132, 64}, samples, offset, true);
+      for (const int degree : {1, 2, 3}) {
+        gates<T>({128, 1, 31, 0, 132, 64}, samples, offset, true, degree);
+        gates<T>({128, 64}, samples, offset, false, degree);
+      }
       gates<T>({13}, samples, offset, samples % 2 == 0);
     }
   }
@@ -172,6 +182,7 @@ void all_gates() {
   gates<T>(many, 1, 0, true);
   many.resize(67);
   gates<T>(many, 259, 0, true);
+  gates<T>(many, 259, 0, true, gate_degrees);
 }
 
 #endif

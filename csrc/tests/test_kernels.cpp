@@ -15,28 +15,41 @@ std::vector<double> numbers(std::int64_t n, double phase) {
   return values;
 }
 
-void gates() {
-  const std::int64_t samples = 3, size = 300;
-  const auto w = numbers(2 * size, 1), c = numbers(2 * size, 2), eta = numbers(samples, 3);
-  std::vector<double> first(samples * size), second(samples * size), dw(2 * size), dc(2 * size), deta(samples);
-  cpu::gates_forward<double>({{0, size, Gate::Sigmoid, first.data()}, {size, size, Gate::Identity, second.data()}},
-                             w.data(), c.data(), eta.data(), samples);
+void gates(int degree) {
+  const std::int64_t samples = 3, size = 300, total = 2 * size;
+  const auto w = numbers(degree * total, 1), c = numbers(total, 2), eta = numbers(samples, 3);
+  std::vector<double> first(samples * size), second(samples * size), dw(degree * total), dc(total), deta(samples);
+  const GateParameters<const double> with{w.data(), c.data(), total, degree};
+  cpu::gates_forward<double>({{0, size, Gate::Sigmoid, first.data()}, {size, size, Gate::Identity, second.data()}}, with,
+                             eta.data(), samples);
   auto grad = numbers(samples * size, 4);
-  cpu::gates_backward<double>({{0, size, Gate::Sigmoid, grad.data()}, {size, size, Gate::Identity, nullptr}}, w.data(),
-                              c.data(), eta.data(), samples, dw.data(), dc.data(), deta.data());
+  cpu::gates_backward<double>({{0, size, Gate::Sigmoid, grad.data()}, {size, size, Gate::Identity, nullptr}}, with,
+                              eta.data(), samples, {dw.data(), dc.data(), total, degree}, deta.data());
+  std::vector<double> want_eta(samples);
   for (std::int64_t i = 0; i < size; ++i) {
-    double want_w = 0, want_c = 0;
+    double want_w[gate_degrees] = {}, want_c = 0;
     for (std::int64_t n = 0; n < samples; ++n) {
-      const double g = 1 / (1 + std::exp(-(w[i] * eta[n] + c[i])));
+      const double e = eta[n], basis[] = {e, e * e - 1, e * e * e - 1.8 * e}, turned[] = {1, 2 * e, 3 * e * e - 1.8};
+      double p = c[i], q = c[size + i], slope = 0;
+      for (int k = 0; k < degree; ++k) {
+        p += w[k * total + i] * basis[k];
+        q += w[k * total + size + i] * basis[k];
+        slope += w[k * total + i] * turned[k];
+      }
+      const double g = 1 / (1 + std::exp(-p)), dp = grad[n * size + i] * g * (1 - g);
       close("sigmoid", double(i), first[n * size + i], g, 1e-15);
-      close("identity", double(i), second[n * size + i], w[size + i] * eta[n] + c[size + i], 1e-15);
-      want_w += grad[n * size + i] * g * (1 - g) * eta[n];
-      want_c += grad[n * size + i] * g * (1 - g);
+      close("identity", double(i), second[n * size + i], q, 2e-15);
+      for (int k = 0; k < degree; ++k) want_w[k] += dp * basis[k];
+      want_c += dp;
+      want_eta[n] += dp * slope;
     }
-    close("dw", double(i), dw[i], want_w, 1e-13);
+    for (int k = 0; k < degree; ++k) {
+      close("dw", double(i), dw[k * total + i], want_w[k], 1e-13);
+      close("dw of an unused gate", double(i), dw[k * total + size + i], 0, 0);
+    }
     close("dc", double(i), dc[i], want_c, 1e-13);
-    close("dw of an unused gate", double(i), dw[size + i], 0, 0);
   }
+  for (std::int64_t n = 0; n < samples; ++n) close("deta", double(n), deta[n], want_eta[n], 1e-12);
 }
 
 void epilogue(const EpilogueShape& s) {
@@ -95,7 +108,7 @@ void fold(std::int64_t groups, std::int64_t outer, std::int64_t channels, std::i
 }  // namespace
 
 int main() {
-  gates();
+  for (const int degree : {1, 2, 3}) gates(degree);
   for (const EpilogueShape& shape : {EpilogueShape{1, 70, 3, 1}, {1, 4, 5, 100}, {5, 1, 7, 1}, {3, 2, 4, 20},
                                           {1, 900, 40, 1}, {2, 3, 5, 7}, {1, 0, 4, 1}, {1, 3, 2, 1500}}) {
     epilogue(shape);

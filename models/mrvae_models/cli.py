@@ -27,7 +27,7 @@ DICTIONARIES = ("network_options", "likelihood_options", "gates")
 
 OF_MANY_BETAS = frozenset(
     ("beta_range", "validation_betas", "sample", "stratified", "margin", "range_warmup", "weight_power")
-    + ("gates", "gate_init", "gate_lr_factor", "exclude", "include", "gated", "norms")
+    + ("gates", "gate_degree", "gate_init", "gate_lr_factor", "exclude", "include", "gated", "norms")
 )
 """Options that say nothing to a run at one beta."""
 

@@ -22,6 +22,9 @@ from .recipes import RECIPES, default_recipe, gate_fields, recipe_options
 FORMAT = "mrvae-run/1"
 """Written to config.json of a run; another format is refused."""
 
+FORMERLY: dict[str, Any] = {"gate_degree": 1}
+"""What an option was in runs from before there was a choice, where a recipe's is another now."""
+
 FROM_RECIPE: Any = object()
 """Default of the options that a recipe sets together."""
 
@@ -289,6 +292,13 @@ class TrainConfig:
         many=True,
         parse=parse_gate,
     )
+    gate_degree: int = _option(
+        FROM_RECIPE,
+        "degree of a gate's argument as a polynomial of log beta: 1, the paper's, is affine; with 2 or 3 a gate may bend "
+        "and turn back, at no cost in time. Gates with hidden layers have none",
+        "gates",
+        choices=(1, 2, 3),
+    )
     gate_init: str = _option(
         FROM_RECIPE,
         "gates start 'open' (near 1), or as in the 'paper' (U(-1, 1); many sqrt gates are dead then)",
@@ -440,7 +450,7 @@ class TrainConfig:
         check_objective(self)
         expect(min(self.margin) >= 1, "margin", self.margin, "two factors of at least 1")
         for name, gate in self.gates.items():
-            kind = gate_fields(gate, self.gate_init)["kind"]
+            kind = gate_fields(gate, self.gate_init, self.gate_degree)["kind"]
             expect(kind in GATE_KINDS, f"the gate of {name}", gate, f"one of {', '.join(GATE_KINDS)}")
         expect(self.vocabulary_size > 4, "vocabulary_size", self.vocabulary_size, "at least 5, four of them specials")
         expect(self.max_length is None or self.max_length > 1, "max_length", self.max_length, "at least 2")
@@ -502,6 +512,7 @@ class TrainConfig:
             document = document.get("config", {})
             if not isinstance(document, dict):
                 raise ValueError(f"{path}: entry 'config' is {document!r}; expected an object of options")
+            document = {**FORMERLY, **document}
         return cls.from_dict(document, str(path))
 
 

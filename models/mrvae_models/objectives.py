@@ -129,11 +129,13 @@ def check_beta(beta: float | Tensor, n: int) -> float | Tensor:
         raise ValueError(
             f"beta has shape {tuple(beta.shape)}; expected a single number or one a sample, ({n},) for this batch"
         )
-    if beta.device.type == "cpu" and beta.numel() > 0 and not torch.compiler.is_compiling():
-        low, high = beta.detach().aminmax()  # one pass, and a NaN comes through: 4 us in place of 16 a step
-        if not (low.item() > 0 and high.item() < math.inf):
-            bad = ~(torch.isfinite(beta) & (beta > 0))
-            raise ValueError(f"beta holds {beta[bad].flatten()[0].item()}; expected positive, finite numbers")
+    if beta.device.type == "cpu" and not torch.compiler.is_compiling():
+        # Python's min and sum: in the midst of a step of 16 examples 18 us, where aminmax and two items take 35
+        values = beta.tolist() if beta.dim() else [beta.item()]
+        if not (min(values) > 0 and sum(values) < math.inf):  # a NaN makes the sum one
+            for value in values:
+                if not 0 < value < math.inf:
+                    raise ValueError(f"beta holds {value}; expected positive, finite numbers")
     return beta
 
 

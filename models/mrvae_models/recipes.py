@@ -38,6 +38,7 @@ RECIPES: dict[str, dict[str, Any]] = {
             "decoder": "softplus+shift",
             "decoder.0": "softplus+shift+latent",
         },
+        "gate_degree": 3,
         "gate_init": "open",
         "gate_lr_factor": 10.0,
         "sample": "example",
@@ -58,6 +59,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
     "linear": {
         "gates": {"encoder": "sigmoid", "decoder": "sqrt"},
+        "gate_degree": 1,
         "gate_init": "open",
         "gate_lr_factor": 3.0,
         "sample": "example",
@@ -79,6 +81,7 @@ RECIPES: dict[str, dict[str, Any]] = {
             "decoder.initial": "softplus+shift+latent",
             "decoder.lstm": "softplus",
         },
+        "gate_degree": 1,
         "gate_init": "open",
         "gate_lr_factor": 3.0,
         "sample": "example",
@@ -96,6 +99,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
     "hierarchy": {
         "gates": {"encoder": "softplus+shift", "decoder": "softplus+shift"},
+        "gate_degree": 1,
         "gate_init": "open",
         "gate_lr_factor": 3.0,
         "sample": "example",
@@ -111,6 +115,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
     "layers": {
         "gates": {"encoder": "softplus+shift", "decoder": "softplus+shift"},
+        "gate_degree": 1,
         "gate_init": "open",
         "gate_lr_factor": 3.0,
         "sample": "example",
@@ -127,6 +132,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
     "video": {
         "gates": {"encoder": "softplus+shift", "decoder": "softplus+shift"},
+        "gate_degree": 1,
         "gate_init": "open",
         "gate_lr_factor": 3.0,
         "sample": "example",
@@ -141,6 +147,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
     "paper": {
         "gates": {"encoder": "sigmoid", "decoder": "sqrt"},
+        "gate_degree": 1,
         "gate_init": "paper",
         "gate_lr_factor": 1.0,
         "sample": "step",
@@ -173,8 +180,11 @@ def recipe_options(name: str) -> dict[str, Any]:
     return {**RECIPES["ranked"], **RECIPES[name]}
 
 
-def gate_fields(text: str, init: str) -> dict[str, Any]:
-    """The fields of a GateSpec from "softplus+shift+latent"; ValueError for a word that is none of them."""
+def gate_fields(text: str, init: str, degree: int = 1) -> dict[str, Any]:
+    """The fields of a GateSpec from "softplus+shift+latent"; ValueError for a word that is none of them.
+
+    degree: of gates without hidden layers, which bend a gate by themselves.
+    """
     kind, *features = text.split("+")
     hidden = [feature for feature in features if re.fullmatch(r"hidden[1-9]\d*(x[1-9]\d*)*", feature)]
     for feature in features:
@@ -192,6 +202,8 @@ def gate_fields(text: str, init: str) -> dict[str, Any]:
     fields["init"] = "ranked" if "ranked" in features else init
     if "latent" in features:
         fields["inputs"] = {"kind": "sigmoid", "init": "ranked"}
+    if degree > 1 and not hidden:
+        fields["degree"] = degree
     if hidden:
         fields["hidden"] = [int(size) for size in hidden[0].removeprefix("hidden").split("x")]
         fields["shared"] = "shared" in features

@@ -80,7 +80,9 @@ def describe(config: TrainConfig, input_shape: tuple[int, ...]) -> dict[str, Any
         description["likelihood_options"] = config.likelihood_options
     if config.beta is None:
         description["beta_range"] = list(config.beta_range)
-        description["gates"] = {module: gate_fields(gate, config.gate_init) for module, gate in config.gates.items()}
+        description["gates"] = {
+            module: gate_fields(gate, config.gate_init, config.gate_degree) for module, gate in config.gates.items()
+        }
         description["exclude"] = list(config.exclude)
         chosen = {name: getattr(config, name) for name in GATE_CHOICES}
         description |= {name: value for name, value in chosen.items() if value != GATE_CHOICES[name]}

@@ -3,6 +3,8 @@
     p_nf = w_f eta_n + c_f        g_nf = act_f(p_nf)        act_f by kind: sigmoid, sqrt, softplus or identity
     dp_nf = act_f'(p_nf) dg_nf    dw_f = sum_n eta_n dp_nf     dc_f = sum_n dp_nf     deta_n = sum_f w_f dp_nf
 
+Of degree 2 and 3 p_nf = sum_k w_kf P_k(eta_n) + c_f, with the polynomials P of `basis` and a row of w for each.
+
 The T features are cut in slices, one a layer. A table on the device, (3, T) int32, tells of each feature f its slice
 and kind, where the slice starts, and its size: so a program does not depend on the model. With one eta a sample, slice
 i is a contiguous (N, size_i) matrix, and feature f of sample n lies at n size_f + (f - start_f) in it.
@@ -15,6 +17,7 @@ fixed order. Bytes moved: 12 T of the table, w and c, and 4 N T of gates or of t
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -33,6 +36,7 @@ BACKWARD_TILE = (32, 32)
 BACKWARD_TILE_FLOAT64 = (16, 32)  # with 32 samples, 160 registers a thread instead of 80
 SHARED_ETA_TILE = (1, 512)  # of the programs that sum deta
 ETA_TILE = (4, 256)
+MAX_DEGREE = 3  # of a gate's argument as a polynomial of eta
 BACKWARD_WARPS = 8  # with four, the sum of deta spills registers on sm_100
 
 
@@ -46,15 +50,51 @@ def described(table, stride, columns, inside):
 
 
 @triton.jit
-def argument(weight, eta, bias):
-    """p = w eta + c in eta's dtype, kept finite: (rows, columns)."""
-    return finite(weight[None, :] * eta[:, None] + bias[None, :])
+def basis(eta, k: tl.constexpr):
+    """P_k(eta): eta, eta^2 - 1, eta^3 - 9/5 eta."""
+    if k == 0:
+        return eta
+    if k == 1:
+        return eta * eta - 1
+    return (eta * eta - 1.8) * eta
+
+
+@triton.jit
+def basis_slope(eta, k: tl.constexpr):
+    """dP_k / deta, of k = 1 and 2."""
+    return 2 * eta if k == 1 else 3 * eta * eta - 1.8
+
+
+@triton.jit
+def columns_of(weight, bias, columns, features, DEGREE: tl.constexpr, dtype: tl.constexpr):
+    """c, then w_0, w_1, ... of these features; those beyond DEGREE are not read."""
+    inside = columns < features
+    c = tl.load(bias + columns, mask=inside, other=0).to(dtype)
+    w = tl.load(weight + columns, mask=inside, other=0).to(dtype)
+    second, third = w, w
+    if DEGREE > 1:
+        second = tl.load(weight + features + columns, mask=inside, other=0).to(dtype)
+    if DEGREE > 2:
+        third = tl.load(weight + 2 * features + columns, mask=inside, other=0).to(dtype)
+    return c, w, second, third
+
+
+@triton.jit
+def argument(c, w, second, third, eta, DEGREE: tl.constexpr):
+    """p in eta's dtype, kept finite: (rows, columns)."""
+    p = w[None, :] * eta[:, None] + c[None, :]
+    if DEGREE > 1:
+        p += second[None, :] * basis(eta, 1)[:, None]
+    if DEGREE > 2:
+        p += third[None, :] * basis(eta, 2)[:, None]
+    return finite(p)
 
 
 @triton.jit(do_not_specialize=["features", "samples"])
 def gates_kernel(
     values, weight, bias, eta, table, stride, features, samples,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, SHARED: tl.constexpr, SEPARATE: tl.constexpr, WIDE: tl.constexpr,
+    DEGREE: tl.constexpr,
 ):
     """One tile of g; values: one flat buffer, or with SEPARATE the addresses of the slices."""
     dtype: tl.constexpr = tl.float64 if weight.dtype.element_ty == tl.float64 else tl.float32
@@ -64,10 +104,9 @@ def gates_kernel(
     inside = columns < features
     mask = (rows < samples)[:, None] & inside[None, :]
     layer, kind, place, start, size = described(table, stride, columns, inside)
-    w = tl.load(weight + columns, mask=inside, other=0).to(dtype)
-    c = tl.load(bias + columns, mask=inside, other=0).to(dtype)
+    c, w, second, third = columns_of(weight, bias, columns, features, DEGREE, dtype)
     e = tl.load(eta + rows, mask=rows < samples, other=0).to(dtype)
-    g = gate_value(argument(w, e, c), kind[None, :])
+    g = gate_value(argument(c, w, second, third, e, DEGREE), kind[None, :])
     if WIDE:
         rows = rows.to(tl.int64)
         start = start.to(tl.int64)
@@ -82,8 +121,8 @@ def gates_kernel(
 
 
 @triton.jit
-def argument_gradient(grads, w, c, eta, table, stride, rows, columns, features, samples, dtype: tl.constexpr,
-                      WIDE: tl.constexpr):
+def argument_gradient(grads, c, w, second, third, eta, table, stride, rows, columns, features, samples,
+                      dtype: tl.constexpr, WIDE: tl.constexpr, DEGREE: tl.constexpr):
     """dp of a tile, and the eta of its samples; zeros outside, and where nobody gave a gradient."""
     inside = columns < features
     layer, kind, place, start, size = described(table, stride, columns, inside)
@@ -94,14 +133,14 @@ def argument_gradient(grads, w, c, eta, table, stride, rows, columns, features, 
         rows = rows.to(tl.int64)
     offsets = rows[:, None] * size[None, :] + place[None, :]
     grad = tl.load(addresses.to(tl.pointer_type(dtype))[None, :] + offsets, mask=mask, other=0)
-    return tl.where(mask, grad * gate_slope(argument(w, e, c), kind[None, :]), 0.0), e
+    return tl.where(mask, grad * gate_slope(argument(c, w, second, third, e, DEGREE), kind[None, :]), 0.0), e
 
 
 @triton.jit(do_not_specialize=["features", "samples"])
 def gates_backward_kernel(
     grads, weight, bias, eta, table, grad_weight, grad_bias, grad_eta, stride, features, samples,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, ETA_ROWS: tl.constexpr, ETA_COLUMNS: tl.constexpr,
-    ETA: tl.constexpr, WIDE: tl.constexpr,
+    ETA: tl.constexpr, WIDE: tl.constexpr, DEGREE: tl.constexpr,
 ):
     """dw and dc of one block of features, or deta of one block of samples; grads: the addresses of the slices."""
     dtype: tl.constexpr = tl.float64 if weight.dtype.element_ty == tl.float64 else tl.float32
@@ -109,26 +148,42 @@ def gates_backward_kernel(
     blocks = tl.cdiv(features, COLUMNS)
     if program < blocks:
         columns = program * COLUMNS + tl.arange(0, COLUMNS)
-        w = tl.load(weight + columns, mask=columns < features, other=0).to(dtype)
-        c = tl.load(bias + columns, mask=columns < features, other=0).to(dtype)
+        c, w, second, third = columns_of(weight, bias, columns, features, DEGREE, dtype)
         weight_sum = tl.zeros([ROWS, COLUMNS], dtype)
+        second_sum, third_sum = weight_sum, weight_sum
         bias_sum = tl.zeros([ROWS, COLUMNS], dtype)
         for first in range(0, samples, ROWS):
             rows = first + tl.arange(0, ROWS)
-            dp, e = argument_gradient(grads, w, c, eta, table, stride, rows, columns, features, samples, dtype, WIDE)
+            dp, e = argument_gradient(
+                grads, c, w, second, third, eta, table, stride, rows, columns, features, samples, dtype, WIDE, DEGREE
+            )
             weight_sum += dp * e[:, None]
             bias_sum += dp
-        tl.store(grad_weight + columns, tl.sum(weight_sum, 0), mask=columns < features)
-        tl.store(grad_bias + columns, tl.sum(bias_sum, 0), mask=columns < features)
+            if DEGREE > 1:
+                second_sum += dp * basis(e, 1)[:, None]
+            if DEGREE > 2:
+                third_sum += dp * basis(e, 2)[:, None]
+        inside = columns < features
+        tl.store(grad_weight + columns, tl.sum(weight_sum, 0), mask=inside)
+        tl.store(grad_bias + columns, tl.sum(bias_sum, 0), mask=inside)
+        if DEGREE > 1:
+            tl.store(grad_weight + features + columns, tl.sum(second_sum, 0), mask=inside)
+        if DEGREE > 2:
+            tl.store(grad_weight + 2 * features + columns, tl.sum(third_sum, 0), mask=inside)
     elif ETA:
         rows = (program - blocks) * ETA_ROWS + tl.arange(0, ETA_ROWS)
         eta_sum = tl.zeros([ETA_ROWS, ETA_COLUMNS], dtype)
         for first in range(0, features, ETA_COLUMNS):
             columns = first + tl.arange(0, ETA_COLUMNS)
-            w = tl.load(weight + columns, mask=columns < features, other=0).to(dtype)
-            c = tl.load(bias + columns, mask=columns < features, other=0).to(dtype)
-            dp, _ = argument_gradient(grads, w, c, eta, table, stride, rows, columns, features, samples, dtype, WIDE)
+            c, w, second, third = columns_of(weight, bias, columns, features, DEGREE, dtype)
+            dp, e = argument_gradient(
+                grads, c, w, second, third, eta, table, stride, rows, columns, features, samples, dtype, WIDE, DEGREE
+            )
             eta_sum += dp * w[None, :]
+            if DEGREE > 1:
+                eta_sum += dp * second[None, :] * basis_slope(e, 1)[:, None]
+            if DEGREE > 2:
+                eta_sum += dp * third[None, :] * basis_slope(e, 2)[:, None]
         tl.store(grad_eta + rows, tl.sum(eta_sum, 1), mask=rows < samples)
 
 
@@ -164,14 +219,20 @@ def checked(
     check_floating("gates", weight=weight, bias=bias, eta=eta)
     check_device("gates", weight, bias, eta)
     table, stride, features = feature_table(sizes, kinds, weight.device)
-    if weight.shape != (features,) or bias.shape != (features,):
+    allowed = [(features,), *((degree, features) for degree in range(1, MAX_DEGREE + 1))]
+    if tuple(weight.shape) not in allowed or bias.shape != (features,):
         raise ValueError(
             f"gates: weight and bias have shapes {tuple(weight.shape)} and {tuple(bias.shape)}; expected ({features},) "
-            "each, the sum of sizes"
+            f"each, the sum of sizes, or (degree, {features}) for the weight of gates of degree 1, 2 or 3"
         )
     if eta.dim() > 1:
         raise ValueError(f"gates: eta has shape {tuple(eta.shape)}; expected one number (0-d), or one a sample (N,)")
     return table, stride, features
+
+
+def degree_of(weight: Tensor) -> int:
+    """Of the gates' argument as a polynomial of eta: the rows of weight."""
+    return 1 if weight.dim() == 1 else len(weight)
 
 
 def gates(
@@ -179,7 +240,7 @@ def gates(
 ) -> list[Tensor]:
     """g_i = act_i(w_i eta + c_i) for slices i of one flat w and c: (size_i,), or (N, size_i) for an eta of shape (N,).
 
-    weight, bias: (sum of sizes,), eta: () or (N,), any floating dtypes and strides; eta is read on the device.
+    weight, bias: (sum of sizes,), or weight (degree, sum of sizes); eta: () or (N,), any floating dtypes and strides; eta is read on the device.
     kinds: indices of activations.KINDS. Results are contiguous, float32, or float64 for a float64 weight. They share
     storage, as views of one buffer, unless `separate`: it allocates each by itself, and launches on their addresses.
     ValueError for shapes that do not fit, TypeError for dtypes, RuntimeError for devices.
@@ -202,7 +263,7 @@ def gates(
             gates_kernel[grid](
                 target, weight.contiguous(), bias.contiguous(), eta.contiguous(), table, stride, features, samples,
                 ROWS=rows, COLUMNS=columns, SHARED=shared, SEPARATE=separate,
-                WIDE=(samples + rows) * features > launch.INT32_LIMIT, num_warps=4,
+                WIDE=(samples + rows) * features > launch.INT32_LIMIT, DEGREE=degree_of(weight), num_warps=4,
             )
     return results
 
@@ -235,7 +296,7 @@ def gates_backward(
             grad = grad.to(dtype).contiguous()
         dense.append(grad)
     check_device("gates_backward", weight, *dense)
-    grad_weight, grad_bias = torch.empty_like(weight), torch.empty_like(bias)
+    grad_weight, grad_bias = weight.new_empty(weight.shape), torch.empty_like(bias)  # rows one after another
     grad_eta = torch.empty(eta.shape if eta_needs_grad else (0,), dtype=eta.dtype, device=eta.device)
     rows, columns, eta_rows, eta_columns = backward_tiles(shared, dtype)
     programs = triton.cdiv(features, columns) + (triton.cdiv(samples, eta_rows) if eta_needs_grad else 0)
@@ -245,35 +306,41 @@ def gates_backward(
                 pointer_table(dense, weight), weight.contiguous(), bias.contiguous(), eta.contiguous(), table,
                 grad_weight, grad_bias, grad_eta, stride, features, samples,
                 ROWS=rows, COLUMNS=columns, ETA_ROWS=eta_rows, ETA_COLUMNS=eta_columns, ETA=eta_needs_grad,
-                WIDE=(samples + rows) * features > launch.INT32_LIMIT, num_warps=BACKWARD_WARPS,
+                WIDE=(samples + rows) * features > launch.INT32_LIMIT, DEGREE=degree_of(weight),
+                num_warps=BACKWARD_WARPS,
             )
     return grad_weight, grad_bias, grad_eta
 
 
 def variants(architecture: str = "sm_90") -> list[Variant]:
-    """Both kernels with each way of storing, and each dtype of weights; `architecture` changes nothing."""
+    """Both kernels with each way of storing, dtype of weights and degree; `architecture` changes nothing."""
     result = []
     integers = {"stride": "i32", "features": "i32", "samples": "i32"}
     divisible = ("stride",)
-    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+    dtypes = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+    for dtype, degree in itertools.product(dtypes, range(1, MAX_DEGREE + 1)):
+        suffix = "" if degree == 1 else f" degree={degree}"
         name, sums = TRITON_NAMES[dtype], TRITON_NAMES[accumulation_dtype(dtype)]
         inputs = {"weight": f"*{name}", "bias": f"*{name}", "eta": f"*{sums}", "table": "*i32"}
         for shared in (True, False):
             rows, columns = (1, SHARED_COLUMNS) if shared else TILE
             for separate in (True, False):
                 types = {"values": "*i64" if separate else f"*{sums}", **inputs, **integers}
-                constants = {"ROWS": rows, "COLUMNS": columns, "SHARED": shared, "SEPARATE": separate, "WIDE": False}
-                label = f"gates {name} shared={shared} separate={separate}"
+                constants = {
+                    "ROWS": rows, "COLUMNS": columns, "SHARED": shared, "SEPARATE": separate, "WIDE": False,
+                    "DEGREE": degree,
+                }
+                label = f"gates {name} shared={shared} separate={separate}{suffix}"
                 result.append(Variant(label, gates_kernel, types, constants, divisible=divisible))
             rows, columns, eta_rows, eta_columns = backward_tiles(shared, accumulation_dtype(dtype))
             outputs = {"grad_weight": f"*{name}", "grad_bias": f"*{name}", "grad_eta": f"*{sums}"}
             for eta in (True, False):
                 constants = {
                     "ROWS": rows, "COLUMNS": columns, "ETA_ROWS": eta_rows, "ETA_COLUMNS": eta_columns, "ETA": eta,
-                    "WIDE": dtype == torch.float16,
+                    "WIDE": dtype == torch.float16, "DEGREE": degree,
                 }
                 types = {"grads": "*i64", **inputs, **outputs, **integers}
-                label = f"gates_backward {name} shared={shared} eta={eta}"
+                label = f"gates_backward {name} shared={shared} eta={eta}{suffix}"
                 result.append(Variant(
                     label, gates_backward_kernel, types, constants, BACKWARD_WARPS, divisible=divisible
                 ))

@@ -429,6 +429,11 @@ def test_gates_with_hidden_layers_are_checked(text, message):
         TrainConfig(recipe="paper", gates={"encoder": text}).check()
 
 
+def test_gates_with_hidden_layers_have_no_degree():
+    assert gate_fields("sqrt+hidden8", "open", 3) == gate_fields("sqrt+hidden8", "open")
+    assert gate_fields("sqrt", "open", 3) == {**gate_fields("sqrt", "open"), "degree": 3}
+
+
 def test_gates_with_hidden_layers_are_baked(tmp_path):
     gates = {"encoder": "sigmoid+hidden8+shared", "decoder": "sqrt+hidden8+shared"}
     options = {**TINY, "recipe": "paper", "gates": gates, "seed": 0}

@@ -164,7 +164,12 @@ def test_recipes_set_what_is_not_given():
     assert (paper.gates, paper.gate_init, paper.lr) == ({"encoder": "sigmoid", "decoder": "sqrt"}, "paper", 0.5)
     model = build_model(describe(TrainConfig(), (1, 4, 4)))
     assert list(model.inputs) == ["decoder.0"] and "encoder.mean" in model.shifts
-    assert (model.gate_weight[model.inputs["decoder.0"]] == -4).all()
+    assert model.gate_weight.shape[0] == TrainConfig().gate_degree == 3
+    assert (model.gate_weight[0, model.inputs["decoder.0"]] == -4).all() and not model.gate_weight[1:].any()
+    affine = build_model(describe(TrainConfig(gate_degree=1), (1, 4, 4)))
+    assert affine.gate_weight.shape == affine.gate_bias.shape and paper.gate_degree == 1
+    with pytest.raises(ValueError, match="gate_degree is 4; expected one of 1, 2, 3"):
+        TrainConfig(gate_degree=4).check()
 
 
 def test_schedule_warms_up_and_falls_to_the_final_rate(config):

@@ -33,9 +33,11 @@ def oracle(weight, bias, eta):
     return reference.gate_bank(weight, bias, eta, SIZES, NAMES)
 
 
-def parameters(dtype=torch.float64, scale=1.0):
+def parameters(dtype=torch.float64, degree=None):
+    """weight (C,), or (degree, C), and bias."""
     generator = torch.Generator(DEVICE).manual_seed(0)
-    weight, bias = (scale * torch.randn(sum(SIZES), generator=generator) for _ in range(2))
+    shape = (sum(SIZES),) if degree is None else (degree, sum(SIZES))
+    weight, bias = (torch.randn(size, generator=generator) for size in (shape, shape[-1:]))
     return weight.to(dtype), bias.to(dtype)
 
 
@@ -46,16 +48,18 @@ def eta_like(samples, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("samples", [None, 0, 1, 5])
-def test_agrees_with_reference(dtype, samples):
-    agree(bank, oracle, [*parameters(dtype), eta_like(samples, dtype)])
-    assert {g.dtype for g in bank(*parameters(dtype), eta_like(samples, dtype))} == {reference.gate_dtype(dtype)}
+@pytest.mark.parametrize("degree", [None, 1, 2, 3])
+def test_agrees_with_reference(degree, dtype, samples):
+    agree(bank, oracle, [*parameters(dtype, degree), eta_like(samples, dtype)])
+    assert {g.dtype for g in bank(*parameters(dtype, degree), eta_like(samples, dtype))} == {reference.gate_dtype(dtype)}
 
 
 @pytest.mark.parametrize("samples", [None, 4])
-def test_gradcheck(samples):
-    weight, bias = parameters()
+@pytest.mark.parametrize("degree", [None, 2, 3])
+def test_gradcheck(degree, samples):
+    weight, bias = parameters(degree=degree)
     bias[3] = -2.0  # the sqrt gate well inside p < 0
-    weight[3] = 0.3
+    weight[..., 3] = 0.3 if degree is None else 0.1
     assert torch.autograd.gradcheck(bank, [leaf(weight), leaf(bias), leaf(eta_like(samples, torch.float64))])
 
 
@@ -119,6 +123,14 @@ def test_strided_inputs_and_expanded_gradients(samples):
     wide = torch.randn(2 * sum(SIZES), dtype=torch.float64)
     eta = torch.randn(10, dtype=torch.float64)[::2] if samples else torch.tensor(0.1, dtype=torch.float64)
 
+    def transposed(weight, bias, eta):
+        return bank(weight.t(), bias[1::2], eta)
+
+    def transposed_oracle(weight, bias, eta):
+        return oracle(weight.t(), bias[1::2], eta)
+
+    agree(transposed, transposed_oracle, [torch.randn(sum(SIZES), 3, dtype=torch.float64), wide, eta])
+
     def sliced(weight, bias, eta):
         return bank(weight[::2], bias[1::2], eta)
 
@@ -136,9 +148,10 @@ def test_keeps_only_its_inputs():
     assert [t.numel() for t in kept] == [sum(SIZES), sum(SIZES), 5]
 
 
-def test_large_banks_give_the_same_bits_for_any_number_of_threads():
+@pytest.mark.parametrize("shape", [(5000,), (3, 5000)])
+def test_large_banks_give_the_same_bits_for_any_number_of_threads(shape):
     torch.manual_seed(0)
-    weight, bias, eta = torch.randn(5000), torch.randn(5000), torch.randn(40)
+    weight, bias, eta = torch.randn(shape), torch.randn(5000), torch.randn(40)
     grads = [torch.randn(40, 3000), torch.randn(40, 2000)]
 
     def compute():
@@ -153,14 +166,15 @@ def test_large_banks_give_the_same_bits_for_any_number_of_threads():
         assert_close(got, expected, 1e-4)
 
 
-def test_opcheck_and_compile():
-    weight, bias = parameters()
+@pytest.mark.parametrize("degree", [None, 3])
+def test_opcheck_and_compile(degree):
+    weight, bias = parameters(degree=degree)
     for eta in (torch.tensor(0.3, dtype=torch.float64), torch.randn(3, dtype=torch.float64)):
         torch.library.opcheck(torch.ops.mrvae.gates.default, (leaf(weight), leaf(bias), leaf(eta), SIZES, KINDS))
     check_compiled(bank, [[weight, bias, torch.randn(n, dtype=torch.float64)] for n in (2, 5)])
     grads = [torch.randn(3, size) for size in SIZES]
     grads[1] = None
-    w, c, eta = torch.randn(sum(SIZES)), torch.randn(sum(SIZES)), torch.randn(3)
+    w, c, eta = *parameters(torch.float32, degree), torch.randn(3)
     for needed in (True, False):
         torch.library.opcheck(torch.ops.mrvae.gates_backward.default, (grads, w, c, eta, SIZES, KINDS, needed))
 
@@ -177,6 +191,10 @@ def test_second_derivatives_and_forward_mode_are_refused():
     [
         ({"weight": torch.zeros(5)}, ValueError, r"\(281,\) each, the sum of sizes"),
         ({"bias": torch.zeros(281, 1)}, ValueError, r"\(281,\) each"),
+        ({"weight": torch.zeros(4, 281)}, ValueError, "degree 1, 2 or 3"),
+        ({"weight": torch.zeros(0, 281)}, ValueError, "degree 1, 2 or 3"),
+        ({"weight": torch.zeros(2, 3, 281)}, ValueError, "degree 1, 2 or 3"),
+        ({"weight": torch.zeros(2, 280)}, ValueError, "degree 1, 2 or 3"),
         ({"eta": torch.zeros(2, 2)}, ValueError, r"one number \(0-d\), or one a sample"),
         ({"kinds": [0, 1, 2]}, ValueError, "3 kinds for 4 sizes"),
         ({"kinds": [0, 1, 2, 4]}, ValueError, "kind is 4"),

@@ -25,11 +25,13 @@ TOTAL = sum(SIZES)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-def parameters(dtype=torch.float32, samples=None, total=TOTAL):
+def parameters(dtype=torch.float32, samples=None, total=TOTAL, degree=None):
+    """weight (total,), or (degree, total), bias and eta."""
     torch.manual_seed(0)
     shape = () if samples is None else (samples,)
+    rows = (total,) if degree is None else (degree, total)
     return (
-        torch.randn(total, dtype=dtype, device=DEVICE), torch.randn(total, dtype=dtype, device=DEVICE),
+        torch.randn(rows, dtype=dtype, device=DEVICE), torch.randn(total, dtype=dtype, device=DEVICE),
         torch.randn(shape, device=DEVICE),
     )
 
@@ -74,6 +76,19 @@ def test_values_and_gradients(dtype, samples):
     tensors = parameters(dtype, samples)
     check_values(kernels, *tensors)
     check_gradients(kernels, *tensors)
+
+
+@pytest.mark.parametrize("samples", [None, 9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("degree", [1, 2, 3])
+def test_degrees(degree, dtype, samples):
+    tensors = parameters(dtype, samples, degree=degree)
+    check_values(kernels, *tensors, separate=samples is None)
+    check_gradients(kernels, *tensors)
+    check_gradients(kernels, *tensors, eta_needs_grad=False)
+    transposed = tensors[0].t().contiguous().t()
+    check_values(kernels, transposed, *tensors[1:])
+    check_gradients(kernels, transposed, *tensors[1:])
 
 
 @pytest.mark.parametrize("samples", [None, 33])
@@ -187,6 +202,8 @@ def test_errors():
     for arguments, error, message in (
         ((weight, bias, eta, (3,), (0,)), ValueError, r"expected \(3,\)"),
         ((weight, bias[1:], eta, SIZES, KINDS), ValueError, "bias have shapes"),
+        ((weight.expand(4, TOTAL), bias, eta, SIZES, KINDS), ValueError, "degree 1, 2 or 3"),
+        ((weight.expand(0, TOTAL), bias, eta, SIZES, KINDS), ValueError, "degree 1, 2 or 3"),
         ((weight, bias, eta.expand(2, 2), SIZES, KINDS), ValueError, "eta has shape"),
         ((weight, bias, eta, SIZES, (0,)), ValueError, "1 kinds for 6 sizes"),
         ((weight, bias, eta, (-1, TOTAL + 1), (0, 0)), ValueError, "negative"),
@@ -217,6 +234,13 @@ def check_backward_quickly(kernels):
     check_gradients(kernels, *parameters(samples=37))
 
 
+def check_degrees_quickly(kernels):
+    for degree in (2, 3):
+        tensors = parameters(samples=9, degree=degree)
+        check_values(kernels, *tensors)
+        check_gradients(kernels, *tensors)
+
+
 MUTANTS = [
     Mutant("gates", "code // 4, code % 4, columns - start", "code // 4, code % 4, columns", check_forward_quickly),
     Mutant("gates", "(start * samples)[None, :]", "start[None, :]", check_forward_quickly),
@@ -227,6 +251,12 @@ MUTANTS = [
            lambda kernels: check_gradients(kernels, *parameters(samples=2, total=600), (600,), (0,), none=())),
     Mutant("gates", "dp * e[:, None]", "dp", check_backward_quickly),
     Mutant("gates", "eta_sum += dp * w[None, :]", "eta_sum += dp", check_backward_quickly),
+    Mutant("gates", "eta * eta - 1\n", "eta * eta\n", check_degrees_quickly),
+    Mutant("gates", "weight + 2 * features + columns, mask=inside, other=0", "weight + features + columns, mask=inside",
+           check_degrees_quickly),
+    Mutant("gates", "grad_weight + 2 * features", "grad_weight + features", check_degrees_quickly),
+    Mutant("gates", "3 * eta * eta - 1.8", "3 * eta * eta", check_degrees_quickly),
+    Mutant("gates", "third_sum += dp * basis(e, 2)", "third_sum += dp * basis(e, 1)", check_degrees_quickly),
     Mutant("gates", "(program - blocks) * ETA_ROWS", "(program - blocks)", check_backward_quickly),
 ]
 
