@@ -27,7 +27,7 @@ from . import records
 from . import report_tables as tables
 from .gpu_timing import failure
 from .overhead_measure import Effort, Entry, baked, empty, extra_launches, infer, launches_by_depth, train
-from .overhead_networks import VARIANTS
+from .overhead_networks import CUBIC, VARIANTS
 from .timing import keep_memory
 from .variants import NUMBERS, TrainingStep, precision, training_step
 
@@ -211,8 +211,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--numbers", nargs="+", choices=NUMBERS,
                         help="float32 products, TF32's on a GPU, bfloat16 by autocast (default: on a CPU float32, on a "
                         "GPU all)")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS,
-                        help="besides ungated (default all; compiled: all but plain-fold)")
+    parser.add_argument("--variants", nargs="+", choices=(*VARIANTS, *CUBIC),
+                        help="besides ungated (default all but the cubic ones; compiled: nor plain-fold)")
     parser.add_argument("--device", default="cpu", help="such as cuda (default cpu)")
     parser.add_argument("--rounds", type=int, default=Effort().rounds,
                         help=f"interleaved rounds, fewer where they take longer than {Effort().limit:g} s "

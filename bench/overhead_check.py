@@ -31,7 +31,7 @@ from mrvae_models.objectives import beta_vae
 from mrvae_models.vae import VAEOutput, reparameterise
 from torch import Tensor, nn
 
-from mrvae_kernels.reference import along, gate_activation
+from mrvae_kernels.reference import along, gate_activation, gate_argument
 
 from .gpu_timing import failure
 from .overhead_networks import Gates, channel_axis, eta_of, kind_of
@@ -100,7 +100,7 @@ def expected(
         for name, (weight, bias) in start.gates.items()
     }
     for name, (weight, bias) in gates.items():
-        gate = gate_activation(eta_of(beta.to(dtype)).unsqueeze(-1) * weight + bias, kind_of(name))
+        gate = gate_activation(gate_argument(weight, bias, eta_of(beta.to(dtype))), kind_of(name))
         network.get_submodule(name).register_forward_hook(_scaling(gate))
     with torch.autocast(draw.x.device.type, torch.bfloat16, enabled=autocast):
         output = _with_noise(network, draw.x.to(dtype), noise.to(dtype))

@@ -31,6 +31,7 @@ import mrvae_kernels as mk
 
 from .gpu_timing import failure, host_times
 from .overhead_check import References, refusal
+from .overhead_networks import CUBIC
 from .timing import LEAST_ROUNDS, Step, interleave, launched, ratio
 from .variants import TrainingStep, parameter_count, step_bytes, training_step
 
@@ -131,7 +132,7 @@ def train(
 
 def gate_bytes(steps: Mapping[str, TrainingStep]) -> int:
     """Bytes of a gated variant's gates, their gradients and two moments; 0 where none of ours is there."""
-    for name in ("gated", "per-sample"):
+    for name in ("gated", "per-sample", *CUBIC):
         if name in steps:
             gates = steps[name].gates(lambda parameter: parameter.detach()).values()
             return 4 * sum(value.numel() * value.element_size() for pair in gates for value in pair)

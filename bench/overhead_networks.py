@@ -7,7 +7,8 @@
                    gated layer, one beta an example as in the authors' code
     plain-fold     folding written with plain PyTorch operations, a layer at a time, one beta a step
 
-All gate the layers that `multirate` gates, by the same gates, so that they compute the same function of beta.
+All gate the layers that `multirate` gates, by the same gates, so that they compute the same function of beta. Two more
+are measured where they are asked for, with gates that are cubic in log beta: "gated-cubic" and "per-sample-cubic".
 """
 
 from __future__ import annotations
@@ -26,11 +27,12 @@ from mrvae_kernels.reference import along, fold, gate_activation
 BETA_RANGE = mk.BetaRange(0.01, 10.0)
 KINDS = {"encoder": "sigmoid", "decoder": "sqrt"}
 VARIANTS = ("ungated", "gated", "per-sample", "listing1", "plain-fold")
-ONE_A_SAMPLE = ("per-sample", "listing1")
+CUBIC = ("gated-cubic", "per-sample-cubic")
+ONE_A_SAMPLE = ("per-sample", "listing1", "per-sample-cubic")
 """The variants that take one beta an example; the others take one a step."""
 
 Gates = dict[str, tuple[Tensor, Tensor]]
-"""Layer name -> (w, c) of its gate act(w eta + c), (C,) each."""
+"""Layer name -> (w, c) of its gate act(w eta + c), (C,) each, or w (3, C) of cubic ones."""
 
 Of = Callable[[nn.Parameter], Tensor]
 """What is asked of each parameter that holds gates: its value, or its gradient."""
@@ -140,7 +142,7 @@ def bank_gates(model: mk.MultiRate, of: Of) -> Gates:
     """The gates in a MultiRate's flat parameters."""
     assert model.gate_weight is not None and model.gate_bias is not None
     weight, bias = of(model.gate_weight), of(model.gate_bias)
-    return {name: (weight[rows], bias[rows]) for name, rows in model.gated.items()}
+    return {name: (weight[..., rows], bias[rows]) for name, rows in model.gated.items()}
 
 
 def gated_network(network: nn.Module, variant: str) -> tuple[nn.Module, Callable[[Of], Gates]]:
@@ -151,14 +153,19 @@ def gated_network(network: nn.Module, variant: str) -> tuple[nn.Module, Callable
     """
     if variant == "ungated":
         return network, lambda of: {}
-    if variant not in VARIANTS:
-        raise ValueError(f"variant is {variant!r}; expected one of {', '.join(VARIANTS)}")
-    ours = variant in ("gated", "per-sample")
+    if variant not in (*VARIANTS, *CUBIC):
+        raise ValueError(f"variant is {variant!r}; expected one of {', '.join((*VARIANTS, *CUBIC))}")
+    ours = variant in ("gated", "per-sample", *CUBIC)
+    gates = {part: mk.GateSpec(kind, degree=3 if variant in CUBIC else 1) for part, kind in KINDS.items()}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        model = mk.multirate(network if ours else copy.deepcopy(network), KINDS, BETA_RANGE)
+        model = mk.multirate(network if ours else copy.deepcopy(network), gates, BETA_RANGE)
+        if variant in CUBIC:
+            assert model.gate_weight is not None
+            with torch.no_grad():  # they start at 0, where a kernel that leaves them out would be right
+                model.gate_weight[1:].copy_(0.1 * torch.randn_like(model.gate_weight[1:], device="cpu"))
     if ours:
         return model, lambda of: bank_gates(model, of)
-    gates = bank_gates(model, lambda parameter: parameter.detach().clone())
-    other = Listing1Network(network, gates) if variant == "listing1" else PlainFoldNetwork(network, gates)
+    values = bank_gates(model, lambda parameter: parameter.detach().clone())
+    other = Listing1Network(network, values) if variant == "listing1" else PlainFoldNetwork(network, values)
     return other, other.gates

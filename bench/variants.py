@@ -19,6 +19,8 @@ from mrvae_models.objectives import beta_vae
 from mrvae_models.vae import VAE, VAEOutput
 from torch import Tensor, nn
 
+import mrvae_kernels as mk
+
 from .gpu_timing import float32_precision
 from .overhead_networks import BETA_RANGE, ONE_A_SAMPLE, Gates, Of, gated_network
 from .timing import peak_memory
@@ -115,7 +117,7 @@ class TrainingStep:
         """The network's output, with beta as this variant takes it."""
         if self.variant == "ungated":
             return self.call(draw.x)
-        if self.variant in ("gated", "per-sample"):
+        if isinstance(self.model, mk.MultiRate):
             shared = draw.scalar if self.as_tensor else draw.beta
             return self.call(draw.x, beta=shared if self.shared else draw.each)
         return self.call(draw.x, draw.scalar if self.shared else draw.each)

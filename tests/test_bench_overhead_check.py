@@ -13,7 +13,7 @@ from torch import nn
 import mrvae_kernels as mk
 from bench import overhead_check, overhead_networks
 from bench.overhead_check import RUNS, RUNS_IN_DOUBT, References, refusal
-from bench.overhead_networks import VARIANTS
+from bench.overhead_networks import CUBIC, VARIANTS
 from bench.variants import RecordedStep, draws, step_bytes, training_step
 
 CPU = torch.device("cpu")
@@ -26,6 +26,23 @@ def test_every_variant_computes_what_its_gates_say(case, numbers):
     for variant in VARIANTS:
         assert refusal(step_of(variant, case, numbers=numbers), references) is None, variant
     assert numbers == "bfloat16" or len(references.known) == 3, "ungated, one beta a step, one an example"
+    for variant in CUBIC:
+        assert refusal(step_of(variant, case, numbers=numbers), references) is None, variant
+    assert numbers == "bfloat16" or len(references.known) == 5, "of other gates"
+
+
+@pytest.mark.parametrize("variant", CUBIC)
+def test_gates_that_do_not_bend_as_they_should_are_refused(variant, monkeypatch):
+    step = step_of(variant)
+    model, weight = step.model, step.model.gate_weight
+    assert len(weight) == 3 and weight[1:].any(1).all()
+    mask = torch.tensor([[1.0], [1.0], [0.0]])
+
+    def straight(x: torch.Tensor, beta: float | torch.Tensor):
+        return torch.func.functional_call(model, {"gate_weight": weight * mask}, (x,), {"beta": beta})
+
+    monkeypatch.setattr(step, "call", straight)
+    assert "off by" in refusal(step)
 
 
 def test_the_linear_network_without_biases_is_gated_alike():

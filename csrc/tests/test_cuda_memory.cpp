@@ -141,12 +141,15 @@ void gates(const std::vector<std::int64_t>& sizes, std::int64_t samples, int off
       double want_w[gate_degrees] = {}, want_c = 0;
       for (std::int64_t n = 0; n < samples; ++n) {
         const double e = eta[n], basis[] = {e, e * e - 1, e * e * e - 1.8 * e}, turned[] = {1, 2 * e, 3 * e * e - 1.8};
-        double p = c[at + k], slope_of_p = 0;
+        double p = c[at + k], slope_of_p = 0, size = std::fabs(p);
         for (int d = 0; d < degree; ++d) {
           p += w[d * total + at + k] * basis[d];
           slope_of_p += w[d * total + at + k] * turned[d];
+          size += std::fabs(w[d * total + at + k] * basis[d]);
         }
-        near("gate", k, values[i][n * sizes[i] + k], gate(kind, p), rounding<T>);
+        // terms that cancel, and the sqrt gate, whose slope is 1 / (2 g) as it closes
+        const double g = gate(kind, p), steep = kind == Gate::Sqrt ? 1 / std::fmax(2 * g, 1e-3) : 1;
+        near("gate", k, values[i][n * sizes[i] + k], g, rounding<T>, degree == 1 ? 1 : size * steep);
         const double dp = unused(i) ? 0 : grads[i][n * sizes[i] + k] * slope(kind, p);
         for (int d = 0; d < degree; ++d) want_w[d] += dp * basis[d];
         want_c += dp;

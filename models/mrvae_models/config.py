@@ -200,7 +200,7 @@ class TrainConfig:
         choices=("example", "step"),
     )
     stratified: bool = _option(
-        False, "spread the betas of a batch evenly over the range (with --sample example)", "beta"
+        FROM_RECIPE, "spread the betas of a batch evenly over the range (with --sample example)", "beta"
     )
     margin: tuple[float, float] = _option(
         FROM_RECIPE,
@@ -408,6 +408,8 @@ class TrainConfig:
             self.likelihood = usual
         if self.sample is FROM_RECIPE and self.objective == "beta-tcvae":
             self.sample = "step"
+        if self.stratified is FROM_RECIPE and self.sample == "step":
+            self.stratified = False  # of one beta there is nothing to spread
         for name, value in recipe_options(self.recipe if self.recipe in RECIPES else "ranked").items():
             if getattr(self, name) is FROM_RECIPE:
                 setattr(self, name, dict(value) if isinstance(value, dict) else value)  # check() refuses an unknown one
