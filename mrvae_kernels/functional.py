@@ -51,8 +51,8 @@ def gate_values(
 def gate_bank(weight: Tensor, bias: Tensor, eta: Tensor, sizes: Sequence[int], kinds: Sequence[str]) -> list[Tensor]:
     """All gates (and shifts, kind "identity") of a model in one operator, from one flat weight and bias.
 
-    sizes: features of each, their sum being the length of bias; weight (C,) or (degree, C); eta from `gates.standardize`: 0-d or (N,).
-    Returns (C_i,) or (N, C_i) each.
+    weight: (C,) or (degree, C). sizes: features of each, their sum being the length of bias. eta from
+    `gates.standardize`: 0-d or (N,). Returns (C_i,) or (N, C_i) each.
     """
     backend = choose_backend(weight.device, weight.dtype, "gates")
     if backend == "reference":

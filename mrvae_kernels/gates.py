@@ -107,16 +107,20 @@ class GateSpec:
             raise ValueError("init='ranked' orders affine gates; with hidden layers choose 'open' or 'paper'")
         if self.shared and not self.hidden:
             raise ValueError("shared=True without hidden layers: there is nothing to share; give hidden=(64,), say")
-        if isinstance(self.degree, bool) or self.degree not in range(1, MAX_DEGREE + 1):
+        if type(self.degree) is not int or not 1 <= self.degree <= MAX_DEGREE:
             raise ValueError(f"gate degree is {self.degree!r}; expected 1 (affine in eta) to {MAX_DEGREE}")
         if self.hidden and self.degree > 1:
-            raise ValueError(f"gate degree is {self.degree} with hidden layers, which bend a gate by themselves: choose one")
+            raise ValueError(
+                f"gate degree is {self.degree} with hidden layers, which bend a gate by themselves: choose one"
+            )
         if self.inputs is not None:
             inner = GateSpec.of(self.inputs)
             if inner.shift or inner.inputs is not None or inner.hidden or self.hidden:
                 raise ValueError(
-                    f"inputs={self.inputs!r}: a gate on inputs is an affine one, without shift or hidden layers"
+                    f"inputs={self.inputs!r}: a gate on inputs has no shift, hidden layers or inputs of its own"
                 )
+            if inner.degree not in (1, self.degree):
+                raise ValueError(f"inputs={self.inputs!r} is of another degree than its gate, {self.degree}")
             object.__setattr__(self, "inputs", replace(inner, degree=self.degree))
 
     @classmethod
@@ -206,13 +210,14 @@ def init_gates_(weight: Tensor, bias: Tensor, kind: str, init: str = "open") -> 
             softplus w ~ 0.25 N(0, 1), c ~ 0.541 + 0.1 N(0, 1)   g about 1, softplus(0.541) = 1
             identity w = c = 0                                   no shift
     paper:  w, c ~ U(-1, 1), as nn.Linear(1, C); identity as well.
-    ranked: sigmoid  w = -4, c = 4 tau, tau from 2 to -1/2 in equal steps: feature k closes around eta = tau_k, most of
-            them between the middle of the range and its end, sqrt(3). Without an order between the latents none of them
-            switches off at large beta; the same order in the posterior's heads and in the decoder's input gate lets
-            them agree.
+    ranked: sigmoid  w = -4, c = 4 tau, tau from 3 to 0 in equal steps, of gates that bend from 2 to -1/2: feature k
+            closes around eta = tau_k. Without an order between the latents none of them switches off at large beta; the
+            same order in the posterior's heads and in the decoder's input gate lets them agree.
     """
     with torch.no_grad():
+        first, last = 3.0, 0.0
         if weight.dim() == 2:
+            first, last = 2.0, -0.5
             weight[1:].zero_()
             weight = weight[0]
         if init == "paper":
@@ -220,7 +225,7 @@ def init_gates_(weight: Tensor, bias: Tensor, kind: str, init: str = "open") -> 
             bias.uniform_(-1, 1)
         elif init == "ranked" and kind == "sigmoid":
             weight.fill_(-4)
-            bias.copy_(torch.linspace(8, -2, bias.numel()))
+            bias.copy_(4 * torch.linspace(first, last, bias.numel()))
         elif kind == "sigmoid":
             weight.normal_(0, 0.5)
             bias.normal_(2, 1)

@@ -46,9 +46,11 @@ def check_state(own: dict[str, Any], loaded: object, owner: str) -> None:
     if not isinstance(state, dict):
         raise ValueError(f"the checkpoint's record of the gates of this {owner} is unreadable; it is damaged")
     for key in dict.fromkeys((*own, *state)):
-        if state.get(key) != own.get(key):
+        usual = {"degree": 1}.get(key)
+        theirs, ours = state.get(key, usual), own.get(key, usual)
+        if theirs != ours:
             raise ValueError(
-                f"the checkpoint was made with {key} = {state.get(key)!r}, this {owner} has {own.get(key)!r}; "
+                f"the checkpoint was made with {key} = {theirs!r}, this {owner} has {ours!r}; "
                 f"build it with the checkpoint's {key}"
             )
 
@@ -191,7 +193,9 @@ class GatedLayer(Recorded):
 
     def extra_repr(self) -> str:
         inherited = super().extra_repr()
-        return f"{inherited}, gate={self.gate_spec.kind}, beta_range={tuple(self.beta_range)}".removeprefix(", ")
+        degree = "" if self.gate_spec.degree == 1 else f", degree={self.gate_spec.degree}"
+        gate = f"gate={self.gate_spec.kind}{degree}, beta_range={tuple(self.beta_range)}"
+        return f"{inherited}, {gate}".removeprefix(", ")
 
 
 def _one(beta: Beta) -> Beta:

@@ -134,8 +134,8 @@ class MultiRate(Recorded):
         specs = [e.spec for e in self._entries]
         if len({(s.hidden, s.shared, s.degree) for s in specs}) > 1:
             raise ValueError(
-                "gates differ in hidden, shared or degree; all gates of a network have the same hidden layers, or none, "
-                "and the same degree"
+                "gates differ in hidden, shared or degree; all gates of a network have the same degree, and the same "
+                "hidden layers, or none"
             )
         self.gate_networks: nn.ModuleList | None = None
         self.register_parameter("gate_weight", None)
@@ -282,7 +282,9 @@ class MultiRate(Recorded):
     def extra_repr(self) -> str:
         features = sum(entry.features for entry in self._entries)
         norms = "" if self.conditional is None else f"conditional={len(self.conditional.names)} norms, "
-        return f"gated={len(self._entries)} layers ({features} features), {norms}beta_range={tuple(self.beta_range)}"
+        degree = "" if (degree := self._entries[0].spec.degree) == 1 else f"degree={degree}, "
+        gated = f"gated={len(self._entries)} layers ({features} features), {degree}{norms}"
+        return f"{gated}beta_range={tuple(self.beta_range)}"
 
     def _bank(self, beta: Beta) -> list[Tensor]:
         """All gates, shifts and input gates at beta, in the order of `_rows`."""

@@ -113,7 +113,7 @@ def polynomial_slopes(eta: Tensor, degree: int) -> list[Tensor]:
 def gate_argument(weight: Tensor, bias: Tensor, eta: Tensor) -> Tensor:
     """p = w eta + c, or sum_k w_k P_k(eta) + c of a weight with several rows w_k; P as in `polynomials`.
 
-    weight: (C,) or (degree, C), bias (C,); p is (C,) for a 0-d eta, (N, C) for eta of shape (N,), in the dtype of gates.
+    weight: (C,) or (degree, C), bias (C,); p is (C,) for a 0-d eta, (N, C) for eta of shape (N,), in gates' dtype.
     """
     dtype = gate_dtype(weight.dtype)
     eta, weight, bias = eta.to(dtype).unsqueeze(-1), weight.to(dtype), bias.to(dtype)

@@ -194,6 +194,9 @@ def test_errors_of_gate_values():
         {"degree": 4},
         {"degree": True},
         {"degree": 2.5},
+        {"degree": 2.0},
+        {"inputs": mk.GateSpec(degree=3)},
+        {"inputs": mk.GateSpec(degree=2), "degree": 3},
         {"degree": "3"},
         {"hidden": (4,), "degree": 2},
         {"inputs": "cube"},
@@ -214,6 +217,13 @@ def test_gate_specs_from_names_and_lists():
 
 def test_the_gate_on_the_inputs_has_the_gates_degree():
     assert mk.GateSpec(inputs="sigmoid", degree=3).inputs == mk.GateSpec("sigmoid", degree=3)
+
+
+def test_ranked_gates_that_bend_have_their_thresholds_earlier():
+    weight, bias = torch.empty(2, 6), torch.empty(6)
+    init_gates_(weight, bias, "sigmoid", "ranked")
+    torch.testing.assert_close(-bias / weight[0], torch.tensor([2.0, 1.5, 1.0, 0.5, 0.0, -0.5]))
+    assert (weight[0] == -4).all() and (weight[1] == 0).all()
 
 
 @pytest.mark.parametrize("init", ["open", "paper"])

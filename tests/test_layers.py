@@ -260,7 +260,7 @@ def test_gates_of_more_degrees(backend, name, per_sample):
     torch.testing.assert_close(shift, t)
     output(layer(x, beta)).sum().backward()
     assert layer.gate_weight.grad.shape == layer.gate_weight.shape == (3, layer.gate_bias.numel())
-    assert all(row.any() for row in layer.gate_weight.grad)
+    assert all(row.any() for row in layer.gate_weight.grad) and "gate=softplus, degree=3" in repr(layer)
     torch.testing.assert_close(output(layer(x, 0.3)), output(layer.to_plain(0.3)(x)), rtol=1e-10, atol=1e-12)
     other = build(name, gate=mk.GateSpec("softplus", shift=True, degree=2), dtype=torch.float64)
     with pytest.raises(ValueError, match="degree = 3, this"):

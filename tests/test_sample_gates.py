@@ -113,26 +113,6 @@ def test_gates_of_more_degrees(degree, kind, dtype):
     check(gated(kind, perceptron(dtype), degree=degree), kind, *batch(dtype=dtype))
 
 
-@pytest.mark.parametrize(("degree", "parameters"), [(2, (0.0, -30.0, -31.0)), (3, (0.0, 30.0, 30.0, 20.0))])
-def test_polynomials_that_leave_the_range_of_gates_that_divide(degree, parameters):
-    """At neither end of the range of beta, but between them."""
-    kind = "sigmoid"
-    model = gated(kind, nn.Sequential(nn.Linear(7, 20), nn.ReLU(), nn.Linear(20, 30)), degree=degree)
-    x, beta = batch()
-    *weights, bias = parameters
-    with torch.no_grad():
-        for row, value in zip(model.gate_weight, weights, strict=True):
-            row[::3] = value
-        model.gate_bias[::3] = bias - 60
-    model(x, beta=beta)
-    y = model(x, beta=beta)
-    assert makes_gates(y, slices=2)
-    found = gradients(y, list(model.parameters()))
-    for value, other in zip(found, expected(model, kind, x, beta), strict=True):
-        scale = float(other.abs().max()) + 1
-        torch.testing.assert_close(value.double() / scale, other / scale, **TOLERANCE[torch.float32])
-
-
 @pytest.mark.parametrize("samples", [2, 16, 17, 300])
 def test_any_number_of_samples(samples):
     check(gated(), "sigmoid", *batch(samples))

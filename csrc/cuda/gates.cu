@@ -17,7 +17,7 @@ struct Slice {
   std::int64_t offset, size;
   T* values;
   Gate kind;
-  bool wide;  // whole packs, aligned
+  bool wide, wide_parameters;  // whole packs, aligned: its values, and its part of the parameters
 };
 
 // The slices of one launch, in the kernel's arguments; first[i] is the first block of number i.
@@ -87,9 +87,9 @@ struct Columns {
                                      const Slice<T>& slice) {
 #pragma unroll
     for (int k = 0; k < degree; ++k) {
-      read_columns(all.row(k) + slice.offset, place.column, slice.size, slice.wide, w[k]);
+      read_columns(all.row(k) + slice.offset, place.column, slice.size, slice.wide_parameters, w[k]);
     }
-    read_columns(all.bias + slice.offset, place.column, slice.size, slice.wide, c);
+    read_columns(all.bias + slice.offset, place.column, slice.size, slice.wide_parameters, c);
   }
   __device__ __forceinline__ T argument(int j, T eta) const {
     T rest = c[j];
@@ -237,9 +237,9 @@ void for_tables(const std::vector<GateSlice<T>>& slices, const GateParameters<co
     if (tiles == 0) continue;
     if (table.count == slice_limit) flush();
     const GateParameters<const T> own = parameters.from(slice.offset);
-    const bool rows_aligned = own.degree == 1 || own.stride % pack_size<T> == 0;
-    const bool wide = slice.size % pack_size<T> == 0 && rows_aligned && aligned({slice.values, own.weight, own.bias});
-    table.items[table.count] = {slice.offset, slice.size, slice.values, slice.kind, wide};
+    const bool packs = slice.size % pack_size<T> == 0, rows = own.degree == 1 || own.stride % pack_size<T> == 0;
+    table.items[table.count] = {slice.offset, slice.size, slice.values, slice.kind, packs && aligned({slice.values}),
+                                packs && rows && aligned({own.weight, own.bias})};
     table.first[table.count + 1] = table.first[table.count] + std::uint32_t(tiles * cut.parts);
     ++table.count;
     tile += tiles;

@@ -173,6 +173,7 @@ void all_gates() {
       for (const int degree : {1, 2, 3}) {
         gates<T>({128, 1, 31, 0, 132, 64}, samples, offset, true, degree);
         gates<T>({128, 64}, samples, offset, false, degree);
+        gates<T>({64, 5}, samples, offset, true, degree);
       }
       gates<T>({13}, samples, offset, samples % 2 == 0);
     }

@@ -96,6 +96,8 @@ def config_of(options: argparse.Namespace) -> TrainConfig:
                     base = replace(base, **recipe_options(given["recipe"]))
             config = _changed(base, given, entries)
             _warn_of_unused(given, entries)
+            if given.get("stratified") and config.sample == "step":
+                warnings.warn("one beta a step cannot be spread over the range: --stratified not used", stacklevel=2)
         else:
             if options.config is not None or options.force:
                 raise ValueError("--resume takes the run's own configuration; leave out --config and --force")

@@ -200,7 +200,7 @@ class TrainConfig:
         choices=("example", "step"),
     )
     stratified: bool = _option(
-        FROM_RECIPE, "spread the betas of a batch evenly over the range (with --sample example)", "beta"
+        FROM_RECIPE, "spread the betas of a batch evenly over the range; of --sample step, one, there is none", "beta"
     )
     margin: tuple[float, float] = _option(
         FROM_RECIPE,
@@ -294,8 +294,8 @@ class TrainConfig:
     )
     gate_degree: int = _option(
         FROM_RECIPE,
-        "degree of a gate's argument as a polynomial of log beta: 1, the paper's, is affine; with 2 or 3 a gate may bend "
-        "and turn back, at no cost in time. Gates with hidden layers have none",
+        "degree of a gate's argument as a polynomial of log beta: 1, the paper's, is affine; with 2 or 3 a gate may "
+        "bend and turn back. Gates with hidden layers have none",
         "gates",
         choices=(1, 2, 3),
     )
@@ -408,8 +408,6 @@ class TrainConfig:
             self.likelihood = usual
         if self.sample is FROM_RECIPE and self.objective == "beta-tcvae":
             self.sample = "step"
-        if self.stratified is FROM_RECIPE and self.sample == "step":
-            self.stratified = False  # of one beta there is nothing to spread
         for name, value in recipe_options(self.recipe if self.recipe in RECIPES else "ranked").items():
             if getattr(self, name) is FROM_RECIPE:
                 setattr(self, name, dict(value) if isinstance(value, dict) else value)  # check() refuses an unknown one
@@ -439,16 +437,11 @@ class TrainConfig:
             value, metadata = getattr(self, entry.name), entry.metadata
             check_type(entry.name, value, str(entry.type))
             if value is not None and "choices" in metadata and value not in metadata["choices"]:
-                raise ValueError(f"{entry.name} is {value!r}; expected one of {', '.join(metadata['choices'])}")
+                choices = ", ".join(map(str, metadata["choices"]))
+                raise ValueError(f"{entry.name} is {value!r}; expected one of {choices}")
         low, high = self.beta_range
         expect(0 < low < high, "beta_range", self.beta_range, "0 < LOW < HIGH")
         expect(self.beta is None or self.beta > 0, "beta", self.beta, "a positive KL weight")
-        expect(
-            not self.stratified or self.sample == "example",
-            "stratified",
-            self.stratified,
-            "false with sample = 'step', which draws one beta only",
-        )
         check_objective(self)
         expect(min(self.margin) >= 1, "margin", self.margin, "two factors of at least 1")
         for name, gate in self.gates.items():

@@ -144,9 +144,8 @@ class TrainingModule(pl.LightningModule):
         config = self.config
         beta: float | Tensor
         if config.beta is None:
-            beta = sample_beta(
-                len(x), self._range_now(), config.sample, stratified=config.stratified, device=self.device
-            )
+            stratified = config.stratified and config.sample == "example"  # one beta a step cannot be spread
+            beta = sample_beta(len(x), self._range_now(), config.sample, stratified=stratified, device=self.device)
             output = self.model(x, beta=beta)
         else:
             beta = config.beta

@@ -45,7 +45,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "stratified": True,
         "margin": (1.0, 2.0),
         "range_warmup": 0.0,
-        "weight_power": 0.0,
+        "weight_power": 0.25,
         "epochs": 150,
         "optimizer": "adam",
         "lr": 1e-3,

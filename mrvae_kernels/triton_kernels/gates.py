@@ -240,7 +240,8 @@ def gates(
 ) -> list[Tensor]:
     """g_i = act_i(w_i eta + c_i) for slices i of one flat w and c: (size_i,), or (N, size_i) for an eta of shape (N,).
 
-    weight, bias: (sum of sizes,), or weight (degree, sum of sizes); eta: () or (N,), any floating dtypes and strides; eta is read on the device.
+    weight, bias: (sum of sizes,), or weight (degree, sum of sizes), eta: () or (N,), any floating dtypes and strides;
+    eta is read on the device.
     kinds: indices of activations.KINDS. Results are contiguous, float32, or float64 for a float64 weight. They share
     storage, as views of one buffer, unless `separate`: it allocates each by itself, and launches on their addresses.
     ValueError for shapes that do not fit, TypeError for dtypes, RuntimeError for devices.

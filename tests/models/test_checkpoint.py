@@ -252,7 +252,7 @@ SINCE_0_1_0 = (
     "objective tcvae_weights tcvae_sampling free_bits annealing annealing_cycles gated norms include optimizer "
     "vocabulary vocabulary_size min_count max_length train_on gate_degree"
 ).split()
-"""Options that a checkpoint of the first release does not have; all gates were affine then, whatever the recipe says."""
+"""Options that a checkpoint of the first release does not have; all gates were affine then, whatever a recipe says."""
 
 
 @pytest.mark.parametrize("change", [{}, {"beta": 0.5}])

@@ -87,6 +87,9 @@ def test_options_change_what_they_name_and_nothing_else():
     assert given.gates == {**TrainConfig().gates, "encoder.mean": "softplus+shift"}
     assert config("--stratified", "--max-time", "1h30m", "--log-to", "csv").max_time == 5400
     assert config("--log-to", "none").log_to == ()
+    assert config("--sample", "step").sample == "step" and config("--gate-degree", "1").gate_degree == 1
+    with pytest.warns(UserWarning, match="one beta a step cannot be spread over the range: --stratified not used"):
+        config("--sample", "step", "--stratified").check()
     assert config("--margin", "1", "2").sampled_range == (0.01, 20.0)
 
 

@@ -51,7 +51,8 @@ def eta_like(samples, dtype):
 @pytest.mark.parametrize("degree", [None, 1, 2, 3])
 def test_agrees_with_reference(degree, dtype, samples):
     agree(bank, oracle, [*parameters(dtype, degree), eta_like(samples, dtype)])
-    assert {g.dtype for g in bank(*parameters(dtype, degree), eta_like(samples, dtype))} == {reference.gate_dtype(dtype)}
+    gates = bank(*parameters(dtype, degree), eta_like(samples, dtype))
+    assert {g.dtype for g in gates} == {reference.gate_dtype(dtype)}
 
 
 @pytest.mark.parametrize("samples", [None, 4])

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..config import TrainConfig
+from ..config import FORMERLY, TrainConfig
 from ..options import read_json
 from .plan import Evaluation, Run
 
@@ -109,7 +109,7 @@ def train_or_continue(config: TrainConfig) -> Any:
 
 def _same(saved: Any, config: TrainConfig) -> bool:
     """Whether options saved are those of a run; the directory may have moved."""
-    return isinstance(saved, dict) and {**saved, "out": None} == {**config.to_dict(), "out": None}
+    return isinstance(saved, dict) and {**FORMERLY, **saved, "out": None} == {**config.to_dict(), "out": None}
 
 
 def _result_there(directory: Path, config: TrainConfig, wanted: dict[str, Any]) -> Result | None:
