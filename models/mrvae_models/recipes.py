@@ -1,7 +1,7 @@
 """Recipes: the options that make multi-rate training work, chosen together by measurement. No torch here.
 
-    ranked  the default: on the embedded digits one run's D + beta R is 0.5 % below retraining's on average over ten
-            betas and 1.4 % above it at worst (three seeds, `python -m bench.retraining`)
+    ranked  the default: on the embedded digits one run's D + beta R is 0.7 % below retraining's on average over ten
+            betas and 1.5 % above it at worst (three seeds, `python -m bench.retraining`)
     linear  for the linear VAE, whose optimum is known in closed form
     text    for the LSTM on sentences: begins with small betas, below
     hierarchy  for NVAE: Adamax, 400 epochs and a cosine as published, betas grown from the small end as its KL
@@ -13,7 +13,8 @@
 What `ranked` changes, and why: in a plain multi-rate VAE no latent variable switches off at large beta, since nothing
 tells them apart and since a collapsed one still feeds its noise to the decoder, whose gates scale outputs only. So the
 posterior's heads and a gate on the decoder's inputs start with one threshold in beta for each latent variable; large
-betas weigh more and are drawn beyond the range's end.
+betas weigh a little more and are drawn beyond the range's end. Affine gates only rise or only fall along beta, which costs
+1 % of D + beta R (docs/response-quality.md): these are cubic.
 
 What `text` changes: a decoder that sees the words before it soon does without z, at any beta (posterior collapse). So
 betas are drawn from a tenth of the range's low end on, and the range grows to its whole only over half of the run: what
