@@ -35,6 +35,7 @@ TILE = (8, 128)  # samples x features, forward
 BACKWARD_TILE = (32, 32)
 BACKWARD_TILE_FLOAT64 = (16, 32)  # with 32 samples, 160 registers a thread instead of 80
 SHARED_ETA_TILE = (1, 512)  # of the programs that sum deta
+SHARED_ETA_TILE_FLOAT64 = (1, 256)  # with 512 features, of degree 2, registers spill on sm_100
 ETA_TILE = (4, 256)
 MAX_DEGREE = 3  # of a gate's argument as a polynomial of eta
 BACKWARD_WARPS = 8  # with four, the sum of deta spills registers on sm_100
@@ -179,11 +180,12 @@ def gates_backward_kernel(
             dp, e = argument_gradient(
                 grads, c, w, second, third, eta, table, stride, rows, columns, features, samples, dtype, WIDE, DEGREE
             )
-            eta_sum += dp * w[None, :]
+            slope = w[None, :]
             if DEGREE > 1:
-                eta_sum += dp * second[None, :] * basis_slope(e, 1)[:, None]
+                slope = slope + second[None, :] * basis_slope(e, 1)[:, None]
             if DEGREE > 2:
-                eta_sum += dp * third[None, :] * basis_slope(e, 2)[:, None]
+                slope = slope + third[None, :] * basis_slope(e, 2)[:, None]
+            eta_sum += dp * slope
         tl.store(grad_eta + rows, tl.sum(eta_sum, 1), mask=rows < samples)
 
 
@@ -272,7 +274,7 @@ def gates(
 def backward_tiles(shared: bool, sums: torch.dtype) -> tuple[int, int, int, int]:
     """Samples and features of a program, then those of a program that sums deta."""
     if shared:
-        return 1, SHARED_COLUMNS, *SHARED_ETA_TILE
+        return 1, SHARED_COLUMNS, *(SHARED_ETA_TILE_FLOAT64 if sums == torch.float64 else SHARED_ETA_TILE)
     return *(BACKWARD_TILE_FLOAT64 if sums == torch.float64 else BACKWARD_TILE), *ETA_TILE
 
 

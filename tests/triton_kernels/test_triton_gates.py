@@ -250,7 +250,7 @@ MUTANTS = [
     Mutant("gates", "range(0, features, ETA_COLUMNS)", "range(0, ETA_COLUMNS, ETA_COLUMNS)",
            lambda kernels: check_gradients(kernels, *parameters(samples=2, total=600), (600,), (0,), none=())),
     Mutant("gates", "dp * e[:, None]", "dp", check_backward_quickly),
-    Mutant("gates", "eta_sum += dp * w[None, :]", "eta_sum += dp", check_backward_quickly),
+    Mutant("gates", "eta_sum += dp * slope", "eta_sum += dp", check_backward_quickly),
     Mutant("gates", "eta * eta - 1\n", "eta * eta\n", check_degrees_quickly),
     Mutant("gates", "weight + 2 * features + columns, mask=inside, other=0", "weight + features + columns, mask=inside",
            check_degrees_quickly),
