@@ -152,11 +152,12 @@ def _add_option(group: Any, name: str, annotation: str, default: Any, details: d
     """One field of TrainConfig. Defaults stay out of the namespace: what is in it, the user has given."""
     flag = details.pop("flag", "--" + name.replace("_", "-"))
     arguments: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": details["help"].replace("%", "%%")}
-    if annotation == "bool":
-        group.add_argument(flag, action=argparse.BooleanOptionalAction, **arguments)
-        return
     if default is FROM_RECIPE:
         default = RECIPES["ranked"].get(name)
+    if annotation == "bool":
+        arguments["help"] += f" (default: {'yes' if default else 'no'})"
+        group.add_argument(flag, action=argparse.BooleanOptionalAction, **arguments)
+        return
     if isinstance(default, (int, float, str)):
         arguments["help"] += f" (default: {default:g})" if isinstance(default, float) else f" (default: {default})"
     elif isinstance(default, tuple) and default:

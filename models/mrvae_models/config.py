@@ -200,7 +200,9 @@ class TrainConfig:
         choices=("example", "step"),
     )
     stratified: bool = _option(
-        FROM_RECIPE, "spread the betas of a batch evenly over the range; of --sample step, one, there is none", "beta"
+        FROM_RECIPE,
+        "spread the betas of a batch evenly over the range; not with --sample step, which draws one",
+        "beta",
     )
     margin: tuple[float, float] = _option(
         FROM_RECIPE,
