@@ -76,7 +76,8 @@ def test_tcvae_step_weighs_the_total_correlation_of_the_batch(config, monkeypatc
     torch.testing.assert_close(loss, expected)
     averages = module.epoch_averages.means()
     assert averages.loss == pytest.approx(expected.item())
-    assert averages.rate == pytest.approx(sum(part.mean().item() for part in parts), rel=1e-4)
+    rate = sum(part.mean().item() for part in parts)  # of parts that cancel
+    assert averages.rate == pytest.approx(rate, rel=1e-4, abs=1e-5)
 
 
 @pytest.mark.parametrize("beta", [torch.tensor(2.0), torch.logspace(-2, 1, 8)])
