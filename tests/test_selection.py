@@ -92,7 +92,7 @@ def test_include_and_exclude(include, exclude, expected):
         ({"gates": "cube"}, "gate kind is 'cube'"),
         (
             {"gates": {"encoder": mk.GateSpec(hidden=(4,)), "decoder": "sqrt"}},
-            "all gates of a network have the same hidden layers",
+            "gates differ in hidden, shared or degree",
         ),
     ],
 )
