@@ -45,19 +45,13 @@ def check_state(own: dict[str, Any], loaded: object, owner: str) -> None:
         state = None
     if not isinstance(state, dict):
         raise ValueError(f"the checkpoint's record of the gates of this {owner} is unreadable; it is damaged")
-    for key in dict.fromkeys((*own, *state)):
-        usual = {"degree": 1}.get(key)
-        theirs, ours = state.get(key, usual), own.get(key, usual)
-        if theirs != ours:
+    state = {"degree": 1, **state}  # of checkpoints from before there was another
+    for key, value in own.items():
+        if state.get(key) != value:
             raise ValueError(
-                f"the checkpoint was made with {key} = {theirs!r}, this {owner} has {ours!r}; "
+                f"the checkpoint was made with {key} = {state.get(key)!r}, this {owner} has {value!r}; "
                 f"build it with the checkpoint's {key}"
             )
-
-
-def degree_state(spec: GateSpec) -> dict[str, int]:
-    """What a checkpoint says of the degree: nothing of affine gates, as those from before there was another."""
-    return {} if spec.degree == 1 else {"degree": spec.degree}
 
 
 class Recorded(nn.Module):
@@ -189,7 +183,7 @@ class GatedLayer(Recorded):
 
     def _gate_state(self) -> dict[str, Any]:
         gate = self.gate_spec.kind + ("+shift" if self.gate_spec.shift else "")
-        return {"beta_range": list(self.beta_range), "gate": gate, **degree_state(self.gate_spec)}
+        return {"beta_range": list(self.beta_range), "gate": gate, "degree": self.gate_spec.degree}
 
     def extra_repr(self) -> str:
         inherited = super().extra_repr()

@@ -39,7 +39,7 @@ from .hosting import (
     lend,
     place_of,
 )
-from .layers import Recorded, degree_state
+from .layers import Recorded
 from .ops.shortcuts import core
 from .places import Places
 from .plans import LayerGates, Plans
@@ -276,7 +276,8 @@ class MultiRate(Recorded):
         return {
             "beta_range": list(self.beta_range),
             "gates": [f"{row.name} {row.role} {row.kind}" for row in self._rows],
-            **degree_state(self._entries[0].spec), **norms,
+            "degree": self._entries[0].spec.degree,
+            **norms,
         }
 
     def extra_repr(self) -> str:

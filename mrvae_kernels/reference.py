@@ -96,6 +96,11 @@ def gate_and_relative_slope(preactivation: Tensor, kind: str) -> tuple[Tensor, T
     return gate, torch.where(gate > 0, (gate.square() - 1) / divisor, 0)
 
 
+def degree_of(weight: Tensor) -> int:
+    """The degree of gates whose weight is (C,) or (degree, C)."""
+    return 1 if weight.dim() == 1 else len(weight)
+
+
 def polynomials(eta: Tensor, degree: int) -> list[Tensor]:
     """eta, eta^2 - 1 and eta^3 - 9/5 eta, the first `degree` of them: what a gate's argument is a sum of.
 

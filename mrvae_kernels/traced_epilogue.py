@@ -190,8 +190,7 @@ def _anew(weight: Tensor) -> Tensor:
 
 def _weight_gradient(dp: Tensor, weight: Tensor, eta: Tensor) -> Tensor:
     """Of weight (C,) or (degree, C), by the gradient of the arguments, dp (N, C), at eta (N,)."""
-    degree = 1 if weight.dim() == 1 else len(weight)
-    rows = [(dp * basis.unsqueeze(-1)).sum(0) for basis in reference.polynomials(eta, degree)]
+    rows = [(dp * basis.unsqueeze(-1)).sum(0) for basis in reference.polynomials(eta, reference.degree_of(weight))]
     return (rows[0] if weight.dim() == 1 else torch.stack(rows)).to(weight.dtype)
 
 

@@ -76,6 +76,7 @@ def test_help_of_train_tells_every_option_and_its_default(capsys):
         assert " ".join(entry.metadata["help"].split()[:3]) in text
     for default in ("(default: 0.001)", "(default: 128)", "(default: 0.01 10)", "(default: mlp)", "encoder="):
         assert default in text
+    assert "draws one (default: yes)" in text and "needs it (default: no)" in text
     assert "mrvae train --resume" in text
 
 

@@ -22,7 +22,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from mrvae_models import training
 from mrvae_models.arguments import parser
-from mrvae_models.baking import bake_run
+from mrvae_models.baking import bake_run, source_config
 from mrvae_models.cli import config_of, main
 from mrvae_models.closed_form import eigenvalues, linear_optimum
 from mrvae_models.config import TrainConfig
@@ -427,6 +427,26 @@ def test_gates_with_hidden_layers_are_checked(text, message):
     }
     with pytest.raises(ValueError, match=message):
         TrainConfig(recipe="paper", gates={"encoder": text}).check()
+
+
+def test_a_result_from_before_an_option_existed_is_that_of_affine_gates(tmp_path, monkeypatch):
+    def run(degree: int):
+        options = {**TINY, "seed": 0, "gate_degree": degree}
+        return execute_one(tmp_path, Run("line", 0, options, (1.0,)), Evaluation(draws=1))
+
+    first = run(1)
+    document = json.loads((tmp_path / "result.json").read_text())
+    del document["config"]["gate_degree"]
+    (tmp_path / "result.json").write_text(json.dumps(document))
+
+    def trained(*arguments, **options):
+        raise InterruptedError
+
+    monkeypatch.setattr(training, "train", trained)
+    assert run(1)["columns"] == first["columns"]
+    assert source_config(document).gate_degree == 1
+    with pytest.raises(InterruptedError):
+        run(3)
 
 
 def test_gates_with_hidden_layers_have_no_degree():

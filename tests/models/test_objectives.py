@@ -8,7 +8,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from mrvae_models.likelihoods import Bernoulli
-from mrvae_models.objectives import Terms, annealing_factor, beta_vae, beta_vae_terms, rate, sample_beta
+from mrvae_models.objectives import Terms, annealing_factor, beta_vae, beta_vae_terms, check_beta, rate, sample_beta
 from mrvae_models.vae import VAEOutput
 from torch import distributions
 
@@ -96,6 +96,20 @@ def test_mode_step_is_one_beta_and_a_generator_repeats_it():
     first, second = (sample_beta(8, mode="step", generator=torch.Generator().manual_seed(5)) for _ in range(2))
     assert first.shape == () and first == second
     assert sample_beta(8, mode="step", generator=torch.Generator().manual_seed(6)) != first
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.parametrize("bad", [0.0, -1.0, math.nan, math.inf])
+def test_a_bad_beta_is_found_wherever_it_is(bad, place):
+    beta = torch.ones(3)
+    beta[place] = bad
+    with pytest.raises(ValueError, match=f"beta holds {bad}"):
+        check_beta(beta, 3)
+
+
+def test_betas_whose_sum_overflows_are_finite():
+    beta = torch.full((3,), 1e308, dtype=torch.float64)
+    assert check_beta(beta, 3) is beta
 
 
 def test_range_of_one_value():
