@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 import re
 
 import pytest
@@ -12,6 +13,7 @@ from helpers import BETA, ConvolutionalVAE, build_network, images, parameter_gra
 from torch import nn
 
 import mrvae_kernels as mk
+from mrvae_kernels.layers import encode_state
 
 
 def test_recalibrated_statistics_are_those_of_the_data_at_this_beta(backend):
@@ -109,6 +111,16 @@ def test_gates_of_more_degrees_keep_them_and_are_no_affine_ones():
     assert "degree=2" in repr(other) and "degree" not in repr(build_network())
     with pytest.raises(ValueError, match=re.escape("degree = 2, this MultiRate has 1")):
         build_network().load_state_dict(state)
+
+
+def test_a_record_from_before_there_was_a_degree_is_of_affine_gates():
+    affine = build_network()
+    record = json.loads(bytes(affine.get_extra_state().tolist()))
+    assert record.pop("degree") == 1
+    state = {**affine.state_dict(), "_extra_state": encode_state(record)}
+    build_network().load_state_dict(state)
+    with pytest.raises(ValueError, match=re.escape("degree = 1, this MultiRate has 3")):
+        build_network({"encoder": mk.GateSpec(degree=3), "decoder": mk.GateSpec("sqrt", degree=3)}).load_state_dict(state)
 
 
 def test_gates_of_a_network_have_one_degree():
