@@ -46,7 +46,12 @@ bool eager(std::initializer_list<const Tensor*> tensors) {
 }
 
 bool ours(const Tensor& grad) {
-  return grad.defined() && grad.use_count() == 1 && grad.has_storage() && grad.storage().use_count() == 1;
+  if (!grad.defined() || grad.use_count() != 1 || !grad.has_storage()) return false;
+  const std::size_t holders = grad.storage().use_count();
+  if (holders != 2 || !grad.is_view()) return holders == 1;
+  // the gradient of a reshape is a view, which holds the tensor that it is of
+  const auto& base = grad._base();
+  return base.use_count() == 1 && base.numel() == grad.numel() && grad.is_non_overlapping_and_dense();
 }
 
 bool records() { return c10::GradMode::is_enabled() && !c10::InferenceMode::is_enabled(); }

@@ -43,7 +43,7 @@ inline const Tensor* pointer(const OptionalTensor& tensor) { return tensor.has_v
 inline OptionalTensor optional(const Tensor& tensor) { return tensor.defined() ? OptionalTensor(tensor) : std::nullopt; }
 inline bool given(const OptionalTensor& tensor) { return tensor.has_value() && tensor->defined(); }
 
-// A gradient buffer that only this node holds: the engine accumulates in place under the same conditions.
+// A gradient buffer that only this node holds, as such or as a view: what may be overwritten.
 bool ours(const Tensor& grad);
 
 // Whether autograd records at all here, and whether it has to for one of these tensors.

@@ -12,6 +12,7 @@ from op_checks import leaf, requires_extension
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+import mrvae_kernels as mk
 from mrvae_kernels import ops, reference
 
 pytestmark = requires_extension
@@ -99,6 +100,14 @@ def test_a_result_changed_in_place_is_not_relied_on(change, strategy, per_sample
             )
 
 
+RESHAPED = {
+    "as it is": lambda y: y,
+    "viewed": lambda y: y.view(-1),
+    "viewed twice": lambda y: y.unsqueeze(0).view(-1),
+    "transposed": lambda y: y.transpose(0, 1),
+    "expanded": lambda y: y.expand(2, *y.shape),
+}
+
 HOOKS = {
     "as they are": lambda: torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t),
     "on the CPU": torch.autograd.graph.save_on_cpu,
@@ -135,13 +144,43 @@ def test_a_checkpoint_that_goes_on_after_a_change_in_place(strategy, per_sample,
 
 @pytest.mark.parametrize("product", PRODUCTS)
 @pytest.mark.parametrize("bias", [True, False])
-def test_a_gradient_of_nobody_else_s_may_be_overwritten(product, bias):
+@pytest.mark.parametrize("shaped", RESHAPED)
+def test_a_gradient_of_nobody_else_s_may_be_overwritten(shaped, product, bias):
     """The engine's own, as after gelu: du takes its memory."""
     tensors = tensors_for(product, False)
     if not bias:
         tensors[2] = None
-    run, formula = layer(product, "none", "epilogue")
-    same(grads_of(lambda *t: F.gelu(run(*t)), tensors), grads_of(lambda *t: F.gelu(formula(*t)), tensors))
+    run, formula = (
+        lambda *t, f=f: F.gelu(RESHAPED[shaped](f(*t))).flatten() for f in layer(product, "none", "epilogue")
+    )
+    same(grads_of(run, tensors), grads_of(formula, tensors))
+
+
+@pytest.mark.parametrize("change", ["relu of a fold", "per sample"])
+def test_a_reshaped_gradient_of_nobody_else_s_is_overwritten(change):
+    """A view holds the tensor that it is of, which nobody else has then."""
+    x, beta = leaf(torch.randn(64, 3)), torch.rand(64) + 0.1
+    model = mk.multirate(nn.Sequential(nn.Linear(3, 96)), "sqrt")
+
+    def layer() -> Tensor:
+        if change == "per sample":
+            return model(x, beta=beta)
+        return ops.gated_linear(x, model.network[0].weight, None, torch.ones(96), None, "relu", "fold")
+
+    def allocations(reshape: Callable[[Tensor], Tensor], held: bool = False) -> int:
+        y = layer()
+        loss = F.gelu(reshape(y)).sum()
+        if held:
+            y.retain_grad()
+        with torch.profiler.profile(profile_memory=True) as profile:
+            loss.backward()
+        return sum(event.self_cpu_memory_usage >= 4 * y.numel() for event in profile.events())
+
+    layer()  # a network's first call makes its gates in another way
+    straight = allocations(RESHAPED["as it is"])
+    for name in ("viewed", "viewed twice", "transposed"):
+        assert allocations(RESHAPED[name]) == straight, name
+        assert allocations(RESHAPED[name], held=True) == straight + 1, name
 
 
 def _holders(tensor: Tensor) -> int:
