@@ -19,8 +19,9 @@ def _fresh():
     torch.compiler.reset()
 
 
-def build() -> mk.MultiRate:
-    gates = {"encoder": mk.GateSpec("sigmoid", shift=True), "decoder": "sqrt"}
+def build(degree: int = 1) -> mk.MultiRate:
+    encoder, decoder = mk.GateSpec("sigmoid", shift=True, degree=degree), mk.GateSpec("sqrt", degree=degree)
+    gates = {"encoder": encoder, "decoder": decoder}
     return randomize(mk.multirate(ConvolutionalVAE(True).double(), gates)).eval()
 
 
@@ -32,7 +33,7 @@ def close(found, expected) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
 
 
-def small() -> mk.MultiRate:
+def small(degree: int = 1) -> mk.MultiRate:
     layers = (
         nn.Conv1d(2, 3, 3, padding="same", padding_mode="circular"),
         nn.GroupNorm(3, 3),
@@ -40,11 +41,12 @@ def small() -> mk.MultiRate:
         nn.Flatten(),
         nn.Linear(12, 3),
     )
-    return randomize(mk.multirate(nn.Sequential(*layers).double(), mk.GateSpec("softplus", shift=True)))
+    return randomize(mk.multirate(nn.Sequential(*layers).double(), mk.GateSpec("softplus", shift=True, degree=degree)))
 
 
-def test_a_multirate_network_compiles_whole_with_its_gradients():
-    model, x = small(), torch.randn(5, 2, 4, dtype=torch.float64)
+@pytest.mark.parametrize("degree", [1, 3])
+def test_a_multirate_network_compiles_whole_with_its_gradients(degree):
+    model, x = small(degree), torch.randn(5, 2, 4, dtype=torch.float64)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     for beta in (torch.tensor(0.3), BETA, 0.3):
         expected, found = model(x, beta=beta), compiled(x, beta=beta)
@@ -65,12 +67,14 @@ def test_another_beta_or_batch_does_not_compile_again():
 
 
 @pytest.mark.slow
-def test_inductor_agrees():
-    model, x = small(), torch.randn(50, 2, 4, dtype=torch.float64)
+@pytest.mark.parametrize("degree", [1, 3])
+@pytest.mark.parametrize("beta", [torch.tensor(0.3), torch.linspace(0.02, 9, 50)], ids=["shared", "per-sample"])
+def test_inductor_agrees(beta, degree):
+    model, x = small(degree), torch.randn(50, 2, 4, dtype=torch.float64)
     compiled = torch.compile(model, fullgraph=True)
-    found, expected = (m(x, beta=torch.tensor(0.3)) for m in (compiled, model))
+    found, expected = (m(x, beta=beta) for m in (compiled, model))
     close(found, expected)
-    close(*(torch.autograd.grad(y.square().sum(), model.gate_parameters()) for y in (found, expected)))
+    close(*(torch.autograd.grad(y.square().sum(), list(model.parameters())) for y in (found, expected)))
 
 
 @pytest.mark.parametrize(
@@ -94,9 +98,9 @@ def test_recurrent_layers_compile_where_torch_allows_them():
 
 
 @pytest.mark.parametrize("per_sample", [False, True])
-@pytest.mark.parametrize("strict", [False, True])
-def test_export_with_any_batch_and_any_beta(per_sample, strict):
-    model = build()
+@pytest.mark.parametrize(("strict", "degree"), [(False, 1), (True, 1), (False, 3)])
+def test_export_with_any_batch_and_any_beta(per_sample, strict, degree):
+    model = build(degree)
     batch = Dim("batch", min=2, max=4096)
     beta = BETA if per_sample else torch.tensor(0.3)
 
