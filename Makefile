@@ -15,6 +15,7 @@ RUN ?= runs/demo
 # processes that share the tests, a file each: one with both cores takes almost twice as long
 TEST_PROCESSES ?= 2
 GPU_OUT ?= bench/results
+CUDA_LISTING ?= bench/results/cuda-resources.json
 GPU_TESTS := tests/test_gpu.py tests/cuda_core/test_cuda_products.py tests/ops tests/triton_kernels tests/test_measuring.py
 # of the whole target, 9 minutes: of what build, tests and sanitizer leave, two minutes at least, bench.gpu and
 # bench.overhead get two fifths each and bench.growth one; each lists what it left out
@@ -68,7 +69,7 @@ kernels: $(VENV)/.developed ## compile every Triton kernel for every target, lis
 cuda: $(CUDA_VENV)/.built ## compile the CUDA kernels, link and import the core, list registers and spills (no GPU)
 	@cd / && $(CURDIR)/$(CUDA_BIN)/python -m mrvae_kernels.doctor | grep '^CUDA core  *built' || \
 		{ $(CURDIR)/$(CUDA_BIN)/python -m mrvae_kernels.doctor | grep ' core  '; exit 1; }
-	$(CUDA_BIN)/python -m bench.cuda_resources --out bench/results/cuda-resources.json
+	$(CUDA_BIN)/python -m bench.cuda_resources --out $(CUDA_LISTING)
 
 environments: $(VENV)/.torch ## install with and without compilers, nvcc and a CUDA torch, from sources, sdist and wheel
 	$(BIN)/python tests/environments.py $(if $(wildcard $(CUDA_BIN)/python),--cuda-python $(CUDA_BIN)/python)

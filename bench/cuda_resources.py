@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import hashlib
 import importlib.util
 import json
 import os
@@ -28,6 +29,21 @@ import build_support as support
 
 SOURCES = support.ROOT / "csrc" / "cuda"
 HEADING = "target  registers spill stack shared  kernel"
+
+
+def digests() -> dict[str, str]:
+    """SHA-256 of the text of each CUDA source, and of each header of ours that one of them includes, by its path."""
+    found: dict[str, str] = {}
+    left = sorted(SOURCES.glob("*.cu"))
+    while left:
+        path = left.pop()
+        name = path.relative_to(SOURCES.parent).as_posix()
+        if name not in found:
+            text = path.read_text(encoding="utf-8")  # whose lines end alike everywhere
+            found[name] = hashlib.sha256(text.encode()).hexdigest()
+            included = (path.parent / header for header in re.findall(r'^#include "(.+)"', text, re.MULTILINE))
+            left += [header.resolve() for header in included if header.exists()]
+    return dict(sorted(found.items()))
 
 
 def find_cuobjdump(toolkit: support.Toolkit) -> str:
@@ -182,7 +198,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         commit = support.output_of("git", "describe", "--always", "--dirty") or "unknown"
         machine = {"commit": commit, "date": datetime.date.today().isoformat(), "cuda": toolkit.version}
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n")
+        document = {"machine": machine, "sources": digests(), "results": results}
+        options.out.write_text(json.dumps(document, indent=1) + "\n")
         print(f"written: {options.out}")
     return 1 if wrong else 0
 

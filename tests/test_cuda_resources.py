@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 
@@ -55,6 +56,27 @@ def kernel(target: str, name: str = "gates<float>", **changes) -> dict:
     return {
         "target": target, "source": "gates.cu", "kernel": name, "registers": 14, "stack": 0, "shared": 0, "spill": 0,
     } | changes  # fmt: skip
+
+
+def test_the_committed_listing_is_of_these_sources_for_every_target_and_without_a_spill():
+    record, now = json.loads((ROOT / "bench" / "results" / "cuda-resources.json").read_text()), listing.digests()
+    changed = sorted(name for name in {*record["sources"], *now} if record["sources"].get(name) != now.get(name))
+    assert not changed, f"the listing is of other sources ({', '.join(changed)}): run make cuda, commit it"
+    assert not listing.problems(record["results"], ["sm_" + wanted.replace(".", "") for wanted in support.WANTED])
+
+
+def test_the_sources_are_those_that_the_kernels_are_compiled_from(tmp_path, monkeypatch):
+    names = set(listing.digests())
+    assert {"gate.h", "elementary.h", "cuda/kernels.h", "kernels.h"} < names
+    assert {f"cuda/{path.name}" for path in (ROOT / "csrc" / "cuda").iterdir()} == {n for n in names if "cuda/" in n}
+    (tmp_path / "cuda").mkdir()
+    (tmp_path / "cuda" / "a.cu").write_text('#include <vector>\n#include "../b.h"\n#include "missing.h"\n')
+    (tmp_path / "b.h").write_text('#include "b.h"\n')
+    monkeypatch.setattr(listing, "SOURCES", tmp_path / "cuda")
+    before = listing.digests()
+    assert list(before) == ["b.h", "cuda/a.cu"]
+    (tmp_path / "b.h").write_text("int changed;\n")
+    assert [name for name, digest in listing.digests().items() if digest != before[name]] == ["b.h"]
 
 
 def test_registers_stack_and_shared_memory():

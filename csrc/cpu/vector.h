@@ -6,8 +6,10 @@
 #include "../gate.h"
 #include "../storage.h"
 
-// One portable binary holds AVX-512, AVX2 and baseline code of each marked function; the loader picks by processor.
-#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
+// One portable binary holds AVX-512, AVX2 and baseline code of each marked function; the loader picks by processor. In
+// the tests' build of the CUDA kernels one of them does, in a third of the compiler's time.
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12 && \
+    !defined(MRVAE_SHIM)
 #define MRVAE_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define MRVAE_CLONES
