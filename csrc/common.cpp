@@ -74,6 +74,10 @@ void refuse_tangents(const char* op, std::initializer_list<const Tensor*> tensor
   }
 }
 
+void refuse_tangents(const char* op, TensorList gradients) {
+  for (const Tensor& gradient : gradients) refuse_tangents(op, {&gradient});
+}
+
 variable_list once_differentiable(const char* op, variable_list gradients) {
   if (!c10::GradMode::is_enabled()) return gradients;
   const std::string message = std::string(op) +

@@ -93,6 +93,7 @@ struct EpilogueNode : torch::autograd::Function<EpilogueNode> {
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    refuse_tangents("epilogue", grads);
     const auto saved = ctx->get_saved_variables();
     const OptionalTensor bias = optional(saved[1]), shift = optional(saved[3]);
     const auto dim = ctx->saved_data["dim"].toInt();

@@ -160,6 +160,7 @@ std::vector<LayerGrads> fold_layers_backward(const std::vector<Layer>& layers,
     if (request.grad_weight.defined() && (request.weight || request.gate)) grad = incoming(request.grad_weight, weight);
     if (request.weight) {
       result.weight = request.overwrite && grad.defined() ? grad : at::empty_like(weight);
+      if (result.weight.is_view()) result.weight = result.weight.detach();  // a view made here refuses to be changed
     }
     if (request.gate) result.gate = at::empty_like(gate);
     if (request.bias && bias.defined()) result.bias = at::empty_like(gate);

@@ -29,6 +29,7 @@ struct FoldNode : torch::autograd::Function<FoldNode> {
 
   // A reference, not a copy: a copy of the list would hold the buffers a second time.
   static variable_list backward(AutogradContext* ctx, variable_list& grads) {
+    refuse_tangents("fold", grads);
     const auto saved = ctx->get_saved_variables();
     const auto groups = ctx->saved_data["groups"].toIntVector(), bias_at = ctx->saved_data["bias_at"].toIntVector(),
                shift_at = ctx->saved_data["shift_at"].toIntVector();

@@ -94,6 +94,7 @@ struct FusedNode : torch::autograd::Function<FusedNode> {
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     if (!grads[0].defined()) return variable_list(7);
+    refuse_tangents("fused product", {&grads[0]});
     const auto saved = ctx->get_saved_variables();
     const auto plan = ctx->saved_data["plan"].toIntVector();
     const auto part = [&](std::size_t k) { return IntArrayRef(plan).slice(4 + 2 * k, 2); };

@@ -71,6 +71,7 @@ struct GatedFoldNode final : Node {
     const std::lock_guard<std::mutex> lock(mutex_);
     TORCH_CHECK(!released_, "gated_fold: trying to backward through the graph a second time, after its buffers were "
                 "freed; pass retain_graph=True to the first backward()");
+    refuse_tangents("gated_fold", grads);
     const GatedFold& plan = *plan_;
     const std::size_t slices = plan.sizes.size(), count = plan.groups.size();
     variable_list inputs;

@@ -149,6 +149,7 @@ struct GatesNode : torch::autograd::Function<GatesNode> {
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    refuse_tangents("gates", grads);
     const auto saved = ctx->get_saved_variables();
     const auto sizes = ctx->saved_data["sizes"].toIntVector(), kinds = ctx->saved_data["kinds"].toIntVector();
     const bool eta_needs_grad = ctx->needs_input_grad(2);

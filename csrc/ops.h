@@ -50,8 +50,9 @@ bool ours(const Tensor& grad);
 bool records();
 bool recording(std::initializer_list<const Tensor*> tensors);
 
-// NotImplementedError for a tensor with a forward-mode tangent, which a node written out here would drop.
+// NotImplementedError for a tensor with a forward-mode tangent, which a node written out here would drop, or hand on.
 void refuse_tangents(const char* op, std::initializer_list<const Tensor*> tensors);
+void refuse_tangents(const char* op, TensorList gradients);
 
 // The gradients, behind a node that raises when one differentiates through them (under create_graph=True).
 variable_list once_differentiable(const char* op, variable_list gradients);

@@ -205,6 +205,7 @@ struct ProductNode final : Node {
     for (std::size_t i = 0; i < count; ++i) wanted[i] = task_should_compute_output(i);
     variable_list gradients(count);
     if (!grads[0].defined()) return gradients;
+    refuse_tangents(Product::name, {&grads[0]});
     TORCH_CHECK_NOT_IMPLEMENTED(eager({&grads[0]}), Product::name, ": the gradient of its result is no ordinary tensor, as "
                                 "with is_grads_batched=True; compute the layer with mrvae_kernels.reference");
     variable_list inputs(count);

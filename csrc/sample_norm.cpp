@@ -190,6 +190,7 @@ struct SampleNormNode : torch::autograd::Function<SampleNormNode> {
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     variable_list gradients(8);
     if (!grads[0].defined()) return gradients;
+    refuse_tangents(name, {&grads[0]});
     TORCH_CHECK_NOT_IMPLEMENTED(eager({&grads[0]}), name, ": the gradient of its result is no ordinary tensor, as with "
                                 "is_grads_batched=True; compute the layer with mrvae_kernels.reference");
     const auto list = ctx->get_saved_variables();
