@@ -21,6 +21,9 @@ GPU_TESTS := tests/test_gpu.py tests/cuda_core/test_cuda_products.py tests/ops t
 # bench.overhead get two fifths each and bench.growth one; each lists what it left out
 GPU_SECONDS ?= 540
 GPU_TEST_SECONDS ?= 170
+# remembers for which GPUs was built: another list builds anew
+empty :=
+CUDA_TARGETS := $(CUDA_VENV)/.targets-$(subst $(empty) ,-,$(subst ;,-,$(or $(TORCH_CUDA_ARCH_LIST),default)))
 # where the benchmarks' result files go; make bench-check measures anew, in about as much time, and compares
 RESULTS := bench/results
 CHECK_OUT := build/bench
@@ -101,7 +104,11 @@ $(CUDA_VENV)/.torch:
 	touch $@
 
 # not in place: mrvae_kernels/ holds the extension of $(VENV)
-$(CUDA_VENV)/.built: $(CUDA_VENV)/.torch $(BUILD_INPUTS) $(shell find mrvae_kernels -name '*.py')
+$(CUDA_TARGETS): $(CUDA_VENV)/.torch
+	rm -f $(CUDA_VENV)/.targets-*
+	touch $@
+
+$(CUDA_VENV)/.built: $(CUDA_VENV)/.torch $(CUDA_TARGETS) $(BUILD_INPUTS) $(shell find mrvae_kernels -name '*.py')
 	MRVAE_CUDA=1 $(CUDA_BIN)/python -m pip install --disable-pip-version-check --no-build-isolation --no-deps --force-reinstall .
 	touch $@
 

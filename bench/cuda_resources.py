@@ -28,22 +28,38 @@ from typing import Any
 import build_support as support
 
 SOURCES = support.ROOT / "csrc" / "cuda"
+SHIM = "cuda_shim.h"
+"""Included where MRVAE_SHIM is defined, which nvcc's builds do not do."""
 HEADING = "target  registers spill stack shared  kernel"
 
 
-def digests() -> dict[str, str]:
-    """SHA-256 of the text of each CUDA source, and of each header of ours that one of them includes, by its path."""
-    found: dict[str, str] = {}
-    left = sorted(SOURCES.glob("*.cu"))
+def files_of(*sources: Path) -> list[Path]:
+    """The sources, and every header of ours that one of them includes. ValueError for one that is not there."""
+    found: dict[Path, None] = {}
+    left = list(sources)
     while left:
-        path = left.pop()
-        name = path.relative_to(SOURCES.parent).as_posix()
-        if name not in found:
-            text = path.read_text(encoding="utf-8")  # whose lines end alike everywhere
-            found[name] = hashlib.sha256(text.encode()).hexdigest()
-            included = (path.parent / header for header in re.findall(r'^#include "(.+)"', text, re.MULTILINE))
-            left += [header.resolve() for header in included if header.exists()]
-    return dict(sorted(found.items()))
+        path = left.pop().resolve()
+        if path in found:
+            continue
+        found[path] = None
+        for name in re.findall(r'^\s*#\s*include\s*"([^"]+)"', path.read_text(encoding="utf-8"), re.MULTILINE):
+            if name == SHIM:
+                continue
+            folders = (path.parent, SOURCES.parent)
+            there = [folder / name for folder in folders if (folder / name).exists()]
+            if not there:
+                raise ValueError(f'{path.name} includes "{name}", which is in neither {folders[0]} nor {folders[1]}')
+            left.append(there[0])
+    return sorted(found)
+
+
+def compiled_from() -> dict[str, Any]:
+    """What decides about the kernels: nvcc's flags, and the SHA-256 of the text of each file by its path in csrc/."""
+    csrc, digests = SOURCES.parent.resolve(), {}
+    for path in files_of(*SOURCES.glob("*.cu")):
+        text = path.read_text(encoding="utf-8")  # whose lines end alike everywhere
+        digests[path.relative_to(csrc).as_posix()] = hashlib.sha256(text.encode()).hexdigest()
+    return {"nvcc_flags": list(support.NVCC_FLAGS), "sources": digests}
 
 
 def find_cuobjdump(toolkit: support.Toolkit) -> str:
@@ -131,6 +147,9 @@ def collect(objects: Path, toolkit: support.Toolkit, jobs: int) -> list[dict[str
         built = objects / "csrc" / "cuda" / f"{source.stem}.o"
         if not built.exists():
             raise support.CannotBuild(f"{source.name} has not been compiled into {objects}; run: make cuda")
+        changed = [path.name for path in files_of(source) if path.stat().st_mtime > built.stat().st_mtime]
+        if changed:
+            raise support.CannotBuild(f"{built} is older than {', '.join(changed)}; run: make cuda")
         dump = subprocess.run([tool, "--dump-resource-usage", str(built)], capture_output=True, text=True, check=True)
         results += [{"source": source.name, **found} for found in parse_usage(dump.stdout)]
     framed = sorted({(found["source"], found["target"]) for found in results if found["stack"]})
@@ -172,7 +191,7 @@ def line(found: dict[str, Any]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m bench.cuda_resources", description=__doc__)
-    parser.add_argument("--out", type=Path, help="write a JSON result file there")
+    parser.add_argument("--out", type=Path, help="write a JSON result file there, where nothing is wrong")
     parser.add_argument("--objects", type=Path, help="folder of the build; default: this interpreter's and torch's")
     options = parser.parse_args(arguments)
     import torch
@@ -194,11 +213,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"\n{len(results)} kernels over {support.names(wanted)} in {seconds:.0f} s, {len(wrong)} problems")
     for problem in wrong:
         print(problem)
-    if options.out:
+    if options.out and not wrong:
         commit = support.output_of("git", "describe", "--always", "--dirty") or "unknown"
         machine = {"commit": commit, "date": datetime.date.today().isoformat(), "cuda": toolkit.version}
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        document = {"machine": machine, "sources": digests(), "results": results}
+        document = {"machine": machine, **compiled_from(), "results": results}
         options.out.write_text(json.dumps(document, indent=1) + "\n")
         print(f"written: {options.out}")
     return 1 if wrong else 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 
@@ -59,24 +60,56 @@ def kernel(target: str, name: str = "gates<float>", **changes) -> dict:
 
 
 def test_the_committed_listing_is_of_these_sources_for_every_target_and_without_a_spill():
-    record, now = json.loads((ROOT / "bench" / "results" / "cuda-resources.json").read_text()), listing.digests()
-    changed = sorted(name for name in {*record["sources"], *now} if record["sources"].get(name) != now.get(name))
+    record, now = json.loads((ROOT / "bench" / "results" / "cuda-resources.json").read_text()), listing.compiled_from()
+    then, files = record["sources"], now["sources"]
+    changed = sorted(name for name in {*then, *files} if then.get(name) != files.get(name))
     assert not changed, f"the listing is of other sources ({', '.join(changed)}): run make cuda, commit it"
+    assert record["nvcc_flags"] == now["nvcc_flags"], "the listing is of other flags: run make cuda, commit it"
     assert not listing.problems(record["results"], ["sm_" + wanted.replace(".", "") for wanted in support.WANTED])
 
 
-def test_the_sources_are_those_that_the_kernels_are_compiled_from(tmp_path, monkeypatch):
-    names = set(listing.digests())
+def test_the_sources_are_those_that_the_kernels_are_compiled_from():
+    names = set(listing.compiled_from()["sources"])
     assert {"gate.h", "elementary.h", "cuda/kernels.h", "kernels.h"} < names
-    assert {f"cuda/{path.name}" for path in (ROOT / "csrc" / "cuda").iterdir()} == {n for n in names if "cuda/" in n}
+    kernels = {path.name for path in (ROOT / "csrc" / "cuda").iterdir() if path.suffix in (".cu", ".cuh", ".h")}
+    assert {f"cuda/{name}" for name in kernels} == {name for name in names if "cuda/" in name}
+
+
+@pytest.fixture
+def csrc(tmp_path, monkeypatch):
+    """A source that includes headers in every way that a compiler takes."""
     (tmp_path / "cuda").mkdir()
-    (tmp_path / "cuda" / "a.cu").write_text('#include <vector>\n#include "../b.h"\n#include "missing.h"\n')
+    lines = ("#include <vector>", '#include "../b.h"', '  # include"c.h"', '#include "cuda_shim.h"')
+    (tmp_path / "cuda" / "a.cu").write_text("\n".join(lines))
     (tmp_path / "b.h").write_text('#include "b.h"\n')
+    (tmp_path / "c.h").write_text("")
     monkeypatch.setattr(listing, "SOURCES", tmp_path / "cuda")
-    before = listing.digests()
-    assert list(before) == ["b.h", "cuda/a.cu"]
-    (tmp_path / "b.h").write_text("int changed;\n")
-    assert [name for name, digest in listing.digests().items() if digest != before[name]] == ["b.h"]
+    return tmp_path
+
+
+def test_a_change_of_any_header_or_flag_is_another_listing(csrc, monkeypatch):
+    before = listing.compiled_from()
+    assert list(before["sources"]) == ["b.h", "c.h", "cuda/a.cu"]
+    (csrc / "c.h").write_text("int changed;\n")
+    after = listing.compiled_from()["sources"]
+    assert [name for name, digest in after.items() if digest != before["sources"][name]] == ["c.h"]
+    monkeypatch.setattr(support, "NVCC_FLAGS", ("-O0",))
+    assert listing.compiled_from()["nvcc_flags"] != before["nvcc_flags"]
+    (csrc / "b.h").write_text('#include "missing.h"\n')
+    with pytest.raises(ValueError, match='b.h includes "missing.h", which is in neither'):
+        listing.compiled_from()
+
+
+def test_an_object_that_is_older_than_a_header_is_not_listed(csrc, monkeypatch):
+    monkeypatch.setattr(listing, "find_cuobjdump", lambda toolkit: "true")
+    built = csrc / "objects" / "csrc" / "cuda" / "a.o"
+    built.parent.mkdir(parents=True)
+    built.write_text("")
+    os.utime(built, (0, 0))
+    with pytest.raises(support.CannotBuild, match="a.o is older than b.h, c.h, a.cu; run: make cuda"):
+        listing.collect(csrc / "objects", None, 1)
+    os.utime(built)
+    assert listing.collect(csrc / "objects", None, 1) == []
 
 
 def test_registers_stack_and_shared_memory():
