@@ -26,7 +26,7 @@ DICTIONARIES = ("network_options", "likelihood_options", "gates")
 """Options that hold entries by name."""
 
 OF_MANY_BETAS = frozenset(
-    ("beta_range", "validation_betas", "sample", "stratified", "margin", "range_warmup", "weight_power")
+    ("beta_range", "validation_betas", "sample", "stratified", "ends", "margin", "range_warmup", "weight_power")
     + ("gates", "gate_degree", "gate_init", "gate_lr_factor", "exclude", "include", "gated", "norms")
 )
 """Options that say nothing to a run at one beta."""

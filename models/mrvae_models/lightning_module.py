@@ -145,7 +145,9 @@ class TrainingModule(pl.LightningModule):
         beta: float | Tensor
         if config.beta is None:
             stratified = config.stratified and config.sample == "example"  # one beta a step cannot be spread
-            beta = sample_beta(len(x), self._range_now(), config.sample, stratified=stratified, device=self.device)
+            beta = sample_beta(
+                len(x), self._range_now(), config.sample, stratified, config.ends, device=self.device
+            )
             output = self.model(x, beta=beta)
         else:
             beta = config.beta
