@@ -103,11 +103,11 @@ $(CUDA_VENV)/.torch:
 	$(CUDA_BIN)/python -m pip install --disable-pip-version-check $(CUDA_TORCH) setuptools wheel ninja pybind11 numpy
 	touch $@
 
-# not in place: mrvae_kernels/ holds the extension of $(VENV)
 $(CUDA_TARGETS): $(CUDA_VENV)/.torch
 	rm -f $(CUDA_VENV)/.targets-*
 	touch $@
 
+# not in place: mrvae_kernels/ holds the extension of $(VENV)
 $(CUDA_VENV)/.built: $(CUDA_VENV)/.torch $(CUDA_TARGETS) $(BUILD_INPUTS) $(shell find mrvae_kernels -name '*.py')
 	MRVAE_CUDA=1 $(CUDA_BIN)/python -m pip install --disable-pip-version-check --no-build-isolation --no-deps --force-reinstall .
 	touch $@

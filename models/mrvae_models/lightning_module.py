@@ -146,7 +146,7 @@ class TrainingModule(pl.LightningModule):
         if config.beta is None:
             stratified = config.stratified and config.sample == "example"  # one beta a step cannot be spread
             beta = sample_beta(
-                len(x), self._range_now(), config.sample, stratified, config.ends, device=self.device
+                len(x), self._range_now(), config.sample, stratified, device=self.device, ends=config.ends
             )
             output = self.model(x, beta=beta)
         else:

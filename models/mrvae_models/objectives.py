@@ -144,9 +144,9 @@ def sample_beta(
     beta_range: tuple[float, float] = (0.01, 10.0),
     mode: str = "example",
     stratified: bool = False,
-    ends: float = 0.0,
     generator: torch.Generator | None = None,
     device: torch.device | str | None = None,
+    ends: float = 0.0,
 ) -> Tensor:
     """Betas for a batch of n, log-uniform on [a, b], float32 (MR-VAE, Algorithm 1: log beta ~ U(log a, log b)).
 

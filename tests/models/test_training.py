@@ -32,7 +32,7 @@ def test_loss_is_the_mean_of_distortion_plus_beta_rate(config, monkeypatch, samp
     assert beta.unique().numel() == distinct
     assert 0.01 <= beta.min() <= beta.max() <= 10
     torch.manual_seed(1)
-    again = draw(16, (0.01, 10.0), sample, sample == "example", ends)  # the noise comes after the betas
+    again = draw(16, (0.01, 10.0), sample, sample == "example", ends=ends)  # the noise comes after the betas
     assert torch.equal(again, beta)
     output = module.model(x, beta=beta)
     p = torch.sigmoid(output.parameters)
