@@ -6,7 +6,9 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import pytest
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 
 import mrvae_kernels as mk
@@ -132,3 +134,11 @@ def operate(name: str, inputs: list[Tensor], strategy: str, activation: str | No
     """The operator of this case on such operands."""
     function, *_, options = OPERATORS[name]
     return function(*inputs, **options, activation=activation, strategy=strategy)
+
+
+def check_gradient_with_a_tangent(result: Tensor, leaf_of_it: Tensor, name: str) -> None:
+    """A gradient with a forward-mode tangent is refused: its node would drop the tangent, or hand on a wrong one."""
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(torch.ones_like(result), torch.ones_like(result))
+        with pytest.raises(NotImplementedError, match=f"forward AD with {name}.*mrvae_kernels.reference"):
+            torch.autograd.grad((result * dual).square().sum(), leaf_of_it)

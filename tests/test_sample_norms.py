@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import BETA, randomize
+from helpers import BETA, check_gradient_with_a_tangent, randomize
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
@@ -317,6 +317,7 @@ def test_tangents_are_refused():
         dual = torch.autograd.forward_ad.make_dual(x.detach(), torch.ones_like(x))
         with pytest.raises(NotImplementedError, match="forward AD with batch norm.*mrvae_kernels.reference"):
             gated(dual, BETA)
+    check_gradient_with_a_tangent(gated(x, BETA), gated.gate_weight, "batch norm")
 
 
 def test_vmap_and_one_element_a_channel():

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers import check_gradient_with_a_tangent
 from op_checks import (
     agree,
     check_compiled,
@@ -166,6 +167,11 @@ def test_opcheck_and_compile():
         return [torch.randn(n, c, side, side + 1), torch.randn(c), torch.rand(n, c), torch.rand(n, c)]
 
     check_compiled(functions(1, "silu")[0], [batch(4, 3, 5), batch(6, 5, 7), batch(2, 7, 3)])
+
+
+def test_a_gradient_with_a_tangent_is_refused():
+    u, gate = leaf(torch.randn(5, 3)), leaf(torch.rand(3))
+    check_gradient_with_a_tangent(ops.epilogue(u, None, gate, None, 1, "none"), u, "epilogue")
 
 
 def test_second_derivatives_are_refused():

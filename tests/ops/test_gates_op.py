@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from helpers import check_gradient_with_a_tangent
 from op_checks import (
     DEVICE,
     agree,
@@ -185,6 +186,8 @@ def test_second_derivatives_and_forward_mode_are_refused():
     weight, bias = parameters()
     with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match="jvp"):
         bank(torch.autograd.forward_ad.make_dual(weight, bias), bias, torch.tensor(0.1, dtype=torch.float64))
+    weight.requires_grad_()
+    check_gradient_with_a_tangent(bank(weight, bias, torch.tensor(0.1, dtype=torch.float64))[0], weight, "gates")
 
 
 @pytest.mark.parametrize(
