@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from mrvae_models.config import TrainConfig
 from test_data_files import hub
+from training_cases import small
 
 
 @pytest.fixture
@@ -30,16 +30,7 @@ def images(tmp_path_factory):
 
 @pytest.fixture
 def config(images, tmp_path):
-    return TrainConfig(
-        data=str(images),
-        out=str(tmp_path / "run"),
-        epochs=2,
-        batch_size=16,
-        network_options={"hidden": [12]},
-        latent=3,
-        validate_every=1,
-        validation_betas=3,
-        log_to=(),
-        margin=(1.0, 1.0),
+    return small(
+        images, tmp_path, epochs=2, batch_size=16, validate_every=1, validation_betas=3, margin=(1.0, 1.0),
         weight_power=0.0,
     )

@@ -27,7 +27,8 @@ from mrvae_models.config import TrainConfig
 from mrvae_models.lightning_module import TrainingModule
 from mrvae_models.options import read_json
 from mrvae_models.run import BEST, CONFIG, LAST, MODEL, load_model, replace_file, save_model, write_json
-from mrvae_models.training import TrainingInterrupted, train
+from mrvae_models.training import TrainingInterrupted
+from training_cases import run, small
 
 from mrvae_kernels import cost_model
 
@@ -49,24 +50,10 @@ def images(tmp_path_factory):
 
 @pytest.fixture
 def config(images, tmp_path):
-    return TrainConfig(
-        data=str(images),
-        out=str(tmp_path / "run"),
-        epochs=4,
-        batch_size=8,
-        network_options={"hidden": [12]},
-        latent=3,
-        validate_every=2,
-        validation_betas=2,
-        log_to=(),
-        binarize="dynamic",
-        warmup=0.5,
+    return small(
+        images, tmp_path, epochs=4, batch_size=8, validate_every=2, validation_betas=2, binarize="dynamic", warmup=0.5,
         seed=3,
     )
-
-
-def run(config, **options):
-    return train(config, progress=False, **options)
 
 
 def tensors(directory):

@@ -18,6 +18,7 @@ from mrvae_models.run import LAST, MODEL, build_model, describe, load_model, loa
 from mrvae_models.total_correlation import decompose
 from mrvae_models.training import train
 from torch import nn
+from training_cases import small
 
 
 @pytest.fixture
@@ -26,18 +27,7 @@ def config(tmp_path):
     generator = np.random.default_rng(0)
     images = generator.integers(0, 256, (61, 5, 5), dtype=np.uint8)
     np.savez(path, train_images=images[:49], test_images=images[49:])
-    return TrainConfig(
-        data=str(path),
-        out=str(tmp_path / "run"),
-        epochs=2,
-        batch_size=8,
-        network_options={"hidden": [12]},
-        latent=3,
-        validate_every=1,
-        validation_betas=2,
-        log_to=(),
-        weight_power=0.0,
-    )
+    return small(path, tmp_path, epochs=2, batch_size=8, validate_every=1, validation_betas=2, weight_power=0.0)
 
 
 TCVAE = {"objective": "beta-tcvae", "sample": "step"}

@@ -3,66 +3,17 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import check_gradient_with_a_tangent
 from op_checks import leaf, requires_extension
+from product_cases import LINEAR, PRODUCTS, WAYS, grads_of, layer, same, tensors_for
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-import mrvae_kernels as mk
-from mrvae_kernels import ops, reference
-
 pytestmark = requires_extension
-
-WAYS = [("fold", False), ("epilogue", False), ("epilogue", True)]
-GEOMETRY = ([2, 1], [1, 0], [1, 1], False, [0, 0], 1)
-GROUPED = ([2, 1], [1, 0], [1, 1], False, [0, 0], 3)
-TRANSPOSED = ([2, 1], [1, 0], [1, 1], True, [1, 0], 1)
-PRODUCTS = {
-    "linear": (ops.gated_linear, reference.gated_linear, (5, 4), (3, 4), ()),
-    "convolution": (ops.gated_convolution, reference.gated_convolution, (5, 4, 6, 5), (3, 4, 3, 2), GEOMETRY),
-    # results large enough to be kept no more: dW tells the gates' gradients
-    "large linear": (ops.gated_linear, reference.gated_linear, (1400, 4), (3, 4), ()),
-    "large convolution": (ops.gated_convolution, reference.gated_convolution, (120, 4, 6, 5), (3, 4, 3, 2), GEOMETRY),
-    "large grouped": (ops.gated_convolution, reference.gated_convolution, (120, 3, 6, 5), (3, 1, 3, 2), GROUPED),
-    "large transposed": (ops.gated_convolution, reference.gated_convolution, (40, 4, 6, 5), (4, 3, 3, 2), TRANSPOSED),
-}
-LINEAR = ("linear", "large linear")
-
-
-def tensors_for(product: str, per_sample: bool, shift: bool = False, dtype: torch.dtype = torch.float64) -> list:
-    *_, x, weight, _ = PRODUCTS[product]
-    c = weight[1] if product == "large transposed" else weight[0]
-    rows = (x[0], c) if per_sample else (c,)
-    values = [torch.randn(x), torch.randn(weight), torch.randn(c), torch.rand(rows) + 0.2]
-    return [v.to(dtype) for v in values] + [torch.randn(rows).to(dtype) if shift else None]
-
-
-def layer(product: str, activation: str, strategy: str) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
-    """The operator, and the formula."""
-    run, formula, *_, options = PRODUCTS[product]
-    return (
-        lambda *tensors: run(*tensors, *options, activation, strategy),
-        lambda *tensors: formula(*tensors, *options, activation, "epilogue"),
-    )
-
-
-def grads_of(run: Callable[..., Tensor], tensors: Sequence[Tensor | None]) -> list[Tensor]:
-    """The result, and the gradient of each tensor."""
-    leaves = [None if t is None else leaf(t) for t in tensors]
-    y = run(*leaves)
-    pattern = torch.linspace(-1, 2, y.numel(), dtype=y.dtype).view(y.shape).cos()
-    return [y.detach().clone(), *torch.autograd.grad(y, [t for t in leaves if t is not None], pattern)]
-
-
-def same(found: Sequence[Tensor], expected: Sequence[Tensor], **tolerance: float) -> None:
-    for value, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(value, other.to(value.dtype), **tolerance or {"rtol": 1e-10, "atol": 1e-12})
-
 
 CHANGES: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
     "mul_": (lambda y: y.mul_(2), lambda y: y * 2),
@@ -101,14 +52,6 @@ def test_a_result_changed_in_place_is_not_relied_on(change, strategy, per_sample
             )
 
 
-RESHAPED = {
-    "as it is": lambda y: y,
-    "viewed": lambda y: y.view(-1),
-    "viewed twice": lambda y: y.unsqueeze(0).view(-1),
-    "transposed": lambda y: y.transpose(0, 1),
-    "summed": lambda y: y.sum(0),
-}
-
 HOOKS = {
     "as they are": lambda: torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t),
     "on the CPU": torch.autograd.graph.save_on_cpu,
@@ -141,66 +84,6 @@ def test_a_checkpoint_that_goes_on_after_a_change_in_place(strategy, per_sample,
         return checkpoint(lambda *t: run(*t).mul_(2).tanh().square(), *given, use_reentrant=False)
 
     same(grads_of(recomputed, tensors), grads_of(lambda *t: (2 * formula(*t)).tanh().square(), tensors))
-
-
-@pytest.mark.parametrize("product", PRODUCTS)
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("shaped", RESHAPED)
-def test_a_gradient_of_nobody_else_s_may_be_overwritten(shaped, product, bias):
-    """The engine's own, as after gelu: du takes its memory."""
-    tensors = tensors_for(product, False)
-    if not bias:
-        tensors[2] = None
-    run, formula = (
-        lambda *t, f=f: F.gelu(RESHAPED[shaped](f(*t))).flatten() for f in layer(product, "none", "epilogue")
-    )
-    same(grads_of(run, tensors), grads_of(formula, tensors))
-
-
-@pytest.mark.parametrize("change", ["relu of a fold", "per sample"])
-def test_a_reshaped_gradient_of_nobody_else_s_is_overwritten(change):
-    """A view holds the tensor that it is of, which nobody else has then."""
-    x, beta = leaf(torch.randn(64, 3)), torch.rand(64) + 0.1
-    model = mk.multirate(nn.Sequential(nn.Linear(3, 96)), "sqrt")
-
-    def layer() -> Tensor:
-        if change == "per sample":
-            return model(x, beta=beta)
-        return ops.gated_linear(x, model.network[0].weight, None, torch.ones(96), None, "relu", "fold")
-
-    def allocations(reshape: Callable[[Tensor], Tensor]) -> int:
-        y = layer()
-        loss = F.gelu(reshape(y)).sum()
-        with torch.profiler.profile(profile_memory=True) as profile:
-            loss.backward()
-        return sum(event.self_cpu_memory_usage >= 4 * y.numel() for event in profile.events())
-
-    layer()  # a network's first call makes its gates in another way
-    for name in ("as it is", "viewed", "viewed twice", "transposed"):
-        assert allocations(RESHAPED[name]) == 1, name  # gelu's gradient
-
-
-@pytest.mark.parametrize("product", PRODUCTS)
-@pytest.mark.parametrize("activation", ["none", "relu"])
-@pytest.mark.parametrize(("strategy", "per_sample"), WAYS)
-@pytest.mark.parametrize("shaped", ["viewed", "viewed twice", "transposed"])
-def test_a_gradient_that_is_asked_for_too_is_left_as_it_is(shaped, strategy, per_sample, activation, product):
-    """The engine holds what the view is of, for the caller."""
-    tensors = tensors_for(product, per_sample)
-    found = []
-    for function in layer(product, activation, strategy):
-        leaves = [None if value is None else leaf(value) for value in tensors]
-        reshaped = RESHAPED[shaped](function(*leaves))
-        sought = [reshaped, *(value for value in leaves if value is not None)]
-        found.append([reshaped.detach(), *torch.autograd.grad(F.gelu(reshaped).sum(), sought)])
-    same(*found)
-
-
-@pytest.mark.parametrize("product", ["linear", "convolution"])
-@pytest.mark.parametrize(("strategy", "per_sample"), WAYS)
-def test_a_gradient_with_a_tangent_is_refused(strategy, per_sample, product):
-    leaves = [None if value is None else leaf(value) for value in tensors_for(product, per_sample)]
-    check_gradient_with_a_tangent(layer(product, "none", strategy)[0](*leaves), leaves[0], f"gated_{product}")
 
 
 def _holders(tensor: Tensor) -> int:
@@ -302,81 +185,6 @@ def test_retained_graphs_and_freed_ones(strategy, per_sample, activation, produc
     assert torch.equal(grad, before)
     with pytest.raises(RuntimeError, match="backward through the graph a second time.*pass retain_graph=True"):
         torch.autograd.grad(y, tensors, grad)
-
-
-@pytest.mark.parametrize("product", LINEAR)
-@pytest.mark.parametrize("activation", ["none", "relu"])
-@pytest.mark.parametrize(("strategy", "per_sample"), WAYS)
-def test_a_gradient_that_somebody_holds_is_left_alone(strategy, per_sample, activation, product):
-    tensors = tensors_for(product, per_sample)
-    run, formula = layer(product, activation, strategy)
-    held: dict[str, list[Tensor]] = {}
-
-    def watched(name: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        held[name] = []
-
-        def call(*given: Tensor) -> Tensor:
-            y = function(*given)
-            y.retain_grad()
-            y.register_hook(lambda grad: held[name].append(grad.view(-1)))  # a view alone keeps the memory
-            held[name + " result"] = [y]
-            return (y * y).sin()
-
-        return call
-
-    same(grads_of(watched("operator", run), tensors), grads_of(watched("formula", formula), tensors))
-    same(held["operator"], held["formula"])
-    same([y.grad for y in held["operator result"]], [y.grad for y in held["formula result"]])
-
-
-@pytest.mark.parametrize("product", LINEAR)
-@pytest.mark.parametrize("activation", ["none", "relu"])
-@pytest.mark.parametrize(("strategy", "per_sample"), WAYS)
-def test_gradients_asked_of_the_result_and_of_what_lies_before_it(strategy, per_sample, activation, product):
-    tensors = tensors_for(product, per_sample)
-    found = []
-    for function in layer(product, activation, strategy):
-        leaves = [None if t is None else leaf(t) for t in tensors]
-        y = function(*leaves)
-        found.append(torch.autograd.grad((y * y).sin().sum(), [y, *leaves[:4]]))
-    same(*found)
-
-
-FOREIGN = {
-    "expanded": lambda y: torch.tensor(0.7, dtype=y.dtype).expand(y.shape),
-    "strided": lambda y: torch.randn(*y.shape, 2, dtype=y.dtype)[..., 0],
-    "transposed": lambda y: torch.randn(y.shape[::-1], dtype=y.dtype).permute(*reversed(range(y.dim()))),
-}
-
-
-@pytest.mark.parametrize("product", PRODUCTS)
-@pytest.mark.parametrize(("strategy", "per_sample"), WAYS)
-@pytest.mark.parametrize("kind", FOREIGN)
-def test_gradients_of_any_layout(kind, strategy, per_sample, product):
-    for activation in ("none", "relu"):
-        tensors = tensors_for(product, per_sample)
-        found = []
-        run, formula = layer(product, activation, strategy)
-        y = run(*tensors)
-        grad = FOREIGN[kind](y)
-        before = grad.clone()
-        for function in (run, formula):
-            leaves = [None if t is None else leaf(t) for t in tensors]
-            found.append(torch.autograd.grad(function(*leaves), leaves[:4], grad))
-        same(*found)
-        assert torch.equal(grad, before)
-
-
-def test_two_layers_share_one_gradient():
-    """Of y = a + b both get the same tensor."""
-    tensors = tensors_for("linear", False)
-    found = []
-    for function in layer("linear", "relu", "epilogue"):
-        leaves = [None if t is None else leaf(t) for t in tensors]
-        x = leaves[0]
-        y = function(*leaves) + function(x * 2, *leaves[1:])
-        found.append(torch.autograd.grad(y.square().sum(), leaves[:4]))
-    same(*found)
 
 
 @pytest.mark.parametrize(("strategy", "per_sample"), WAYS)
