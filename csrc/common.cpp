@@ -51,7 +51,7 @@ bool ours(const Tensor& grad) {
   if (holders != 2 || !grad.is_view()) return holders == 1;
   // the gradient of a reshape is a view, which holds the tensor that it is of
   const auto& base = grad._base();
-  return base.use_count() == 1 && base.numel() == grad.numel() && grad.is_non_overlapping_and_dense();
+  return base.use_count() == 1 && base.numel() == grad.numel();
 }
 
 bool records() { return c10::GradMode::is_enabled() && !c10::InferenceMode::is_enabled(); }

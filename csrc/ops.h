@@ -43,7 +43,8 @@ inline const Tensor* pointer(const OptionalTensor& tensor) { return tensor.has_v
 inline OptionalTensor optional(const Tensor& tensor) { return tensor.defined() ? OptionalTensor(tensor) : std::nullopt; }
 inline bool given(const OptionalTensor& tensor) { return tensor.has_value() && tensor->defined(); }
 
-// A gradient buffer that only this node holds, as such or as a view: what may be overwritten.
+// A gradient buffer that only this node holds, as such or as a view of all of it: what may be overwritten, and handed on,
+// where its layout is that of the result.
 bool ours(const Tensor& grad);
 
 // Whether autograd records at all here, and whether it has to for one of these tensors.

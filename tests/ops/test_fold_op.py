@@ -186,6 +186,15 @@ def test_a_gradient_with_a_tangent_is_refused():
     check_gradient_with_a_tangent(model(x, beta=0.5), model.network[0].weight, "gated_fold")
 
 
+def test_a_gradient_keeps_no_more_memory_than_its_own():
+    """That of a part of a weight is a view of the whole one's."""
+    weight, x = leaf(torch.randn(16, 8)), torch.randn(32, 8)
+    (folded,), _ = ops.fold([weight], [None], [torch.ones(16)], [None], [0])
+    torch.nn.functional.linear(x, torch.cat([folded, torch.randn(48, 8)])).sum().backward()
+    torch.testing.assert_close(weight.grad, x.sum(0).expand(16, 8))
+    assert weight.grad.untyped_storage().nbytes() == weight.nbytes
+
+
 def test_a_gradient_may_be_changed_in_place():
     weight, x, factor = leaf(torch.randn(16, 8)), torch.randn(32, 8), leaf(torch.tensor(2.0))
     (folded,), _ = ops.fold([weight], [None], [torch.ones(16)], [None], [0])
