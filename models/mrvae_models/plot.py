@@ -112,6 +112,9 @@ def _curves(
         title=r"Objective at each $\beta$", xlabel=r"KL weight $\beta$", ylabel=r"D + $\beta$R (nats)", xscale="log"
     )
     active.set(title="Active units", xlabel=r"KL weight $\beta$", ylabel="latent dimensions in use", xscale="log")
+    drawn = (*others.values(), *marks.values())
+    for axis in (objective, active):  # before what is drawn: of a single beta no limits can be found
+        log_axis(axis, [*betas, *(beta for other in drawn for beta in other.column("beta"))])
     panels = [
         (plane, "rate", "distortion", "rate_se", "distortion_se"),
         (objective, "beta", "objective", None, "objective_se"),
@@ -160,12 +163,9 @@ def _curves(
                 mark_beta(axis, index, found.column("beta"))
         axis.margins(0.08)
     active.yaxis.set_major_locator(MaxNLocator(integer=True))
-    points = [point for each in (curve, *others.values(), *marks.values()) for point in each.points]
+    points = [point for each in (curve, *drawn) for point in each.points]
     most = max(1, *(point.active_units + np.nan_to_num(point.active_units_se) for point in points))
     active.set_ylim(-0.05 * most, 1.1 * most)  # points at 0 are drawn whole
-    for axis in (objective, active):
-        drawn = (*others.values(), *marks.values())
-        log_axis(axis, [*betas, *(beta for other in drawn for beta in other.column("beta"))])
     if others:
         objective.legend(loc="best")
     if marks:
@@ -175,15 +175,18 @@ def _curves(
 
 
 def log_axis(axis: Axes, betas: Sequence[float]) -> None:
-    """A log axis with plain numbers at powers of ten, and between them where there would be fewer than three."""
+    """A log axis with plain numbers at powers of ten, and between them where there would be fewer than three; of a
+    single beta, that number."""
     low, high = min(betas) / 1.5, max(betas) * 1.5
     axis.set_xlim(low, high)
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    for digits in ((1,), (1, 2, 5), (1, 2, 3, 4, 5, 6, 7, 8, 9)):
-        ticks = [float(f"{digit}e{power}") for power in powers for digit in digits]
-        ticks = [tick for tick in ticks if low <= tick <= high]
-        if len(ticks) >= 3:
-            break
+    ticks = [betas[0]]
+    if min(betas) < max(betas):
+        for digits in ((1,), (1, 2, 5), (1, 2, 3, 4, 5, 6, 7, 8, 9)):
+            ticks = [float(f"{digit}e{power}") for power in powers for digit in digits]
+            ticks = [tick for tick in ticks if low <= tick <= high]
+            if len(ticks) >= 3:
+                break
     axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axis.xaxis.set_minor_formatter(NullFormatter())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -90,6 +91,15 @@ def test_figure_has_labels_with_units_and_none_overlap(tmp_path, monkeypatch, be
     marked = [text.get_text() for text in axes[0].texts]
     assert rf"$\beta$ = {betas[0]:.3g}" in marked
     assert len(betas) == 1 or rf"$\beta$ = {betas[-1]:.3g}" in marked
+
+
+def test_a_curve_of_one_beta_is_drawn_without_a_warning_and_names_it(tmp_path, monkeypatch):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        figure = drawn(monkeypatch, sketched([0.5]), tmp_path / "curve.png")
+    for axis in figure.axes[1:]:
+        low, high = axis.get_xlim()
+        assert low < 0.5 < high and [text.get_text() for text in axis.get_xticklabels()] == ["0.5"]
 
 
 def test_a_figure_that_fails_writes_nothing(tmp_path):

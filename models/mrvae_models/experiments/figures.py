@@ -65,11 +65,11 @@ def _plot(axis: Axes, index: int, label: str, x: Any, y: Any, x_error: Any = Non
 def along(axis: Axes, rows: Sequence[Row], column: str, title: str, label: str) -> None:
     """A column against beta, a line each."""
     lines = along_beta(rows, column)
+    axis.set(title=title, xlabel=BETA, ylabel=label, xscale="log")
+    log_axis(axis, [beta for betas in lines.values() for beta in betas])
     for index, (line, betas) in enumerate(lines.items()):
         means, errors = _means(list(betas.values()))
         _plot(axis, index, line, list(betas), means, y_error=errors)
-    axis.set(title=title, xlabel=BETA, ylabel=label, xscale="log")
-    log_axis(axis, [beta for betas in lines.values() for beta in betas])
 
 
 def plane(axis: Axes, rows: Sequence[Row], title: str = "Rate-distortion curve") -> None:
@@ -97,6 +97,8 @@ def relative(axis: Axes, rows: Sequence[Row]) -> None:
     means, errors = _means(list(lines[reference].values()))
     base = dict(zip(lines[reference], means, strict=True))
     spread = np.array(errors) / np.array(means)
+    axis.set(title=rf"D + $\beta$R over that of {reference}", xlabel=BETA, ylabel="ratio", xscale="log")
+    log_axis(axis, list(base))
     axis.fill_between(list(base), 1 - spread, 1 + spread, color=LINE, alpha=0.15, linewidth=0)
     axis.axhline(1, color=LINE, linewidth=1.4, label=reference)
     for index, line in enumerate(others, 1):
@@ -104,8 +106,6 @@ def relative(axis: Axes, rows: Sequence[Row]) -> None:
         ratios = [[value / base[beta] for value in lines[line][beta]] for beta in shared]
         mean, error = _means(ratios)
         _plot(axis, index, line, shared, mean, y_error=error)
-    axis.set(title=rf"D + $\beta$R over that of {reference}", xlabel=BETA, ylabel="ratio", xscale="log")
-    log_axis(axis, list(base))
 
 
 def _legend(axis: Axes) -> None:
