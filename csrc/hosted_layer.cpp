@@ -4,6 +4,8 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 
+#include <algorithm>
+
 #include "product_node.h"
 
 namespace mrvae {
@@ -90,15 +92,31 @@ OptionalTensor HostedLayer::run_made(const StepGates& step, const Tensor& x, con
   return compute(*linear, x, weight, bias, Tensor(), std::nullopt, activation, strategy, nullptr, made);
 }
 
+namespace {
+
+// Ordinary numbers of the CPU, one after another.
+bool readable(const Tensor& beta) {
+  if (!beta.device().is_cpu() || beta.dim() > 1 || !beta.is_contiguous() || !eager({&beta})) return false;
+  return beta.scalar_type() == at::kFloat || beta.scalar_type() == at::kDouble;
+}
+
+}  // namespace
+
+std::optional<bool> all_positive(const Tensor& beta) {
+  if (!readable(beta)) return std::nullopt;
+  const auto all = [&](const auto* values) {
+    return std::all_of(values, values + beta.numel(), [](auto value) { return value > 0 && std::isfinite(value); });
+  };
+  return beta.scalar_type() == at::kDouble ? all(beta.const_data_ptr<double>()) : all(beta.const_data_ptr<float>());
+}
+
 double standardized(double beta, double low, double high) {
   const double mean = (std::log(low) + std::log(high)) / 2, deviation = (std::log(high) - std::log(low)) / std::sqrt(12.0);
   return (std::log(beta) - mean) / deviation;
 }
 
 OptionalTensor standardized(const Tensor& beta, double low, double high, at::ScalarType dtype) {
-  const auto ordinary = [&] { return beta.device().is_cpu() && beta.dim() <= 1 && beta.is_contiguous() && eager({&beta}); };
-  if (!ordinary() || beta.requires_grad() || beta._fw_grad(0).defined() || beta.numel() == 0) return std::nullopt;
-  if (beta.scalar_type() != at::kFloat && beta.scalar_type() != at::kDouble) return std::nullopt;
+  if (!readable(beta) || beta.requires_grad() || beta._fw_grad(0).defined() || beta.numel() == 0) return std::nullopt;
   at::AutoDispatchBelowADInplaceOrView below;
   const Tensor eta = at::empty(beta.sizes(), beta.options().dtype(dtype));
   constexpr double slack = 1e-4;  // float32 rounds 0.01 to 0.00999999978

@@ -35,6 +35,9 @@ struct HostedLayer : torch::CustomClassHolder {
                           Activation activation) const;
 };
 
+// Whether all betas on the CPU, (N,) or 0-d, are positive and finite; none where it cannot be told without a dispatch.
+std::optional<bool> all_positive(const Tensor& beta);
+
 // eta = (log beta - mean) / std over the range [low, high].
 double standardized(double beta, double low, double high);
 // The same for betas on the CPU, (N,) or 0-d, in this dtype; none where one of them is outside, for whoever says what to

@@ -148,10 +148,19 @@ OptionalTensor standardized_as(const Tensor& beta, double low, double high, bool
   return standardized(beta, low, high, wide ? at::kDouble : at::kFloat);
 }
 
+// of betas: True or False, and None where it could not be told
+PyObject* positive(PyObject*, PyObject* const* arguments) {
+  if (!THPVariable_CheckExact(arguments[0])) Py_RETURN_NONE;
+  const std::optional<bool> found = all_positive(THPVariable_Unpack(arguments[0]));
+  if (!found) Py_RETURN_NONE;
+  return PyBool_FromLong(*found);
+}
+
 }  // namespace
 
 void define_entry(py::module_& m) {
   m.def("standardized", &standardized_as);
+  m.add_object("all_positive", fast_function<positive, 1>("all_positive"));
   py::class_<Entry>(m, "Entry")
       .def(py::init<c10::intrusive_ptr<Stage>, c10::intrusive_ptr<GatedFold>, bool, std::vector<Shape>,
                     std::vector<std::tuple<std::size_t, py::str, py::str>>, double, double>())

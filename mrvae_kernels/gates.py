@@ -18,6 +18,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .ops import EXTENSION
+from .ops.shortcuts import core
+
 KINDS = ("sigmoid", "sqrt", "softplus", "identity")
 """Activation of a gate by its code in the operators; "identity" serves FiLM's shift only."""
 
@@ -198,6 +201,19 @@ def _check_values(low: float, high: float, bounds: BetaRange) -> None:
             "the response there is extrapolated",
             stacklevel=4,
         )
+
+
+def all_positive(beta: Tensor) -> bool:
+    """Whether every number of a tensor on the CPU is positive and finite. Not for torch.compile, which cannot see it.
+
+    For the objectives of a step, which are asked it between two kernels: 0.2 us of the compiled core's, where Python's
+    minimum and sum of 128 numbers are 5, and 15 to 30 while the caches hold other things.
+    """
+    found: bool | None = core().all_positive(beta) if EXTENSION else None
+    if found is None:
+        low, high = torch.aminmax(beta.detach()) if beta.numel() else (1, 1)  # a NaN is both
+        found = bool(low > 0 and high < math.inf)
+    return found
 
 
 def init_gates_(weight: Tensor, bias: Tensor, kind: str, init: str = "open") -> None:

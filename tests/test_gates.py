@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import mrvae_kernels as mk
-from mrvae_kernels.gates import GATE_KINDS, GateNetwork, init_gates_
+from mrvae_kernels import gates
+from mrvae_kernels.gates import GATE_KINDS, GateNetwork, all_positive, init_gates_
 from mrvae_kernels.reference import gate_activation, polynomials
 
 BOUNDS = mk.BetaRange(*RANGE)
@@ -281,3 +282,23 @@ def test_a_gate_network_starts_open_and_is_an_mlp_of_eta():
     expected = (network.output.weight @ h + network.output.bias[:, None])[:, 0]
     torch.testing.assert_close(network(torch.tensor(0.3)), expected)
     assert len(list(GateNetwork((5,), [3], ["sigmoid"], "paper").parameters())) == 4
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.int64])
+@pytest.mark.parametrize("place", [0, 4, 8])
+def test_betas_are_all_positive_or_one_of_them_is_not(monkeypatch, compiled, dtype, place):
+    if not compiled:
+        monkeypatch.setattr(gates, "EXTENSION", False)
+    betas = torch.full((9,), 3, dtype=dtype)
+    for strided in (betas, betas.repeat_interleave(2)[::2], betas[4], betas[:0]):
+        assert all_positive(strided) is True
+    for bad in (0.0, -1.0, *((math.nan, math.inf, -math.inf) if dtype.is_floating_point else ())):
+        betas[place] = bad
+        for holding in (betas, betas.repeat_interleave(2)[::2], betas[place]):
+            assert all_positive(holding) is False
+
+
+def test_betas_that_need_a_gradient_are_looked_at_too():
+    beta = torch.tensor([1.0, -1.0], requires_grad=True)
+    assert not all_positive(beta) and all_positive(beta.abs())
