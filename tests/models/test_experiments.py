@@ -7,12 +7,8 @@ import dataclasses
 import json
 import os
 import shlex
-import signal
 import statistics
-import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,13 +18,13 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from mrvae_models import training
 from mrvae_models.arguments import parser
-from mrvae_models.baking import bake_run, source_config
+from mrvae_models.baking import bake_run
 from mrvae_models.cli import config_of, main
 from mrvae_models.closed_form import eigenvalues, linear_optimum
 from mrvae_models.config import TrainConfig
 from mrvae_models.curve import evaluate
 from mrvae_models.data import load
-from mrvae_models.experiments import execution, launchers, recipe_study
+from mrvae_models.experiments import launchers, recipe_study
 from mrvae_models.experiments.catalogue import EXPERIMENTS, options_of
 from mrvae_models.experiments.command_lines import command_of
 from mrvae_models.experiments.evaluation import evaluated
@@ -41,7 +37,6 @@ from mrvae_models.recipes import gate_fields
 from mrvae_models.run import load_model
 from PIL import Image
 
-ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "OMP_NUM_THREADS": "1"}
 OPTIONS = {field.name for field in dataclasses.fields(TrainConfig)}
 TINY = {"epochs": 1, "batch_size": 500, "latent": 3, "network_options": {"hidden": [16]}}
 
@@ -182,73 +177,6 @@ def test_linear_is_held_to_its_closed_form(tmp_path):
         assert float(row["optimal_rate"]) == best.rate and float(row["optimal_distortion"]) == best.distortion
         assert float(row["objective"]) >= float(row["optimal_objective"])
     assert "above the optimum, at worst" in page
-
-
-SLOWER = ["--baselines", "constant", "--option", "batch_size=250", "--epochs", "12"]
-
-
-@pytest.mark.slow
-def test_killed_half_way_it_goes_on_and_ends_with_the_same_bits(tmp_path, monkeypatch):
-    line = [sys.executable, "-m", "mrvae_models", "experiment", "retraining", "--small", *SLOWER, "--out"]
-    killed, whole = tmp_path / "killed", tmp_path / "whole"
-    process = subprocess.Popen([*line, str(killed)], env=ENVIRONMENT, stdout=subprocess.DEVNULL)
-    second = killed / "runs" / "retrained-beta-0.01-0"
-    while not (second / "last.ckpt").exists() and process.poll() is None:
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert (second / "last.ckpt").exists() and not (second / "result.json").exists(), "killed in the second run"
-    assert (killed / "runs" / "multi-rate-0" / "result.json").exists() and not (killed / "results.csv").exists()
-    asked = []
-    train = training.train
-
-    def spy(config, **options):
-        asked.append((config.beta, options.get("resume", False)))
-        return train(config, **options)
-
-    monkeypatch.setattr(training, "train", spy)
-    assert main([*line[3:], str(killed)]) == 0
-    assert asked == [(0.01, True), (10.0, False)]
-    subprocess.run([*line, str(whole), "--processes", "2"], env=ENVIRONMENT, check=True, stdout=subprocess.DEVNULL)
-    assert (killed / "results.csv").read_bytes() == (whole / "results.csv").read_bytes()
-    for run in (killed / "runs").iterdir():
-        weights = whole / "runs" / run.name / "model.safetensors"
-        assert (run / "model.safetensors").read_bytes() == weights.read_bytes()
-
-
-def test_another_evaluation_of_a_run_trains_nothing_and_another_option_does(tmp_path, monkeypatch):
-    run = Run("line", 0, {**TINY, "beta": 1.0, "seed": 0}, (1.0,))
-    first = execute_one(tmp_path, run, Evaluation(draws=1))
-    asked = []
-    train = training.train
-
-    def spy(config, **options):
-        asked.append(options.get("resume", False))
-        return train(config, **options)
-
-    monkeypatch.setattr(training, "train", spy)
-    assert execute_one(tmp_path, run, Evaluation(draws=1)) == first and asked == []
-    more = execute_one(tmp_path, run, Evaluation(draws=3))
-    assert asked == [True] and more["seconds"] is None and more["columns"]["rate"] == first["columns"]["rate"]
-    assert more["columns"]["distortion"] != first["columns"]["distortion"]
-    other = dataclasses.replace(run, options={**run.options, "lr": 0.01})
-    assert execute_one(tmp_path, other, Evaluation(draws=1))["columns"] != first["columns"] and asked == [True, False]
-
-
-def test_a_run_waits_for_the_process_that_is_at_it(tmp_path):
-    entered = []
-
-    def second():
-        with execution._locked(tmp_path):
-            entered.append(time.monotonic())
-
-    with execution._locked(tmp_path):
-        thread = threading.Thread(target=second)
-        thread.start()
-        time.sleep(0.2)
-        assert entered == []
-    thread.join(5)
-    assert len(entered) == 1
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -427,26 +355,6 @@ def test_gates_with_hidden_layers_are_checked(text, message):
     }
     with pytest.raises(ValueError, match=message):
         TrainConfig(recipe="paper", gates={"encoder": text}).check()
-
-
-def test_a_result_from_before_an_option_existed_is_that_of_affine_gates(tmp_path, monkeypatch):
-    def run(degree: int):
-        options = {**TINY, "seed": 0, "gate_degree": degree}
-        return execute_one(tmp_path, Run("line", 0, options, (1.0,)), Evaluation(draws=1))
-
-    first = run(1)
-    document = json.loads((tmp_path / "result.json").read_text())
-    del document["config"]["gate_degree"]
-    (tmp_path / "result.json").write_text(json.dumps(document))
-
-    def trained(*arguments, **options):
-        raise InterruptedError
-
-    monkeypatch.setattr(training, "train", trained)
-    assert run(1)["columns"] == first["columns"]
-    assert source_config(document).gate_degree == 1
-    with pytest.raises(InterruptedError):
-        run(3)
 
 
 def test_gates_with_hidden_layers_have_no_degree():

@@ -20,6 +20,12 @@ from .plan import Evaluation, Run
 
 RESULT = "result.json"
 
+OF_MULTIRATE = frozenset(
+    entry.name for entry in dataclasses.fields(TrainConfig) if entry.metadata["group"] in ("beta", "gates", "recipe")
+) - {"beta"} | {"gate_lr_factor", "validation_betas"}
+"""Options that a run at one beta has no use for: with others its result is the same. (Of a recipe only those that
+it has chosen count.)"""
+
 Result = dict[str, Any]
 """Of one run: config, betas, evaluation, columns (name -> a value a beta), steps, seconds (of training) or None."""
 
@@ -101,15 +107,20 @@ def train_or_continue(config: TrainConfig) -> Any:
     from ..training import train
 
     directory = config.directory
-    unfinished = (directory / LAST).exists() and (directory / CONFIG).exists()
-    if unfinished and _same(TrainConfig.load(directory / CONFIG).to_dict(), config):
-        return train(config, resume=True, progress=False)
+    if (directory / LAST).exists() and (directory / CONFIG).exists():
+        saved = TrainConfig.load(directory / CONFIG)
+        if _same(saved.to_dict(), config):
+            return train(dataclasses.replace(saved, out=config.out), resume=True, progress=False)
     return train(config, force=True, progress=False)
 
 
 def _same(saved: Any, config: TrainConfig) -> bool:
     """Whether options saved are those of a run; the directory may have moved."""
-    return isinstance(saved, dict) and {**FORMERLY, **saved, "out": None} == {**config.to_dict(), "out": None}
+    unused = {"out"} if config.beta is None else {"out", *OF_MULTIRATE}
+    wanted = {name: value for name, value in config.to_dict().items() if name not in unused}
+    return isinstance(saved, dict) and wanted == {
+        name: value for name, value in {**FORMERLY, **saved}.items() if name not in unused
+    }
 
 
 def _result_there(directory: Path, config: TrainConfig, wanted: dict[str, Any]) -> Result | None:

@@ -1,0 +1,139 @@
+"""Results of runs that are there: taken as they are, finished after a kill, and made anew where an option differs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from mrvae_models import training
+from mrvae_models.baking import source_config
+from mrvae_models.cli import main
+from mrvae_models.config import TrainConfig
+from mrvae_models.experiments import execution
+from mrvae_models.experiments.execution import configured, execute_one
+from mrvae_models.experiments.plan import Evaluation, Run
+
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "OMP_NUM_THREADS": "1"}
+OPTIONS = {field.name for field in dataclasses.fields(TrainConfig)}
+SLOWER = ["--baselines", "constant", "--option", "batch_size=250", "--epochs", "12"]
+TINY = {"epochs": 1, "batch_size": 500, "latent": 3, "network_options": {"hidden": [16]}}
+
+
+@pytest.mark.slow
+def test_killed_half_way_it_goes_on_and_ends_with_the_same_bits(tmp_path, monkeypatch):
+    line = [sys.executable, "-m", "mrvae_models", "experiment", "retraining", "--small", *SLOWER, "--out"]
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    process = subprocess.Popen([*line, str(killed)], env=ENVIRONMENT, stdout=subprocess.DEVNULL)
+    second = killed / "runs" / "retrained-beta-0.01-0"
+    while not (second / "last.ckpt").exists() and process.poll() is None:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert (second / "last.ckpt").exists() and not (second / "result.json").exists(), "killed in the second run"
+    assert (killed / "runs" / "multi-rate-0" / "result.json").exists() and not (killed / "results.csv").exists()
+    asked = []
+    train = training.train
+
+    def spy(config, **options):
+        asked.append((config.beta, options.get("resume", False)))
+        return train(config, **options)
+
+    monkeypatch.setattr(training, "train", spy)
+    assert main([*line[3:], str(killed)]) == 0
+    assert asked == [(0.01, True), (10.0, False)]
+    subprocess.run([*line, str(whole), "--processes", "2"], env=ENVIRONMENT, check=True, stdout=subprocess.DEVNULL)
+    assert (killed / "results.csv").read_bytes() == (whole / "results.csv").read_bytes()
+    for run in (killed / "runs").iterdir():
+        weights = whole / "runs" / run.name / "model.safetensors"
+        assert (run / "model.safetensors").read_bytes() == weights.read_bytes()
+
+
+def test_another_evaluation_of_a_run_trains_nothing_and_another_option_does(tmp_path, monkeypatch):
+    run = Run("line", 0, {**TINY, "beta": 1.0, "seed": 0}, (1.0,))
+    first = execute_one(tmp_path, run, Evaluation(draws=1))
+    asked = []
+    train = training.train
+
+    def spy(config, **options):
+        asked.append(options.get("resume", False))
+        return train(config, **options)
+
+    monkeypatch.setattr(training, "train", spy)
+    assert execute_one(tmp_path, run, Evaluation(draws=1)) == first and asked == []
+    more = execute_one(tmp_path, run, Evaluation(draws=3))
+    assert asked == [True] and more["seconds"] is None and more["columns"]["rate"] == first["columns"]["rate"]
+    assert more["columns"]["distortion"] != first["columns"]["distortion"]
+    other = dataclasses.replace(run, options={**run.options, "lr": 0.01})
+    assert execute_one(tmp_path, other, Evaluation(draws=1))["columns"] != first["columns"] and asked == [True, False]
+
+
+def test_runs_at_one_beta_are_kept_where_gates_and_the_drawing_of_betas_change(tmp_path, monkeypatch):
+    changed = {"gate_degree": 1, "ends": 0.5, "weight_power": 0.0, "gates": {"encoder": "sigmoid"}}
+    assert set(changed) < execution.OF_MULTIRATE < OPTIONS and not {"beta", "lr"} & execution.OF_MULTIRATE
+
+    def run(beta, draws=1, **options):
+        out = tmp_path / str(beta)
+        made = Run("line", 0, {**TINY, "beta": beta, "seed": 0, **options}, (1.0,))
+        return execute_one(out, made, Evaluation(draws=draws))["columns"]
+
+    first, multirate = run(1.0), run(None)
+    weights = (tmp_path / "1.0" / "model.safetensors").read_bytes()
+    train = training.train
+
+    def not_anew(config, **options):
+        assert options.get("resume"), "trained again"
+        return train(config, **options)
+
+    monkeypatch.setattr(training, "train", not_anew)
+    assert run(1.0, **changed) == first
+    assert run(1.0, draws=3, **changed)["rate"] == first["rate"]
+    for name, value in changed.items():
+        with pytest.raises(AssertionError, match="trained again"):
+            run(None, **{name: value})
+    monkeypatch.undo()
+    training.train(configured(tmp_path / "again", {**TINY, "beta": 1.0, "seed": 0, **changed}), progress=False)
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == weights, "they change nothing"
+    assert run(None, **changed) != multirate
+
+
+def test_a_result_from_before_an_option_existed_is_that_of_affine_gates(tmp_path, monkeypatch):
+    def run(degree: int):
+        options = {**TINY, "seed": 0, "gate_degree": degree}
+        return execute_one(tmp_path, Run("line", 0, options, (1.0,)), Evaluation(draws=1))
+
+    first = run(1)
+    document = json.loads((tmp_path / "result.json").read_text())
+    del document["config"]["gate_degree"]
+    (tmp_path / "result.json").write_text(json.dumps(document))
+
+    def trained(*arguments, **options):
+        raise InterruptedError
+
+    monkeypatch.setattr(training, "train", trained)
+    assert run(1)["columns"] == first["columns"]
+    assert source_config(document).gate_degree == 1
+    with pytest.raises(InterruptedError):
+        run(3)
+
+
+def test_a_run_waits_for_the_process_that_is_at_it(tmp_path):
+    entered = []
+
+    def second():
+        with execution._locked(tmp_path):
+            entered.append(time.monotonic())
+
+    with execution._locked(tmp_path):
+        thread = threading.Thread(target=second)
+        thread.start()
+        time.sleep(0.2)
+        assert entered == []
+    thread.join(5)
+    assert len(entered) == 1
