@@ -132,11 +132,14 @@ class MultiRate(Recorded):
 
     def _add_gates(self, like: Tensor) -> None:
         specs = [e.spec for e in self._entries]
-        if len({(s.hidden, s.shared, s.degree) for s in specs}) > 1:
-            raise ValueError(
-                "gates differ in hidden, shared or degree; all gates of a network have the same degree, and the same "
-                "hidden layers, or none"
-            )
+        for entry in self._entries:
+            for name in ("degree", "hidden", "shared"):
+                here, there = (getattr(each.spec, name) for each in (entry, self._entries[0]))
+                if here != there:
+                    raise ValueError(
+                        f"the gate of {self._entries[0].name} has {name} {there}, that of {entry.name} has {here}; "
+                        f"expected one {name} for all gates of a network: give a GateSpec for each, in place of a name"
+                    )
         self.gate_networks: nn.ModuleList | None = None
         self.register_parameter("gate_weight", None)
         self.register_parameter("gate_bias", None)
@@ -387,4 +390,6 @@ def multirate(
     A layer's gate acts where the layer is called: code that computes with its weight itself (F.linear(x, layer.weight))
     goes past the gate, and `bake` would differ there.
     """
+    if isinstance(network, MultiRate):
+        raise ValueError("the network is a MultiRate already; call it with beta, or gate a fresh network")
     return MultiRate(network, gates, beta_range, include, exclude, norms)

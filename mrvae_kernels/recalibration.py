@@ -27,6 +27,8 @@ def recalibrate(model: Any, batches: Iterable[Any], beta: Beta) -> int:
         return 0
     if isinstance(batches, Tensor):
         raise TypeError("batches is one tensor; expected an iterable of inputs: [x]")
+    if not isinstance(batches, Iterable):
+        raise TypeError(f"batches is {batches!r}; expected an iterable of inputs first, and then beta")
     before = [{name: buffer.clone() for name, buffer in norm.named_buffers(recurse=False)} for norm in norms]
     training = {module: module.training for module in model.modules()}
     momenta = {norm: norm.momentum for norm in norms}
@@ -39,7 +41,16 @@ def recalibrate(model: Any, batches: Iterable[Any], beta: Beta) -> int:
     try:
         with torch.no_grad():
             for batch in batches:
-                model(*(batch if isinstance(batch, (tuple, list)) else (batch,)), beta=beta)
+                inputs = batch if isinstance(batch, (tuple, list)) else (batch,)
+                try:
+                    model(*inputs, beta=beta)
+                except TypeError as error:
+                    if len(inputs) == 1:
+                        raise
+                    raise TypeError(
+                        f"{error}: a batch of {len(inputs)} was passed as {len(inputs)} arguments; where batches are "
+                        "pairs with labels, give (x for x, label in batches)"
+                    ) from error
                 count += 1
         if count == 0:
             raise ValueError("batches is empty; running statistics need at least one batch")

@@ -131,6 +131,11 @@ def _resolve(network: nn.Module, gates: Gates | None) -> dict[str, GateSpec]:
         kinds = tuple(ADAPTERS)
         if not any(type(module) in kinds for module in modules[name].modules()):
             kind = type(modules[name]).__name__
+            if any(isinstance(module, Hosted) for module in modules[name].modules()):
+                raise ValueError(
+                    f"gates names {name!r}, whose layers are gated already, by an earlier multirate(); use that "
+                    "MultiRate, or gate a fresh network"
+                )
             raise ValueError(f"gates names {name!r}, a {kind} without any layer that can be gated")
     if not gates:
         raise ValueError("gates is empty; give a gate for at least one module")

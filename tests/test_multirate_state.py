@@ -67,6 +67,14 @@ def test_recalibrate_with_no_batch_or_a_failing_one_loses_nothing():
     assert build_network().recalibrate([], 0.3) == 0
 
 
+def test_recalibrate_says_what_to_do_with_pairs_and_with_swapped_arguments():
+    model, x = build_network(with_norm=True), images()
+    with pytest.raises(TypeError, match=r"a batch of 2 was passed as 2 arguments.*give \(x for x, label in batches\)"):
+        model.recalibrate([(x, torch.zeros(len(x)))], 0.3)
+    with pytest.raises(TypeError, match="batches is 0.3; expected an iterable of inputs first, and then beta"):
+        model.recalibrate(0.3, [x])
+
+
 def test_a_state_dict_goes_through_a_file_safely():
     model, x = build_network(with_norm=True), images()
     model(x, beta=0.3)
@@ -125,7 +133,7 @@ def test_a_record_from_before_there_was_a_degree_is_of_affine_gates():
 
 
 def test_gates_of_a_network_have_one_degree():
-    with pytest.raises(ValueError, match="gates differ in hidden, shared or degree"):
+    with pytest.raises(ValueError, match="has degree 3, that of decoder.*has 1; expected one degree for all gates"):
         build_network({"encoder": mk.GateSpec(degree=3), "decoder": "sqrt"})
 
 

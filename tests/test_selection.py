@@ -92,7 +92,7 @@ def test_include_and_exclude(include, exclude, expected):
         ({"gates": "cube"}, "gate kind is 'cube'"),
         (
             {"gates": {"encoder": mk.GateSpec(hidden=(4,)), "decoder": "sqrt"}},
-            "gates differ in hidden, shared or degree",
+            "the gate of encoder.0 has hidden (4,), that of decoder.0 has ()",
         ),
     ],
 )
@@ -102,6 +102,15 @@ def test_errors_name_what_is_wrong_and_leave_the_network_alone(options, message)
     with pytest.raises(ValueError, match=re.escape(message)):
         mk.multirate(network, **options)
     assert [type(m) for m in network.modules()] == classes
+
+
+def test_what_is_gated_already_says_so():
+    network = ConvolutionalVAE()
+    model = mk.multirate(network)
+    with pytest.raises(ValueError, match="the network is a MultiRate already; call it with beta"):
+        mk.multirate(model)
+    with pytest.raises(ValueError, match="gates names 'encoder', whose layers are gated already"):
+        mk.multirate(network)
 
 
 def test_a_string_for_include_is_a_type_error():

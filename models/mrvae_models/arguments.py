@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import textwrap
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -80,9 +81,19 @@ EPILOG = "exit codes: 0 done, 1 error, 2 wrong usage, 130 interrupted (and resum
 class _Parser(argparse.ArgumentParser):
     """One that says what is wrong in one line, and leaves the list of all options to --help."""
 
+    commands: Any = None  # of the top one: its parsers, by name
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's, but what a command does not know is its own error, with the nearest option that it has."""
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            command = self.commands.choices[found.command]
+            near = difflib.get_close_matches(unknown[0].partition("=")[0], command._option_string_actions, n=1)
+            hint = f": did you mean {near[0]}?" if near else ""
+            command.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+        return found
+
     def error(self, message: str) -> NoReturn:
-        if message.startswith("unrecognized arguments"):
-            message += " (after a COMMAND, --help lists those that it takes)"
         self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
 
 
@@ -95,8 +106,8 @@ class _Help(argparse.RawDescriptionHelpFormatter):
 
 def parser() -> argparse.ArgumentParser:
     """The whole command line; the options of `train` come from TrainConfig."""
-    top = _parser(_Parser, "mrvae", DESCRIPTION)
-    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    top: Any = _parser(_Parser, "mrvae", DESCRIPTION)
+    commands = top.commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, text, help, add in (
         ("train", TRAIN, "train one VAE for a range of betas", _add_train),
         ("curve", CURVE, "evaluate a run along beta and draw its rate-distortion curve", _add_curve),

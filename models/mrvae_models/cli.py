@@ -15,7 +15,7 @@ from typing import Any
 
 from .arguments import parser
 from .commands import MODULES
-from .config import TrainConfig, changes_of_resume
+from .config import OF_MANY_BETAS, TrainConfig, changes_of_resume
 from .objective_options import OF_ONE_BETA
 from .options import UsageError
 from .recipes import recipe_options
@@ -24,12 +24,6 @@ ERROR, USAGE, INTERRUPTED = 1, 2, 130
 
 DICTIONARIES = ("network_options", "likelihood_options", "gates")
 """Options that hold entries by name."""
-
-OF_MANY_BETAS = frozenset(
-    ("beta_range", "validation_betas", "sample", "stratified", "ends", "margin", "range_warmup", "weight_power")
-    + ("gates", "gate_degree", "gate_init", "gate_lr_factor", "exclude", "include", "gated", "norms")
-)
-"""Options that say nothing to a run at one beta."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -71,7 +65,7 @@ def _warn_once() -> Callable[..., None]:
 def _sentence(error: Exception) -> str:
     """One line for an error: its own message where we or a library meant it for users, with its type otherwise."""
     text = " ".join(str(error).split())
-    if isinstance(error, (ValueError, OSError, RuntimeError)) and text:
+    if isinstance(error, (ValueError, OSError, RuntimeError, ModuleNotFoundError)) and text:
         return text
     return f"{type(error).__name__}: {text} (run again with --debug for the traceback)"
 
@@ -101,6 +95,11 @@ def config_of(options: argparse.Namespace) -> TrainConfig:
         else:
             if options.config is not None or options.force:
                 raise ValueError("--resume takes the run's own configuration; leave out --config and --force")
+            if not (options.resume / "config.json").exists():
+                raise FileNotFoundError(
+                    f"{options.resume} holds no config.json; expected the directory of a run, as mrvae "
+                    "train writes it"
+                )
             saved = replace(TrainConfig.load(options.resume / "config.json"), out=str(options.resume))
             config = _changed(saved, given, entries)
             if changed := changes_of_resume(saved, config):
@@ -155,6 +154,7 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _curve(options: argparse.Namespace) -> int:
+    from .curve import Point
     from .report import points_table, report
 
     curve, written = report(
@@ -171,6 +171,10 @@ def _curve(options: argparse.Namespace) -> int:
         options.out,
     )
     print(points_table(curve.points))
+    if marked := curve.about.get("marked"):
+        print("\nwhere others land on the curve, with the curve's likelihood:")
+        points = [Point(**{name: value for name, value in each.items() if name != "name"}) for each in marked]
+        print(points_table(points, [each["name"] for each in marked]))
     print(f"nats an example, ± one standard error over {curve.about['evaluation']['examples']} examples")
     print("wrote " + ", ".join(str(path) for path in written), file=sys.stderr)
     return 0

@@ -522,6 +522,12 @@ class TrainConfig:
         return cls.from_dict(document, str(path))
 
 
+OF_MANY_BETAS = frozenset(
+    ("beta_range", "validation_betas", "sample", "stratified", "ends", "margin", "range_warmup", "weight_power")
+    + ("gates", "gate_degree", "gate_init", "gate_lr_factor", "exclude", "include", "gated", "norms")
+)
+"""Options that say nothing to a run at one beta."""
+
 CHANGEABLE = frozenset(
     ("out", "epochs", "max_time", "patience", "checkpoint_every_steps", "keep", "log_to")
     + ("accelerator", "devices", "num_nodes", "strategy", "threads")

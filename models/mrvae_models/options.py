@@ -89,6 +89,13 @@ _TYPES: dict[str, tuple[type | tuple[type, ...], Callable[[Any], bool]]] = {
 }
 
 
+WORDS = {
+    "int": "a whole number", "float": "a finite number", "str": "text", "bool": "true or false",
+    "dict[str, str]": "names with a text each", "dict[str, Any]": "names with a value each",
+    "tuple[str, ...]": "texts", "tuple[float, float]": "two finite numbers",
+}  # fmt: skip
+
+
 def check_type(name: str, value: Any, annotation: str) -> None:
     """ValueError, naming the option, unless the value has the type that its annotation says."""
     base, _, optional = annotation.partition(" | ")
@@ -96,7 +103,7 @@ def check_type(name: str, value: Any, annotation: str) -> None:
         return
     kind, fits = _TYPES[base]
     if not isinstance(value, kind) or not fits(value):
-        raise ValueError(f"{name} is {value!r}; expected {annotation}, finite where it is a number")
+        raise ValueError(f"{name} is {value!r}; expected {WORDS[base]}{', or none' if optional == 'None' else ''}")
 
 
 def expect(condition: bool, name: str, value: Any, expected: str) -> None:

@@ -170,7 +170,8 @@ def _curves(
         objective.legend(loc="best")
     if marks:
         handles = [pair for pair in zip(*plane.get_legend_handles_labels(), strict=True) if pair[1] in marks]
-        plane.legend(*zip(*handles, strict=True), loc="upper right", fontsize=7)
+        legend = plane.legend(*zip(*handles, strict=True), loc="upper right", fontsize=7, frameon=True)
+        legend.get_frame().set(edgecolor="#cccccc", alpha=0.9)  # its markers are no points of the plane
     mark_betas(plane, betas, np.column_stack([curve.column("rate"), curve.column("distortion")]))
 
 
@@ -252,7 +253,7 @@ def mosaic(
     They stand in the lowest of `total` rows, and the first of `columns` (default: n), so that rows of the same name
     line up between axes side by side, and images are of one size.
     """
-    pixels = np.concatenate([np.concatenate(list(_array(row)), axis=1) for row in rows], axis=0)
+    pixels = np.concatenate([np.concatenate(list(_tiles(row)), axis=1) for row in rows], axis=0)
     count, _, height, width = rows[0].shape
     first = (total - len(rows)) * height
     axis.imshow(
@@ -273,7 +274,10 @@ def mosaic(
         spine.set_visible(False)
 
 
-def _array(images: Tensor) -> np.ndarray:
-    """(n, C, H, W) as (n, H, W, C), with one channel or three."""
+def _tiles(images: Tensor) -> np.ndarray:
+    """(n, C, H, W) as (n, H, W, C), with one channel or three; colour images, which fill their squares, with a gap."""
     array = images.movedim(1, -1).numpy()
-    return array if array.shape[-1] in (1, 3) else array[..., :1]
+    if array.shape[-1] != 3:
+        return array[..., :1]
+    gap = max(1, round(array.shape[2] / 24))
+    return np.pad(array, ((0, 0), (0, gap), (0, gap), (0, 0)), constant_values=1.0)

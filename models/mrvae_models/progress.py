@@ -6,8 +6,10 @@ Both look at the numbers every few seconds only, or once an epoch: reading a los
 from __future__ import annotations
 
 import csv
+import math
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -39,6 +41,7 @@ class ProgressLine(Callback):
         self.interval = 0.5 if self.terminal else interval
         self._begun = self._due = 0.0
         self._first = 0
+        self._shown = -1
         self._width = 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -56,7 +59,8 @@ class ProgressLine(Callback):
         self._show(trainer, pl_module, now)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._show(trainer, pl_module, time.monotonic())
+        if trainer.global_step != self._shown:
+            self._show(trainer, pl_module, time.monotonic())
         self._close(trainer)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -66,7 +70,8 @@ class ProgressLine(Callback):
         if not trainer.is_global_zero:
             return
         assert isinstance(module, TrainingModule)
-        line = self._line(module, trainer.global_step, now)
+        self._shown = trainer.global_step
+        line = self._line(module, self._shown, now)
         if self.terminal:
             self.stream.write("\r" + line.ljust(self._width))
             self._width = len(line)
@@ -77,7 +82,7 @@ class ProgressLine(Callback):
     def _line(self, module: TrainingModule, step: int, now: float) -> str:
         config, steps = module.config, module.steps
         speed = (step - self._first) / max(now - self._begun, 1e-9)
-        epoch = min(config.epochs, step * config.epochs // steps + 1)
+        epoch = max(1, -(-step * config.epochs // steps))  # that of the step just done
         filled = 20 * step // steps
         parts = [f"epoch {epoch:>{len(str(config.epochs))}}/{config.epochs} [{'#' * filled}{'.' * (20 - filled)}]"]
         averages = module.recent_averages.take()
@@ -95,6 +100,44 @@ class ProgressLine(Callback):
             self.stream.write("\n")
             self.stream.flush()
             self._width = 0
+
+
+class JumpWarning(Callback):
+    """A warning, once the run has ended, that the loss of an epoch was far above that of an earlier one: finite, but
+    a network that was thrown off, and may not have come back.
+
+    Far: by more than `factor` times the least so far in magnitude, or times its fall until then, whichever is more. A
+    range of betas that grows (range_warmup) and an annealed KL raise the loss a few times at most.
+    """
+
+    factor = 10.0
+
+    def __init__(self) -> None:
+        self._first = self._least = math.inf
+        self._jump: tuple[int, float, float] | None = None
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, TrainingModule)
+        averages = pl_module.epoch_averages.means()
+        if averages is None:
+            return
+        if self._least == math.inf:
+            self._first = self._least = averages.loss
+        rise = averages.loss - self._least
+        far = self.factor * max(abs(self._least), self._first - self._least)
+        if rise > far and (self._jump is None or averages.loss > self._jump[1]):
+            self._jump = trainer.current_epoch + 1, averages.loss, self._least
+        self._least = min(self._least, averages.loss)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._jump is None or not trainer.is_global_zero:
+            return
+        epoch, loss, least = self._jump
+        warnings.warn(
+            f"training was thrown off: the loss rose from {least:.4g} to {loss:.4g} in epoch {epoch}. Train again with "
+            "--clip 100, --warmup 0.1 or a smaller --lr, and on few examples a smaller network",
+            stacklevel=2,
+        )
 
 
 class MetricsFile(Callback):

@@ -24,9 +24,9 @@ from .run import (
     SENTENCES,
     VOCABULARY,
     calibration_images,
-    check_directory,
     load_model,
     load_split,
+    output_directory,
     plain_network,
 )
 from .scored import scored_as
@@ -56,8 +56,7 @@ def report(
     mark: runs of methods that learn sigma or beta (beta-VAEs as well), each drawn where it has landed on this curve,
     its rate and distortion being those of its means as the curve's own Gaussian: their likelihoods may differ.
     """
-    out = run if out is None else out
-    check_directory(out)
+    out = output_directory(run, out)
     model, document = load_model(run)
     config = source_config(document)
     dataset = dataset_for(model, config, split, run)
@@ -84,7 +83,7 @@ def report(
         name, found = _mark(path, run, model, document, dataset, device, settings)
         marks[name] = Curve((*marks.get(name, Curve(())).points, *found.points))
     if marks:
-        about["marked"] = {name: asdict(point) for name, each in marks.items() for point in each.points}
+        about["marked"] = [{"name": name, **asdict(point)} for name, each in marks.items() for point in each.points]
     curve = Curve(curve.points, {**curve.about, **about})
     files = [out / name for name in CURVE_FILES]
     out.mkdir(parents=True, exist_ok=True)

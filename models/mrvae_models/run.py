@@ -214,6 +214,15 @@ def check_directory(directory: Path) -> None:
         raise FileExistsError(f"{directory} is a file; give --out a directory to write to")
 
 
+def output_directory(run: Path, out: Path | None) -> Path:
+    """Where a command on a run writes: `out`, or the run's own directory. Raises what read_description() does, where
+    `run` is no run, and check_directory()."""
+    read_description(run)
+    directory = run if out is None else out
+    check_directory(directory)
+    return directory
+
+
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file so that `path` is at all times either the old one or the new one, whole, kill -9 included.
 

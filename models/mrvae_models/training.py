@@ -50,7 +50,7 @@ from .preflight import (
     check_splits,
     remove_run,
 )
-from .progress import METRICS, MetricsFile, ProgressLine
+from .progress import METRICS, JumpWarning, MetricsFile, ProgressLine
 from .run import (
     BEST,
     CONFIG,
@@ -121,7 +121,12 @@ def train(config: TrainConfig, resume: bool = False, force: bool = False, progre
         checkpoint = read_checkpoint(last)
         check_checkpoint(checkpoint, description, config, last)
         _load_weights(model, checkpoint, last)
-        if checkpoint[KEY]["stopped_early"] or _epochs_done(checkpoint) >= config.epochs:
+        done = _epochs_done(checkpoint)
+        if config.epochs < done:
+            raise ValueError(
+                f"epochs is {config.epochs}, and the run in {directory} has done {done}; expected at least as many"
+            )
+        if checkpoint[KEY]["stopped_early"] or config.epochs == done:
             return _finish(config, description, model, checkpoint, validation_set, None)
         del checkpoint
     elif first and force:
@@ -152,6 +157,7 @@ def _fit(
     callbacks: list[pl.Callback] = [
         timer,
         MetricsFile(directory / METRICS if "csv" in config.log_to else None),
+        JumpWarning(),
         RunCheckpoint(config, description, directory, loader),
     ]
     if config.ema:

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import check_gradient_with_a_tangent
 from torch import Tensor
 
 import mrvae_kernels as mk
@@ -294,6 +295,12 @@ def test_differentiable_once():
     (gradient,) = torch.autograd.grad(fused(layer, tensors).sum(), tensors[1], create_graph=True)
     with pytest.raises(RuntimeError, match="differentiable once"):
         gradient.sum().backward()
+
+
+def test_a_gradient_with_a_tangent_is_refused():
+    layer = linear((4,), 8, 8, torch.float32, "tanh")
+    tensors = [value.requires_grad_() for value in layer.tensors()]
+    check_gradient_with_a_tangent(fused(layer, tensors), tensors[1], "fused product")
 
 
 @pytest.mark.parametrize(("change", "error", "message"), [

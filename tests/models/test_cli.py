@@ -105,7 +105,12 @@ def test_config_file_with_options_on_top(tmp_path):
     [
         ([], "the following arguments are required: COMMAND"),
         (["trian"], "invalid choice: 'trian'"),
-        (["train", "--epoch", "3"], "unrecognized arguments: --epoch"),
+        (
+            ["train", "--epoch", "3"],
+            "mrvae train: error: unrecognized arguments: --epoch 3: did you mean --epochs?; see mrvae train --help",
+        ),
+        (["bake", "--run", "RUN", "--beta", "1", "--zzz=1"], "unrecognized arguments: --zzz=1; see mrvae bake --help"),
+        (["train", "--beta", "nan"], "beta is nan; expected a finite number, or none"),
         (["train", "--epochs", "many"], "invalid int value: 'many'"),
         (["train", "--max-time", "soon"], "'soon' is no duration; expected seconds or units"),
         (["train", "--set", "hidden"], "'hidden' is no setting; expected NAME=VALUE"),
@@ -146,7 +151,12 @@ def test_unknown_key_of_a_config_file_is_wrong_usage(capsys, tmp_path):
         (["train", "--data", "{folder}/none.npz", "--out", "{folder}/new"], "none.npz"),
         (["train", "--data", "{folder}/images.npz", "--out", "{folder}/run"], "holds a run already"),
         (["train", "--config", "{folder}/none.json"], "none.json does not exist"),
-        (["train", "--resume", "{folder}/none"], "config.json does not exist"),
+        (["train", "--resume", "{folder}/none"], "holds no config.json; expected the directory of a run"),
+        (["train", "--resume", "{folder}/images.npz"], "images.npz holds no config.json; expected the directory"),
+        *(
+            ([*words, "--run", "{folder}/images.npz"], "images.npz holds no config.json; expected the directory")
+            for words in (["curve"], ["select", "--elbo"], ["metrics", "--metrics", "rate"])
+        ),
         (["curve", "--run", "{folder}/none"], "holds no config.json; expected the directory of a run"),
         (["curve", "--run", "{folder}/run", "--betas", "0"], "beta is 0.0; expected a positive"),
         *(
@@ -182,6 +192,16 @@ def test_resume_refuses_what_would_change_a_step(capsys, session):
     assert "lr is 0.001 in" in capsys.readouterr().err
     resumed = config("--resume", session / "run", "--epochs", "5")
     assert resumed == replace(TrainConfig.load(session / "run" / "config.json"), epochs=5)
+
+
+def test_resume_refuses_fewer_epochs_than_are_done_and_leaves_the_run_as_it_is(capsys, session):
+    directory = session / "run"
+    before = {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
+    done = TrainConfig.load(directory / "config.json").epochs
+    assert main(["train", "--resume", str(directory), "--epochs", str(done - 1)]) == 1
+    expected = f"epochs is {done - 1}, and the run in {directory} has done {done}; expected at least as many"
+    assert expected in capsys.readouterr().err
+    assert before == {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
 
 
 def test_a_run_that_was_moved_resumes_where_it_is(session, tmp_path):

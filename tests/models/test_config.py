@@ -36,7 +36,7 @@ def test_recipes_set_what_is_not_given():
         ({"beta_range": (0.0, 1.0)}, "beta_range"),
         ({"beta_range": (0.1, math.inf)}, "beta_range"),
         ({"epochs": 0}, "epochs is 0; expected a positive integer"),
-        ({"epochs": 1.5}, "epochs is 1.5; expected int"),
+        ({"epochs": 1.5}, "epochs is 1.5; expected a whole number"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"batch_size": 15, "devices": 2}, "batch_size is 15; expected a multiple of 2"),
         ({"lr": 0.0}, "lr is 0.0; expected a positive number"),

@@ -15,7 +15,7 @@ import pytest
 from mrvae_models import training
 from mrvae_models.baking import source_config
 from mrvae_models.cli import main
-from mrvae_models.config import TrainConfig
+from mrvae_models.config import OF_MANY_BETAS, TrainConfig
 from mrvae_models.experiments import execution
 from mrvae_models.experiments.execution import configured, execute_one
 from mrvae_models.experiments.plan import Evaluation, Run
@@ -76,7 +76,7 @@ def test_another_evaluation_of_a_run_trains_nothing_and_another_option_does(tmp_
 
 def test_runs_at_one_beta_are_kept_where_gates_and_the_drawing_of_betas_change(tmp_path, monkeypatch):
     changed = {"gate_degree": 1, "ends": 0.5, "weight_power": 0.0, "gates": {"encoder": "sigmoid"}}
-    assert set(changed) < execution.OF_MULTIRATE < OPTIONS and not {"beta", "lr"} & execution.OF_MULTIRATE
+    assert set(changed) < OF_MANY_BETAS < OPTIONS and not {"beta", "lr"} & OF_MANY_BETAS
 
     def run(beta, draws=1, **options):
         out = tmp_path / str(beta)

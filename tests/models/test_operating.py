@@ -269,7 +269,7 @@ def test_landings_of_trained_runs(runs, monkeypatch):
     assert method(TrainConfig(likelihood="gaussian"), 0.1) == "beta-VAE, beta = 0.1"
 
 
-def test_the_curve_marks_runs_where_they_land(runs, tmp_path, monkeypatch):
+def test_the_curve_marks_runs_where_they_land(runs, tmp_path, monkeypatch, capsys):
     drawn = {}
     draw = plot.draw
     monkeypatch.setattr(plot, "draw", lambda *args: (drawn.update(args[4]), draw(*args)))
@@ -277,7 +277,11 @@ def test_the_curve_marks_runs_where_they_land(runs, tmp_path, monkeypatch):
     arguments = ["curve", "--run", str(runs / "multi"), "--betas", "0.001", "0.1", "1", "--no-images"]
     assert main([*arguments, "--out", str(tmp_path), "--mark", *marked]) == 0
     assert list(drawn) == ["sigma-VAE, optimal", "BS-VAE, beta = 4", "sigma-VAE, per pixel", "L-VAE"]
-    about = json.loads((tmp_path / "curve.json").read_text())["about"]["marked"]
+    about = {each["name"]: each for each in json.loads((tmp_path / "curve.json").read_text())["about"]["marked"]}
+    lines = capsys.readouterr().out.splitlines()
+    others = lines[lines.index("where others land on the curve, with the curve's likelihood:") + 2 :]
+    assert [line[:20].strip() for line in others[:4]] == list(drawn)
+    assert f"{about['L-VAE']['distortion']:.2f}" in others[3]
     model = load_model(runs / "sigma")[0]
     with scored_as(model, Gaussian()):
         expected = evaluate(model, load(str(runs / "images.npz"), "test"), [model.likelihood.own.sigma ** 2]).points[0]

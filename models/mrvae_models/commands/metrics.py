@@ -86,11 +86,10 @@ def run(options: argparse.Namespace) -> int:
         raise UsageError(wrong)
     from ..baking import source_config
     from ..report import betas_of, calibration_for, check_betas, dataset_for, to_device
-    from ..run import check_directory, load_model, replace_file, versions, write_json
+    from ..run import load_model, output_directory, replace_file, versions, write_json
     from ..selection import call_metric, metric_called
 
-    out = options.run if options.out is None else options.out
-    check_directory(out)
+    out = output_directory(options.run, options.out)
     functions = {name: metric_called(name) for name in options.metrics}  # a mistyped one before anything heavy
     model, document = load_model(options.run)
     config = source_config(document)

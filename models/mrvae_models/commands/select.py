@@ -111,11 +111,10 @@ def run(options: argparse.Namespace) -> int:
     from ..curve import evaluate
     from ..operating import landing_of
     from ..report import calibration_for, check_comparable, dataset_for, points_table, to_device
-    from ..run import check_directory, load_model, versions, write_json
+    from ..run import load_model, output_directory, versions, write_json
     from ..selection import landed, select_beta
 
-    path = (options.out or options.run) / FILE
-    check_directory(path.parent)
+    path = output_directory(options.run, options.out) / FILE
     model, document = load_model(options.run)
     config = source_config(document)
     model = to_device(model, options.device)

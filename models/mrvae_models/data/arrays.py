@@ -135,7 +135,7 @@ def _damage(path: Path, key: str | None = None) -> Iterator[None]:
     except (ValueError, OSError, EOFError, KeyError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
         if "allow_pickle" in str(error):
             raise DataError(
-                f"{path}{f' [{key}]' if key else ''}: holds Python objects (or is no NumPy file), which could run code "
+                f"{path}{f' [{key}]' if key else ''}: is no NumPy file, or holds Python objects, which could run code "
                 "when read; expected plain numbers: save the images as one array, np.stack(images).astype('uint8')"
             ) from None
         raise DataError(

@@ -86,7 +86,7 @@ def decode(
             if resize is None and crop is None and image.size != size:
                 raise DataError(
                     f"{name}: {image.size[0]}x{image.size[1]} pixels, and {names[0]} has {size[0]}x{size[1]}; expected "
-                    "one size for all: pass resize=SIDE or resize=(HEIGHT, WIDTH)"
+                    "one size for all: pass --resize SIDE, in Python resize=SIDE or resize=(HEIGHT, WIDTH)"
                 )
     assert size is not None
     shape = (len(names), size[1], size[0]) + ((3,) if colour else ())

@@ -14,17 +14,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..config import FORMERLY, TrainConfig
+from ..config import FORMERLY, OF_MANY_BETAS, TrainConfig
 from ..options import read_json
 from .plan import Evaluation, Run
 
 RESULT = "result.json"
-
-OF_MULTIRATE = frozenset(
-    entry.name for entry in dataclasses.fields(TrainConfig) if entry.metadata["group"] in ("beta", "gates", "recipe")
-) - {"beta"} | {"gate_lr_factor", "validation_betas"}
-"""Options that a run at one beta has no use for: with others its result is the same. (Of a recipe only those that
-it has chosen count.)"""
 
 Result = dict[str, Any]
 """Of one run: config, betas, evaluation, columns (name -> a value a beta), steps, seconds (of training) or None."""
@@ -115,8 +109,9 @@ def train_or_continue(config: TrainConfig) -> Any:
 
 
 def _same(saved: Any, config: TrainConfig) -> bool:
-    """Whether options saved are those of a run; the directory may have moved."""
-    unused = {"out"} if config.beta is None else {"out", *OF_MULTIRATE}
+    """Whether options saved are those of a run; the directory may have moved. Of a run at one beta those that gates and
+    a range of betas have do not count, and of its recipe only what it has chosen."""
+    unused = {"out"} if config.beta is None else {"out", "recipe", *OF_MANY_BETAS}
     wanted = {name: value for name, value in config.to_dict().items() if name not in unused}
     return isinstance(saved, dict) and wanted == {
         name: value for name, value in {**FORMERLY, **saved}.items() if name not in unused
