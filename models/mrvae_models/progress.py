@@ -130,13 +130,14 @@ class JumpWarning(Callback):
         self._least = min(self._least, averages.loss)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, TrainingModule)
         if self._jump is None or not trainer.is_global_zero:
             return
         epoch, loss, least = self._jump
         warnings.warn(
-            f"training was thrown off: the loss rose from {least:.4g} to {loss:.4g} in epoch {epoch}. Train again with "
-            "--clip 100, --warmup 0.1 or a smaller --lr, and on few examples a smaller network",
-            stacklevel=2,
+            f"training was thrown off: the loss rose from {least:.4g} to {loss:.4g} in epoch {epoch}. Try a smaller "
+            f"--lr, such as {pl_module.config.lr / 10:g}, a longer --warmup or, with few examples, a smaller network",
+            stacklevel=1,  # to where it is: warnings of Lightning's are kept from the user
         )
 
 

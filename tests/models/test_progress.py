@@ -21,6 +21,7 @@ class Logged(TrainingModule):
         pl.LightningModule.__init__(self)
         averages = [Averages(loss, loss, 0.0) for loss in losses]
         self.epoch_averages = SimpleNamespace(means=lambda: averages.pop(0))
+        self.config = SimpleNamespace(lr=0.001)
 
 
 def jumps(losses, recwarn):
@@ -50,7 +51,13 @@ def test_a_loss_that_falls_or_rises_a_few_times_is_no_jump(losses, recwarn):
 ])
 def test_a_loss_that_jumps_is_told_once_with_what_to_do(losses, expected, recwarn):
     (told,) = jumps(losses, recwarn)
-    assert expected in told and "--clip 100, --warmup 0.1 or a smaller --lr" in told
+    assert expected in told and "Try a smaller --lr, such as 0.0001" in told
+
+
+def test_the_warning_reaches_the_user(images, tmp_path, monkeypatch):
+    monkeypatch.setattr(progress.JumpWarning, "factor", -1.0)  # the least rise of all is a jump
+    with pytest.warns(UserWarning, match="thrown off"):
+        train(small(images, tmp_path, epochs=2, batch_size=81), progress=False)
 
 
 def test_a_line_is_of_the_epoch_just_done_and_the_last_comes_once(images, tmp_path, monkeypatch):
