@@ -44,7 +44,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "gate_lr_factor": 10.0,
         "sample": "example",
         "stratified": True,
-        "margin": (1.0, 2.0),
+        "margin": (2.0, 1.5),
         "range_warmup": 0.0,
         "weight_power": 0.25,
         "epochs": 150,
