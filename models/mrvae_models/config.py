@@ -22,7 +22,7 @@ from .recipes import RECIPES, default_recipe, gate_fields, recipe_options
 FORMAT = "mrvae-run/1"
 """Written to config.json of a run; another format is refused."""
 
-FORMERLY: dict[str, Any] = {"gate_degree": 1, "ends": 0.0}
+FORMERLY: dict[str, Any] = {"gate_degree": 1}
 """What an option was in runs from before there was a choice."""
 
 FROM_RECIPE: Any = object()
@@ -203,14 +203,6 @@ class TrainConfig:
         FROM_RECIPE,
         "spread the betas of a batch evenly over the range; not with --sample step, which draws one",
         "beta",
-    )
-    ends: float = _option(
-        0.0,
-        "draw betas near both ends of the range more often, 1 / (1 - ENDS) times as often at the ends themselves and "
-        "1 / (1 + ENDS) times in the middle; 0 to less than 1",
-        "beta",
-        metavar="ENDS",
-        parse=float,
     )
     margin: tuple[float, float] = _option(
         FROM_RECIPE,
@@ -475,7 +467,6 @@ class TrainConfig:
             expect(value is None or value > 0, name, value, "a positive number")
         check_likelihood_options(self.likelihood, self.sigma, self.likelihood_options)
         expect(0 <= self.ema < 1, "ema", self.ema, "0 for none, or a decay below 1, e.g. 0.999")
-        expect(0 <= self.ends < 1, "ends", self.ends, "0 for log-uniform betas, or less than 1, e.g. 0.6")
         for name in ("warmup", "range_warmup"):
             expect(0 <= getattr(self, name) < 1, name, getattr(self, name), "a part of the run: from 0 to less than 1")
         expect(self.final_lr >= 0, "final_lr", self.final_lr, "zero or more")
@@ -523,7 +514,7 @@ class TrainConfig:
 
 
 OF_MANY_BETAS = frozenset(
-    ("beta_range", "validation_betas", "sample", "stratified", "ends", "margin", "range_warmup", "weight_power")
+    ("beta_range", "validation_betas", "sample", "stratified", "margin", "range_warmup", "weight_power")
     + ("gates", "gate_degree", "gate_init", "gate_lr_factor", "exclude", "include", "gated", "norms")
 )
 """Options that say nothing to a run at one beta."""

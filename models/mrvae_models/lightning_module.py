@@ -146,7 +146,7 @@ class TrainingModule(pl.LightningModule):
         if config.beta is None:
             stratified = config.stratified and config.sample == "example"  # one beta a step cannot be spread
             beta = sample_beta(
-                len(x), self._range_now(), config.sample, stratified, device=self.device, ends=config.ends
+                len(x), self._range_now(), config.sample, stratified, device=self.device
             )
             output = self.model(x, beta=beta)
         else:

@@ -144,17 +144,13 @@ def sample_beta(
     stratified: bool = False,
     generator: torch.Generator | None = None,
     device: torch.device | str | None = None,
-    ends: float = 0.0,
 ) -> Tensor:
     """Betas for a batch of n, log-uniform on [a, b], float32 (MR-VAE, Algorithm 1: log beta ~ U(log a, log b)).
 
     mode "example": one a sample, shape (n,). mode "step": one for the batch, 0-d.
     stratified (mode "example" only): one draw from each of n equal slices of [log a, log b], in random order, so that a
     batch covers the range evenly; each beta alone is still log-uniform.
-    ends, from 0 to less than 1: betas near a and b more often. log beta is at the part u - ends sin(2 pi u) / (2 pi) of
-    its range, u uniform on [0, 1]: its density is 1 / (1 - ends) times the uniform one at both ends, 1 / (1 + ends) in
-    the middle.
-    Raises ValueError for another mode, for a range that is not 0 < a <= b, both finite, and for other ends.
+    Raises ValueError for another mode, and for a range that is not 0 < a <= b, both finite.
     """
     a, b = beta_range
     if not (0 < a <= b and math.isfinite(b)):
@@ -163,15 +159,11 @@ def sample_beta(
         raise ValueError(f"mode is {mode!r}; expected 'example' (one beta a sample) or 'step' (one for the batch)")
     if stratified and mode == "step":
         raise ValueError("stratified=True spreads the betas of a batch, and mode='step' draws only one: use 'example'")
-    if not 0 <= ends < 1:
-        raise ValueError(f"ends is {ends}; expected 0 for log-uniform betas, or less than 1, e.g. 0.6")
     shape = (n,) if mode == "example" else ()
     source = generator.device if generator is not None else device
     uniform = torch.rand(shape, generator=generator, device=source)
     if stratified:
         uniform = (torch.randperm(n, generator=generator, device=source) + uniform) / n
-    if ends:
-        uniform = uniform - ends * torch.sin(2 * math.pi * uniform) / (2 * math.pi)
     beta = torch.exp(math.log(a) + uniform * (math.log(b) - math.log(a)))
     beta = beta.clamp(a, b)  # exp and log may step past an end by rounding
     return beta if device is None else beta.to(device)

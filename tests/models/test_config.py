@@ -43,7 +43,6 @@ def test_recipes_set_what_is_not_given():
         ({"lr": math.nan}, "lr is nan"),
         ({"final_lr": 1.0}, "final_lr is 1.0; expected at most lr"),
         ({"warmup": 1.0}, "warmup is 1.0; expected a part of the run"),
-        ({"ends": 1.0}, "ends is 1.0; expected 0 for log-uniform betas, or less than 1"),
         ({"range_warmup": -0.1}, "range_warmup is -0.1; expected a part of the run"),
         ({"gates": {"encoder": "relu"}}, "gate of encoder is 'relu'; expected one of sigmoid, sqrt, softplus"),
         ({"gates": {"encoder": "sqrt+"}}, r"gate is 'sqrt\+'; after its kind it may have \+shift"),

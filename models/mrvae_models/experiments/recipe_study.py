@@ -48,7 +48,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "betas from the range alone": {"margin": (1.0, 1.0)},
     "betas to 4 times the range's end": {"margin": (2.0, 4.0)},
     "betas to twice the range's end, as from half its start": {"margin": (2.0, 2.0)},
-    "betas near both ends more often": {"ends": 0.6},
     "range grows over 30 % of the run": {"range_warmup": 0.3},
     "all betas weigh the same": {"weight_power": 0.0},
     "weights (1 + beta)^(1/2)": {"weight_power": 0.5},
