@@ -133,7 +133,7 @@ class MultiRate(Recorded):
     def _add_gates(self, like: Tensor) -> None:
         specs = [e.spec for e in self._entries]
         for entry in self._entries:
-            for name in ("degree", "hidden", "shared"):
+            for name in ("hidden", "shared", "degree"):
                 here, there = (getattr(each.spec, name) for each in (entry, self._entries[0]))
                 if here != there:
                     raise ValueError(

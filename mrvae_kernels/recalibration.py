@@ -5,7 +5,8 @@ In training they mix the betas that were sampled, so that they are right for non
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import inspect
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +21,20 @@ def running_norms(network: nn.Module) -> list[_BatchNorm]:
     return [m for m in network.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
 
 
+def _arguments(network: nn.Module, batch: Any) -> Sequence[Any]:
+    """What the network is called with; TypeError for a tuple of more than it takes."""
+    if not isinstance(batch, (tuple, list)):
+        return (batch,)
+    try:
+        inspect.signature(network.forward).bind(*batch)
+    except TypeError as error:
+        raise TypeError(
+            f"a batch of {len(batch)} is as many arguments of the network, {error}: where batches are pairs with "
+            "labels, give (x for x, label in batches)"
+        ) from None
+    return batch
+
+
 def recalibrate(model: Any, batches: Iterable[Any], beta: Beta) -> int:
     """What MultiRate.recalibrate does; `model` is the MultiRate."""
     norms = running_norms(model.network)
@@ -27,8 +42,10 @@ def recalibrate(model: Any, batches: Iterable[Any], beta: Beta) -> int:
         return 0
     if isinstance(batches, Tensor):
         raise TypeError("batches is one tensor; expected an iterable of inputs: [x]")
-    if not isinstance(batches, Iterable):
-        raise TypeError(f"batches is {batches!r}; expected an iterable of inputs first, and then beta")
+    try:
+        inputs = iter(batches)
+    except TypeError:
+        raise TypeError(f"batches is {batches!r}; expected an iterable of inputs first, and then beta") from None
     before = [{name: buffer.clone() for name, buffer in norm.named_buffers(recurse=False)} for norm in norms]
     training = {module: module.training for module in model.modules()}
     momenta = {norm: norm.momentum for norm in norms}
@@ -40,17 +57,8 @@ def recalibrate(model: Any, batches: Iterable[Any], beta: Beta) -> int:
     count = 0
     try:
         with torch.no_grad():
-            for batch in batches:
-                inputs = batch if isinstance(batch, (tuple, list)) else (batch,)
-                try:
-                    model(*inputs, beta=beta)
-                except TypeError as error:
-                    if len(inputs) == 1:
-                        raise
-                    raise TypeError(
-                        f"{error}: a batch of {len(inputs)} was passed as {len(inputs)} arguments; where batches are "
-                        "pairs with labels, give (x for x, label in batches)"
-                    ) from error
+            for batch in inputs:
+                model(*_arguments(model.network, batch), beta=beta)
                 count += 1
         if count == 0:
             raise ValueError("batches is empty; running statistics need at least one batch")

@@ -69,7 +69,7 @@ def test_recalibrate_with_no_batch_or_a_failing_one_loses_nothing():
 
 def test_recalibrate_says_what_to_do_with_pairs_and_with_swapped_arguments():
     model, x = build_network(with_norm=True), images()
-    with pytest.raises(TypeError, match=r"a batch of 2 was passed as 2 arguments.*give \(x for x, label in batches\)"):
+    with pytest.raises(TypeError, match=r"a batch of 2 is as many arguments.*give \(x for x, label in batches\)"):
         model.recalibrate([(x, torch.zeros(len(x)))], 0.3)
     with pytest.raises(TypeError, match="batches is 0.3; expected an iterable of inputs first, and then beta"):
         model.recalibrate(0.3, [x])

@@ -86,12 +86,15 @@ class _Parser(argparse.ArgumentParser):
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As argparse's, but what a command does not know is its own error, with the nearest option that it has."""
         found, unknown = self.parse_known_args(args, namespace)
-        if unknown:
-            command = self.commands.choices[found.command]
-            near = difflib.get_close_matches(unknown[0].partition("=")[0], command._option_string_actions, n=1)
-            hint = f": did you mean {near[0]}?" if near else ""
-            command.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
-        return found
+        if not unknown:
+            return found
+        command = self if self.commands is None else self.commands.choices[found.command]
+        named = next((word.partition("=")[0] for word in unknown if word.startswith("-") and word != "--"), "")
+        near = difflib.get_close_matches(named, command._option_string_actions, n=1)
+        hint = f": did you mean {near[0]}?" if near else ""
+        if near == [named]:
+            hint = f": {named} goes behind {found.command}"
+        command.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 import mrvae_kernels as mk
 
-from .config import FORMERLY, TrainConfig
+from .config import TrainConfig, as_now
 from .curve import at, calibrated, calibration_batches, recalibration_noise
 from .networks.hierarchy import Hierarchy
 from .networks.lstm import SentenceVAE
@@ -205,4 +205,4 @@ def _listed(program: nn.Module) -> Callable[..., list[Tensor]]:
 
 def source_config(document: dict[str, Any]) -> TrainConfig:
     """The options of the run that a model comes from."""
-    return TrainConfig.from_dict({**FORMERLY, **document["config"]}, CONFIG)
+    return TrainConfig.from_dict(as_now(document["config"]), CONFIG)

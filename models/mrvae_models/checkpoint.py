@@ -27,7 +27,7 @@ import torch
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 
-from .config import CHANGEABLE, FORMERLY, TrainConfig
+from .config import CHANGEABLE, TrainConfig, as_now
 from .data import Batches
 from .lightning_module import OBJECTIVE, TrainingModule
 from .run import BEST, LAST, first_lines, replace_file
@@ -106,7 +106,7 @@ def check_checkpoint(
     """
     saved = checkpoint[KEY]
     known = {entry.name for entry in fields(TrainConfig)}
-    options = {**FORMERLY, **saved["config"]}
+    options = as_now(saved["config"])
     defaults = TrainConfig(**{name: value for name, value in options.items() if name in known}).to_dict()
     wanted = {**{k: v for k, v in config.to_dict().items() if k not in CHANGEABLE}, **description}
     held = {**{k: v for k, v in {**defaults, **options}.items() if k not in CHANGEABLE}, **saved["model"]}

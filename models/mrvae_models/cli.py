@@ -17,7 +17,7 @@ from .arguments import parser
 from .commands import MODULES
 from .config import OF_MANY_BETAS, TrainConfig, changes_of_resume
 from .objective_options import OF_ONE_BETA
-from .options import UsageError
+from .options import UsageError, config_file
 from .recipes import recipe_options
 
 ERROR, USAGE, INTERRUPTED = 1, 2, 130
@@ -65,7 +65,8 @@ def _warn_once() -> Callable[..., None]:
 def _sentence(error: Exception) -> str:
     """One line for an error: its own message where we or a library meant it for users, with its type otherwise."""
     text = " ".join(str(error).split())
-    if isinstance(error, (ValueError, OSError, RuntimeError, ModuleNotFoundError)) and text:
+    of_ours = isinstance(error, ModuleNotFoundError) and "pip install" in text
+    if text and (of_ours or isinstance(error, (ValueError, OSError, RuntimeError))):
         return text
     return f"{type(error).__name__}: {text} (run again with --debug for the traceback)"
 
@@ -95,12 +96,7 @@ def config_of(options: argparse.Namespace) -> TrainConfig:
         else:
             if options.config is not None or options.force:
                 raise ValueError("--resume takes the run's own configuration; leave out --config and --force")
-            if not (options.resume / "config.json").exists():
-                raise FileNotFoundError(
-                    f"{options.resume} holds no config.json; expected the directory of a run, as mrvae "
-                    "train writes it"
-                )
-            saved = replace(TrainConfig.load(options.resume / "config.json"), out=str(options.resume))
+            saved = replace(TrainConfig.load(config_file(options.resume)), out=str(options.resume))
             config = _changed(saved, given, entries)
             if changed := changes_of_resume(saved, config):
                 name = changed[0]
@@ -173,7 +169,7 @@ def _curve(options: argparse.Namespace) -> int:
     print(points_table(curve.points))
     if marked := curve.about.get("marked"):
         print("\nwhere others land on the curve, with the curve's likelihood:")
-        points = [Point(**{name: value for name, value in each.items() if name != "name"}) for each in marked]
+        points = [Point(**{entry.name: each[entry.name] for entry in fields(Point)}) for each in marked]
         print(points_table(points, [each["name"] for each in marked]))
     print(f"nats an example, ± one standard error over {curve.about['evaluation']['examples']} examples")
     print("wrote " + ", ".join(str(path) for path in written), file=sys.stderr)

@@ -25,6 +25,9 @@ FORMAT = "mrvae-run/1"
 FORMERLY: dict[str, Any] = {"gate_degree": 1}
 """What an option was in runs from before there was a choice."""
 
+GONE: dict[str, Any] = {"ends": 0.0}
+"""Options that there are no more, and the value that did nothing."""
+
 FROM_RECIPE: Any = object()
 """Default of the options that a recipe sets together."""
 
@@ -509,7 +512,7 @@ class TrainConfig:
             document = document.get("config", {})
             if not isinstance(document, dict):
                 raise ValueError(f"{path}: entry 'config' is {document!r}; expected an object of options")
-            document = {**FORMERLY, **document}
+            document = as_now(document)
         return cls.from_dict(document, str(path))
 
 
@@ -518,6 +521,12 @@ OF_MANY_BETAS = frozenset(
     + ("gates", "gate_degree", "gate_init", "gate_lr_factor", "exclude", "include", "gated", "norms")
 )
 """Options that say nothing to a run at one beta."""
+
+def as_now(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Options as an earlier version may have saved them: later ones as they were then, without idle ones now gone."""
+    options = {**FORMERLY, **saved}
+    return {name: value for name, value in options.items() if name not in GONE or value != GONE[name]}
+
 
 CHANGEABLE = frozenset(
     ("out", "epochs", "max_time", "patience", "checkpoint_every_steps", "keep", "log_to")

@@ -145,9 +145,7 @@ class TrainingModule(pl.LightningModule):
         beta: float | Tensor
         if config.beta is None:
             stratified = config.stratified and config.sample == "example"  # one beta a step cannot be spread
-            beta = sample_beta(
-                len(x), self._range_now(), config.sample, stratified, device=self.device
-            )
+            beta = sample_beta(len(x), self._range_now(), config.sample, stratified, device=self.device)
             output = self.model(x, beta=beta)
         else:
             beta = config.beta
@@ -191,6 +189,8 @@ class TrainingModule(pl.LightningModule):
         return low, low * (high / low) ** self._part_of_range()
 
     def _part_of_range(self) -> float:
+        if self.config.beta is not None:
+            return 1.0
         warmup = self.config.range_warmup * self.steps
         return min(1.0, (self.global_step + 1) / warmup) if warmup else 1.0
 

@@ -9,6 +9,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+CONFIG = "config.json"
+"""Name of the file that says what a run is."""
+
 
 class UsageError(Exception):
     """Arguments that parse but make no sense: exit code 2."""
@@ -43,6 +46,16 @@ def parse_gate(text: str) -> tuple[str, str]:
             f"{text!r} is no gate; expected MODULE=KIND, such as decoder=softplus or decoder=softplus+shift"
         )
     return module, kind
+
+
+def config_file(directory: str | Path) -> Path:
+    """The CONFIG of a run's directory; FileNotFoundError where there is none."""
+    path = Path(directory) / CONFIG
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{directory} holds no {CONFIG}; expected the directory of a run, as mrvae train writes it"
+        )
+    return path
 
 
 def read_json(path: str | Path) -> dict[str, Any]:

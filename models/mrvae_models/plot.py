@@ -253,8 +253,9 @@ def mosaic(
     They stand in the lowest of `total` rows, and the first of `columns` (default: n), so that rows of the same name
     line up between axes side by side, and images are of one size.
     """
-    pixels = np.concatenate([np.concatenate(list(_tiles(row)), axis=1) for row in rows], axis=0)
-    count, _, height, width = rows[0].shape
+    tiles = [_tiles(row) for row in rows]
+    pixels = np.concatenate([np.concatenate(list(row), axis=1) for row in tiles], axis=0)
+    count, height, width = tiles[0].shape[:3]
     first = (total - len(rows)) * height
     axis.imshow(
         np.clip(pixels, 0, 1).squeeze(-1) if pixels.shape[-1] == 1 else np.clip(pixels, 0, 1),
@@ -279,5 +280,5 @@ def _tiles(images: Tensor) -> np.ndarray:
     array = images.movedim(1, -1).numpy()
     if array.shape[-1] != 3:
         return array[..., :1]
-    gap = max(1, round(array.shape[2] / 24))
+    gap = max(1, round(min(array.shape[1:3]) / 24))
     return np.pad(array, ((0, 0), (0, gap), (0, gap), (0, 0)), constant_values=1.0)

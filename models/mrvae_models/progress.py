@@ -42,6 +42,7 @@ class ProgressLine(Callback):
         self._begun = self._due = 0.0
         self._first = 0
         self._shown = -1
+        self._averages: Averages | None = None
         self._width = 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -59,7 +60,7 @@ class ProgressLine(Callback):
         self._show(trainer, pl_module, now)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.global_step != self._shown:
+        if self.terminal or trainer.global_step != self._shown:
             self._show(trainer, pl_module, time.monotonic())
         self._close(trainer)
 
@@ -85,7 +86,7 @@ class ProgressLine(Callback):
         epoch = max(1, -(-step * config.epochs // steps))  # that of the step just done
         filled = 20 * step // steps
         parts = [f"epoch {epoch:>{len(str(config.epochs))}}/{config.epochs} [{'#' * filled}{'.' * (20 - filled)}]"]
-        averages = module.recent_averages.take()
+        averages = self._averages = module.recent_averages.take() or self._averages
         if averages is not None:
             parts.append(
                 f"loss {averages.loss:7.2f}  distortion {averages.distortion:7.2f}  rate {averages.rate:6.2f} nats"
@@ -104,28 +105,34 @@ class ProgressLine(Callback):
 
 class JumpWarning(Callback):
     """A warning, once the run has ended, that the loss of an epoch was far above that of an earlier one: finite, but
-    a network that was thrown off, and may not have come back.
+    of a network that was thrown off, and may not have come back.
 
-    Far: by more than `factor` times the least so far in magnitude, or times its fall until then, whichever is more. A
-    range of betas that grows (range_warmup) and an annealed KL raise the loss a few times at most.
+    Far: above the least so far by more than `factor` times the larger of its magnitude and the first epoch's. A range
+    of betas that grows (range_warmup) and an annealed KL raise the loss less.
     """
 
     factor = 10.0
 
     def __init__(self) -> None:
-        self._first = self._least = math.inf
-        self._jump: tuple[int, float, float] | None = None
+        self._first: float | None = None
+        self._least = math.inf
+        self._jump: tuple[int, float, float] | None = None  # epoch, loss and the least before it
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"first": self._first, "least": self._least, "jump": self._jump}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._first, self._least, self._jump = (state_dict[name] for name in ("first", "least", "jump"))
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, TrainingModule)
         averages = pl_module.epoch_averages.means()
         if averages is None:
             return
-        if self._least == math.inf:
+        if self._first is None:
             self._first = self._least = averages.loss
-        rise = averages.loss - self._least
-        far = self.factor * max(abs(self._least), self._first - self._least)
-        if rise > far and (self._jump is None or averages.loss > self._jump[1]):
+        far = self.factor * max(abs(self._first), abs(self._least))
+        if averages.loss - self._least > far and (self._jump is None or averages.loss > self._jump[1]):
             self._jump = trainer.current_epoch + 1, averages.loss, self._least
         self._least = min(self._least, averages.loss)
 
@@ -135,8 +142,9 @@ class JumpWarning(Callback):
             return
         epoch, loss, least = self._jump
         warnings.warn(
-            f"training was thrown off: the loss rose from {least:.4g} to {loss:.4g} in epoch {epoch}. Try a smaller "
-            f"--lr, such as {pl_module.config.lr / 10:g}, a longer --warmup or, with few examples, a smaller network",
+            f"{pl_module.config.directory}: training was thrown off, the loss rose from {least:.4g} to {loss:.4g} in "
+            f"epoch {epoch}. Try a smaller --lr, such as {pl_module.config.lr / 10:g}, or, with few examples, a "
+            "smaller network",
             stacklevel=1,  # to where it is: warnings of Lightning's are kept from the user
         )
 

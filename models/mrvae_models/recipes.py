@@ -13,8 +13,9 @@
 What `ranked` changes, and why: in a plain multi-rate VAE no latent variable switches off at large beta, since nothing
 tells them apart and since a collapsed one still feeds its noise to the decoder, whose gates scale outputs only. So the
 posterior's heads and a gate on the decoder's inputs start with one threshold in beta for each latent variable; large
-betas weigh a little more and are drawn beyond the range's end. Affine gates only rise or only fall along beta, which
-costs 1 % of D + beta R (docs/response-quality.md): these are cubic.
+betas weigh a little more, and betas are drawn beyond both ends of the range, at whose edge the response is learnt
+worst. Affine gates only rise or only fall along beta, which costs 1 % of D + beta R (docs/response-quality.md): these
+are cubic.
 
 What `text` changes: a decoder that sees the words before it soon does without z, at any beta (posterior collapse). So
 betas are drawn from a tenth of the range's low end on, and the range grows to its whole only over half of the run: what

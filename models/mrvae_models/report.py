@@ -79,11 +79,13 @@ def report(
     if others:
         about["compared"] = [str(path) for path in compare]
     marks: dict[str, Curve] = {}
+    marked: list[dict[str, Any]] = []
     for path in mark:
         name, found = _mark(path, run, model, document, dataset, device, settings)
+        marked += [{"name": name, "run": str(path), **asdict(point)} for point in found.points]
         marks[name] = Curve((*marks.get(name, Curve(())).points, *found.points))
     if marks:
-        about["marked"] = [{"name": name, **asdict(point)} for name, each in marks.items() for point in each.points]
+        about["marked"] = marked
     curve = Curve(curve.points, {**curve.about, **about})
     files = [out / name for name in CURVE_FILES]
     out.mkdir(parents=True, exist_ok=True)
@@ -129,7 +131,7 @@ def points_table(points: Sequence[Point], labels: Sequence[str] | None = None) -
     labels: what to write before each row, such as the split that it was measured on.
     """
     names = [""] * len(points) if labels is None else list(labels)
-    width = max(map(len, names), default=0)
+    width = max(len(name) + 2 if name else 0 for name in (*names, ""))
     lines = [f"{'':{width}}{'beta':>8} {'rate':>16} {'distortion':>16} {'D + beta R':>16} {'ELBO':>17}  active units"]
     of_text = any(p.perplexity is not None for p in points)
     lines[0] += "  perplexity" if of_text else ""

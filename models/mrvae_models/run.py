@@ -30,10 +30,9 @@ from .config import FORMAT, TrainConfig
 from .data import ImageDataset, InMemory, TextDataset, TextOptions, VideoDataset, load, text_files
 from .likelihood_names import takes_beta_range
 from .networks import NETWORKS, build
-from .options import check_format, read_json
+from .options import CONFIG, check_format, config_file, read_json
 from .recipes import gate_fields
 
-CONFIG = "config.json"
 MODEL = "model.safetensors"
 LAST = "last.ckpt"
 BEST = "best.ckpt"
@@ -302,11 +301,7 @@ def load_model(directory: str | Path) -> tuple[nn.Module, dict[str, Any]]:
 
 def read_description(directory: str | Path) -> dict[str, Any]:
     """The config.json of a directory; FileNotFoundError or ValueError when this is no directory of a run."""
-    path = Path(directory) / CONFIG
-    if not path.exists():
-        raise FileNotFoundError(
-            f"{directory} holds no {CONFIG}; expected the directory of a run, as mrvae train writes it"
-        )
+    path = config_file(directory)
     document = read_json(path)
     check_format(document, FORMAT, path)
     if not isinstance(document.get("model"), dict):

@@ -121,12 +121,13 @@ def train(config: TrainConfig, resume: bool = False, force: bool = False, progre
         checkpoint = read_checkpoint(last)
         check_checkpoint(checkpoint, description, config, last)
         _load_weights(model, checkpoint, last)
-        done = _epochs_done(checkpoint)
+        done = checkpoint["global_step"] / len(loader)
         if config.epochs < done:
             raise ValueError(
-                f"epochs is {config.epochs}, and the run in {directory} has done {done}; expected at least as many"
+                f"epochs is {config.epochs}, and the run in {directory} has done {done:g}; leave it as it was, ask for "
+                "more to go on, or start another run"
             )
-        if checkpoint[KEY]["stopped_early"] or config.epochs == done:
+        if checkpoint[KEY]["stopped_early"] or _epochs_done(checkpoint) == config.epochs:
             return _finish(config, description, model, checkpoint, validation_set, None)
         del checkpoint
     elif first and force:
@@ -157,13 +158,13 @@ def _fit(
     callbacks: list[pl.Callback] = [
         timer,
         MetricsFile(directory / METRICS if "csv" in config.log_to else None),
-        JumpWarning(),
         RunCheckpoint(config, description, directory, loader),
     ]
     if config.ema:
         callbacks.append(WeightAverage(config.ema))
     if progress:
         callbacks.append(ProgressLine())
+    callbacks.append(JumpWarning())  # after the progress line, which ends with its end
     if config.patience is not None:
         callbacks.append(EarlyStopping(OBJECTIVE, patience=config.patience, mode="min"))
     try:

@@ -109,6 +109,9 @@ def test_config_file_with_options_on_top(tmp_path):
             ["train", "--epoch", "3"],
             "mrvae train: error: unrecognized arguments: --epoch 3: did you mean --epochs?; see mrvae train --help",
         ),
+        (["train", "3", "--epoch", "5"], "unrecognized arguments: 3 --epoch 5: did you mean --epochs?"),
+        (["train", "--", "lr"], "unrecognized arguments: -- lr; see mrvae train --help"),
+        (["--debug", "train"], "unrecognized arguments: --debug: --debug goes behind train; see"),
         (["bake", "--run", "RUN", "--beta", "1", "--zzz=1"], "unrecognized arguments: --zzz=1; see mrvae bake --help"),
         (["train", "--beta", "nan"], "beta is nan; expected a finite number, or none"),
         (["train", "--epochs", "many"], "invalid int value: 'many'"),
@@ -199,7 +202,7 @@ def test_resume_refuses_fewer_epochs_than_are_done_and_leaves_the_run_as_it_is(c
     before = {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
     done = TrainConfig.load(directory / "config.json").epochs
     assert main(["train", "--resume", str(directory), "--epochs", str(done - 1)]) == 1
-    expected = f"epochs is {done - 1}, and the run in {directory} has done {done}; expected at least as many"
+    expected = f"epochs is {done - 1}, and the run in {directory} has done {done}; leave it as it was"
     assert expected in capsys.readouterr().err
     assert before == {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
 

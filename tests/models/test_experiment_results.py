@@ -75,7 +75,7 @@ def test_another_evaluation_of_a_run_trains_nothing_and_another_option_does(tmp_
 
 
 def test_runs_at_one_beta_are_kept_where_gates_and_the_drawing_of_betas_change(tmp_path, monkeypatch):
-    changed = {"gate_degree": 1, "margin": (1.0, 1.0), "weight_power": 0.0, "gates": {"encoder": "sigmoid"}}
+    changed = {"gate_degree": 1, "margin": (1.0, 1.0), "weight_power": 0.0, "range_warmup": 0.5, "gates": {}}
     assert set(changed) < OF_MANY_BETAS < OPTIONS and not {"beta", "lr"} & OF_MANY_BETAS
 
     def run(beta, draws=1, **options):
@@ -121,6 +121,35 @@ def test_a_result_from_before_an_option_existed_is_that_of_affine_gates(tmp_path
     assert source_config(document).gate_degree == 1
     with pytest.raises(InterruptedError):
         run(3)
+
+
+def test_a_hierarchy_at_one_beta_does_not_depend_on_how_a_range_grows(tmp_path):
+    options = {
+        "network": "nvae", "beta": 1.0, "epochs": 1, "batch_size": 250, "seed": 0, "recipe": "hierarchy",
+        "network_options": {"channels": 4, "groups": 1, "cells": 1, "process_cells": 1}, "latent": 2,
+    }
+    weights = []
+    for part in (0.0, 0.9):
+        config = configured(tmp_path / str(part), {**options, "range_warmup": part})
+        training.train(config, progress=False)
+        weights.append((config.directory / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1]
+
+
+def test_a_result_with_an_option_that_is_gone_is_taken_where_it_was_idle(tmp_path, monkeypatch):
+    run = Run("line", 0, {**TINY, "seed": 0}, (1.0,))
+    first = execute_one(tmp_path, run, Evaluation(draws=1))
+    for name, entry in (("result.json", "config"), ("config.json", "config")):
+        document = json.loads((tmp_path / name).read_text())
+        document[entry]["ends"] = 0.0
+        (tmp_path / name).write_text(json.dumps(document))
+    assert TrainConfig.load(tmp_path / "config.json") == TrainConfig.from_dict(first["config"])
+    monkeypatch.setattr(training, "train", None)
+    assert execute_one(tmp_path, run, Evaluation(draws=1))["columns"] == first["columns"]
+    document["config"]["ends"] = 0.6
+    (tmp_path / "config.json").write_text(json.dumps(document))
+    with pytest.raises(ValueError, match="unknown option 'ends'"):
+        TrainConfig.load(tmp_path / "config.json")
 
 
 def test_a_run_waits_for_the_process_that_is_at_it(tmp_path):

@@ -280,7 +280,10 @@ def test_the_curve_marks_runs_where_they_land(runs, tmp_path, monkeypatch, capsy
     about = {each["name"]: each for each in json.loads((tmp_path / "curve.json").read_text())["about"]["marked"]}
     lines = capsys.readouterr().out.splitlines()
     others = lines[lines.index("where others land on the curve, with the curve's likelihood:") + 2 :]
-    assert [line[:20].strip() for line in others[:4]] == list(drawn)
+    assert [line.split("  ")[0] for line in others[:4]] == list(drawn)
+    for name, line in zip(drawn, others, strict=False):
+        assert float(line[22:].split()[0]) == pytest.approx(about[name]["beta"], rel=1e-3)
+    assert [about[name]["run"] for name in drawn] == marked
     assert f"{about['L-VAE']['distortion']:.2f}" in others[3]
     model = load_model(runs / "sigma")[0]
     with scored_as(model, Gaussian()):

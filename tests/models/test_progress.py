@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 import re
+import sys
 from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import pytest
 from mrvae_models import progress, training
+from mrvae_models.cli import main
 from mrvae_models.lightning_module import Averages, TrainingModule
 from mrvae_models.training import train
 from training_cases import small
@@ -21,7 +23,7 @@ class Logged(TrainingModule):
         pl.LightningModule.__init__(self)
         averages = [Averages(loss, loss, 0.0) for loss in losses]
         self.epoch_averages = SimpleNamespace(means=lambda: averages.pop(0))
-        self.config = SimpleNamespace(lr=0.001)
+        self.config = SimpleNamespace(lr=0.001, directory="runs/one")
 
 
 def jumps(losses, recwarn):
@@ -51,13 +53,40 @@ def test_a_loss_that_falls_or_rises_a_few_times_is_no_jump(losses, recwarn):
 ])
 def test_a_loss_that_jumps_is_told_once_with_what_to_do(losses, expected, recwarn):
     (told,) = jumps(losses, recwarn)
-    assert expected in told and "Try a smaller --lr, such as 0.0001" in told
+    assert told.startswith("runs/one: ") and expected in told and "Try a smaller --lr, such as 0.0001" in told
 
 
-def test_the_warning_reaches_the_user(images, tmp_path, monkeypatch):
-    monkeypatch.setattr(progress.JumpWarning, "factor", -1.0)  # the least rise of all is a jump
-    with pytest.warns(UserWarning, match="thrown off"):
-        train(small(images, tmp_path, epochs=2, batch_size=81), progress=False)
+def test_a_jump_before_a_stop_is_told_after_it(recwarn):
+    first, second = progress.JumpWarning(), progress.JumpWarning()
+    module = Logged([100.0, 50.0, 9000.0, 60.0])
+    for epoch in range(3):
+        first.on_train_epoch_end(SimpleNamespace(current_epoch=epoch), module)
+    second.load_state_dict(first.state_dict())
+    second.on_train_epoch_end(SimpleNamespace(current_epoch=3), module)
+    second.on_train_end(SimpleNamespace(is_global_zero=True), module)
+    assert ["rose from 50 to 9000 in epoch 3" in str(warning.message) for warning in recwarn] == [True]
+
+
+def test_the_warning_reaches_the_user_after_the_line_and_through_a_resume(images, tmp_path, monkeypatch, capsys):
+    losses = iter([100.0, 9000.0, 80.0])
+    epoch_end = progress.JumpWarning.on_train_epoch_end
+
+    def jumping(self, trainer, module):
+        loss = next(losses)
+        averages = SimpleNamespace(means=lambda: Averages(loss, loss, 0.0))
+        monkeypatch.setattr(module, "epoch_averages", averages)
+        epoch_end(self, trainer, module)
+
+    monkeypatch.setattr(progress.JumpWarning, "on_train_epoch_end", jumping)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    run = str(tmp_path / "run")
+    options = ["--batch-size", "81", "--latent", "3", "--set", "hidden=8", "--log-to", "none", "--validate-every", "9"]
+    assert main(["train", "--data", str(images), "--out", run, "--epochs", "2", *options, "--quiet"]) == 0
+    assert "thrown off, the loss rose from 100 to 9000 in epoch 2" in capsys.readouterr().err
+    assert main(["train", "--resume", run, "--epochs", "3"]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    (told,) = [line for line in lines if "thrown off" in line]
+    assert told.startswith(f"mrvae: warning: {run}: training was thrown off") and "in epoch 2" in told
 
 
 def test_a_line_is_of_the_epoch_just_done_and_the_last_comes_once(images, tmp_path, monkeypatch):

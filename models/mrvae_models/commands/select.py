@@ -161,7 +161,7 @@ def run(options: argparse.Namespace) -> int:
     print(sentence(chosen))
     for note in chosen.notes:
         print(f"note: {note}")
-    print(points_table(list(points.values()), [f"{split}  " for split in points]))
+    print(points_table(list(points.values()), list(points)))
     if baked is not None:
         print(f"baked: {baked}")
     print(f"wrote {path}", file=sys.stderr)

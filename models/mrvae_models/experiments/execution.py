@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..config import FORMERLY, OF_MANY_BETAS, TrainConfig
+from ..config import OF_MANY_BETAS, TrainConfig, as_now
 from ..options import read_json
 from .plan import Evaluation, Run
 
@@ -77,7 +77,7 @@ def execute(
 
 def execute_one(directory: Path, run: Run, evaluation: Evaluation) -> Result:
     """Train, or continue, or take what is there; evaluate; leave result.json."""
-    from ..run import write_json
+    from ..run import CONFIG, write_json
     from .evaluation import check_columns, evaluated
 
     config = configured(directory, run.options)
@@ -90,7 +90,8 @@ def execute_one(directory: Path, run: Run, evaluation: Evaluation) -> Result:
         columns = evaluated(config, trained.model, run.betas, evaluation, directory)
         check_columns(columns, run.name)
         seconds = None if trained.seconds_per_step is None else trained.seconds_per_step * trained.steps
-        result = {"config": config.to_dict(), **wanted, "columns": columns, "steps": trained.steps, "seconds": seconds}
+        trained_by = TrainConfig.load(directory / CONFIG).to_dict()
+        result = {"config": trained_by, **wanted, "columns": columns, "steps": trained.steps, "seconds": seconds}
         write_json(directory / RESULT, result)
     return json.loads(json.dumps(result))
 
@@ -101,10 +102,10 @@ def train_or_continue(config: TrainConfig) -> Any:
     from ..training import train
 
     directory = config.directory
-    if (directory / LAST).exists() and (directory / CONFIG).exists():
-        saved = TrainConfig.load(directory / CONFIG)
-        if _same(saved.to_dict(), config):
-            return train(dataclasses.replace(saved, out=config.out), resume=True, progress=False)
+    unfinished = (directory / LAST).exists() and (directory / CONFIG).exists()
+    if unfinished and _same(read_json(directory / CONFIG).get("config"), config):
+        saved = dataclasses.replace(TrainConfig.load(directory / CONFIG), out=config.out)
+        return train(saved, resume=True, progress=False)
     return train(config, force=True, progress=False)
 
 
@@ -114,7 +115,7 @@ def _same(saved: Any, config: TrainConfig) -> bool:
     unused = {"out"} if config.beta is None else {"out", "recipe", *OF_MANY_BETAS}
     wanted = {name: value for name, value in config.to_dict().items() if name not in unused}
     return isinstance(saved, dict) and wanted == {
-        name: value for name, value in {**FORMERLY, **saved}.items() if name not in unused
+        name: value for name, value in as_now(saved).items() if name not in unused
     }
 
 
