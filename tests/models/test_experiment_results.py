@@ -75,7 +75,8 @@ def test_another_evaluation_of_a_run_trains_nothing_and_another_option_does(tmp_
 
 
 def test_runs_at_one_beta_are_kept_where_gates_and_the_drawing_of_betas_change(tmp_path, monkeypatch):
-    changed = {"gate_degree": 1, "margin": (1.0, 1.0), "weight_power": 0.0, "range_warmup": 0.5, "gates": {}}
+    changed = {"gate_degree": 1, "margin": (1.0, 1.0), "weight_power": 0.0, "range_warmup": 0.5}
+    changed["gates"] = {"encoder": "sigmoid"}
     assert set(changed) < OF_MANY_BETAS < OPTIONS and not {"beta", "lr"} & OF_MANY_BETAS
 
     def run(beta, draws=1, **options):
