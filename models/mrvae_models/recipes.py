@@ -1,7 +1,7 @@
 """Recipes: the options that make multi-rate training work, chosen together by measurement. No torch here.
 
-    ranked  the default: on the embedded digits one run's D + beta R is 0.7 % below retraining's on average over ten
-            betas and 1.5 % above it at worst (three seeds, `python -m bench.retraining`)
+    ranked  the default: on the embedded digits one run's D + beta R is 0.6 % below retraining's on average over ten
+            betas and 1.7 % above it at worst (three seeds, `python -m bench.retraining`)
     linear  for the linear VAE, whose optimum is known in closed form
     text    for the LSTM on sentences: begins with small betas, below
     hierarchy  for NVAE: Adamax, 400 epochs and a cosine as published, betas grown from the small end as its KL
