@@ -110,7 +110,7 @@ def test_command_line_from_training_to_a_baked_network(images, tmp_path, capsys)
     model, document = load_model(run)
     assert document["model"]["likelihood_options"] == {"knots": 3}
     assert model.network.likelihood.scale.log_sigma.shape == (3,)
-    assert document["model"]["sigma_range"] == [0.01, 20.0]  # all that the recipe draws from
+    assert document["model"]["sigma_range"] == [0.005, 15.0]  # all that the recipe draws from
     assert main(["bake", "--run", str(run), "--beta", "1", "--out", str(tmp_path / "one")]) == 0
     compared = ["--compare", str(tmp_path / "one"), "--no-images"]
     assert main(["curve", "--run", str(run), "--betas", "0.1", "1", *compared]) == 0  # one likelihood, by its repr

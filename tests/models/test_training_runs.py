@@ -141,7 +141,7 @@ def test_progress_without_a_terminal_is_lines_with_everything(config, monkeypatc
     monkeypatch.setattr(ProgressLine.__init__, "__defaults__", (0.0, stream))
     train(config)
     lines = stream.getvalue().splitlines()
-    assert len(lines) == 2 * 6 + 1  # every step, and the end
+    assert len(lines) == 2 * 6  # every step, the end with the last
     for word in ("epoch 1/2", "loss", "distortion", "rate", "nats", "steps/s", "eta"):
         assert word in lines[2]
     assert lines[-1].startswith("epoch 2/2 [####################]")
