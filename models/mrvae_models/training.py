@@ -121,13 +121,13 @@ def train(config: TrainConfig, resume: bool = False, force: bool = False, progre
         checkpoint = read_checkpoint(last)
         check_checkpoint(checkpoint, description, config, last)
         _load_weights(model, checkpoint, last)
-        done = checkpoint["global_step"] / len(loader)
+        done = _epochs_done(checkpoint)
         if config.epochs < done:
             raise ValueError(
-                f"epochs is {config.epochs}, and the run in {directory} has done {done:g}; leave it as it was, ask for "
+                f"epochs is {config.epochs}, and the run in {directory} has done {done}; leave it as it was, ask for "
                 "more to go on, or start another run"
             )
-        if checkpoint[KEY]["stopped_early"] or _epochs_done(checkpoint) == config.epochs:
+        if checkpoint[KEY]["stopped_early"] or config.epochs == done:
             return _finish(config, description, model, checkpoint, validation_set, None)
         del checkpoint
     elif first and force:

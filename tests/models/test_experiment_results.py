@@ -124,9 +124,9 @@ def test_a_result_from_before_an_option_existed_is_that_of_affine_gates(tmp_path
         run(3)
 
 
-def test_a_hierarchy_at_one_beta_does_not_depend_on_how_a_range_grows(tmp_path):
+def test_a_hierarchy_at_one_beta_does_not_depend_on_how_a_range_grows(images, tmp_path):
     options = {
-        "network": "nvae", "beta": 1.0, "epochs": 1, "batch_size": 250, "seed": 0, "recipe": "hierarchy",
+        "network": "nvae", "data": str(images), "beta": 1.0, "epochs": 1, "batch_size": 27, "seed": 0,
         "network_options": {"channels": 4, "groups": 1, "cells": 1, "process_cells": 1}, "latent": 2,
     }
     weights = []

@@ -102,6 +102,12 @@ def test_a_curve_of_one_beta_is_drawn_without_a_warning_and_names_it(tmp_path, m
         assert low < 0.5 < high and [text.get_text() for text in axis.get_xticklabels()] == ["0.5"]
 
 
+def test_colour_tiles_have_a_gap_and_grey_ones_none():
+    grey, colour = plot._tiles(torch.zeros(2, 1, 48, 100)), plot._tiles(torch.zeros(2, 3, 48, 100))
+    assert grey.shape == (2, 48, 100, 1) and colour.shape == (2, 50, 102, 3)
+    assert (colour[:, :48, :100] == 0).all() and (colour[:, 48:] == 1).all() and (colour[:, :, 100:] == 1).all()
+
+
 def test_a_figure_that_fails_writes_nothing(tmp_path):
     curve = sketched(BETAS)
     with pytest.raises(ValueError, match="not supported"):
