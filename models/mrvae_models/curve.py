@@ -191,7 +191,7 @@ def measure_all(
 ) -> Measurement:
     """What evaluate() averages, by example: distortion (N,), rate (N,), mean (N, k), in float64 on the CPU.
 
-    Examples are in their order; those of text by length, the same at every beta.
+    Examples are in their order; those of text by length, the same at every beta. ValueError where one is not finite.
     """
     generator = torch.Generator()
     parts, start = [], 0
@@ -201,7 +201,19 @@ def measure_all(
             generator.manual_seed(seed * 1_000_003 + start)
             parts.append(measure(model, x, beta, generator, samples))
             start += len(x)
-    return Measurement(*(torch.cat(part).double().cpu() for part in zip(*parts, strict=True)))
+    measured = Measurement(*(torch.cat(part).double().cpu() for part in zip(*parts, strict=True)))
+    for name, values in measured._asdict().items():
+        check_finite("the posterior mean" if name == "mean" else f"the {name}", values, beta)
+    return measured
+
+
+def check_finite(what: str, values: Tensor, beta: float) -> None:
+    """ValueError where a model's numbers are not finite, of which a count or a maximum would look like any other."""
+    if not values.isfinite().all():
+        raise ValueError(
+            f"{what} at beta = {beta:.4g} has NaN or infinite values: the training of this model has diverged; train "
+            "again with a smaller --lr, or with --clip"
+        )
 
 
 def measure(model: nn.Module, x: Tensor, beta: float, generator: torch.Generator, samples: int = 1) -> Measurement:

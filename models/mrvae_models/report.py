@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -205,6 +206,17 @@ def dataset_for(model: nn.Module, config: TrainConfig, split: str, run: Path) ->
                 "with the run: restore it"
             )
     return dataset
+
+
+def training_examples(
+    metrics: Iterable[Callable[..., Any]], model: nn.Module, config: TrainConfig, split: str, run: Path
+) -> dict[str, Any]:
+    """{"train": the training split} for metrics that are fitted on it (their argument `train`); {} where none is, and
+    where it holds the examples of `split` that are measured: the probe then holds out a fifth of these."""
+    wanted = any("train" in inspect.signature(metric).parameters for metric in metrics)
+    if not wanted or split in ("train", "all") or config.train_on == "all":
+        return {}
+    return {"train": dataset_for(model, config, "train", run)}
 
 
 def check_betas(run: Path, description: dict[str, Any], betas: Sequence[float] | None) -> None:

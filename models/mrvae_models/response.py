@@ -28,12 +28,18 @@ COARSE_TOLERANCE = 1e-3
 
 
 class Response:
-    """A quantity along beta. `evaluate(beta, rows)` gives it on the examples `rows`, on all of them for None."""
+    """A quantity along beta. `evaluate(beta, rows)` gives it on the examples `rows`, on all of them for None.
 
-    def __init__(self, name: str, evaluate: Callable[[float, Tensor | None], float], examples: int) -> None:
+    of_means: whether it is made of means over examples, which may count one twice; see `resampled`.
+    """
+
+    def __init__(
+        self, name: str, evaluate: Callable[[float, Tensor | None], float], examples: int, of_means: bool = True
+    ) -> None:
         self.name = name
         self.evaluate = evaluate
         self.examples = examples
+        self.of_means = of_means
         self.found: dict[float, float] = {}
 
     def __call__(self, beta: float) -> float:
@@ -45,10 +51,21 @@ class Response:
         return self.found[beta]
 
     def resampled(self, betas: Sequence[float], resamples: int, seed: int) -> np.ndarray:
-        """(resamples, betas): the quantity on examples drawn with replacement, the same draws at every beta."""
+        """(resamples, betas): the quantity on other examples, the same draws at every beta.
+
+        Of means, as many examples drawn with replacement. Any other quantity is of halves of the examples (of a mean
+        over half of them, drawn without replacement, the variance is that over all), moved so that their mean is the
+        value on all: of examples that are there twice mutual information is too small by up to 0.6 nats, a classifier
+        is tested on what it was fitted to, and of fewer examples such quantities are others altogether.
+        """
         generator = torch.Generator().manual_seed(seed)
-        draws = [torch.randint(self.examples, (self.examples,), generator=generator) for _ in range(resamples)]
-        return np.array([[self.evaluate(beta, rows) for beta in betas] for rows in draws])
+        n = self.examples
+        if self.of_means:
+            draws = [torch.randint(n, (n,), generator=generator) for _ in range(resamples)]
+            return np.array([[self.evaluate(beta, rows) for beta in betas] for rows in draws])
+        halves = [torch.randperm(n, generator=generator)[: n // 2].sort().values for _ in range(resamples)]
+        table = np.array([[self.evaluate(beta, rows) for beta in betas] for rows in halves])
+        return table - table.mean(0) + [self(beta) for beta in betas]
 
 
 def monotonicity(response: Response, betas: list[float], seed: int) -> list[str]:

@@ -183,11 +183,16 @@ def save_vocabulary(directory: Path, dataset: ImageDataset | TextDataset) -> Non
 
 
 def calibration_images(train_set: InMemory) -> Tensor:
-    """Training images, at most CALIBRATION_EXAMPLES, to recalibrate running statistics on; of clips as many frames."""
+    """Training images, CALIBRATION_EXAMPLES of them, to recalibrate running statistics on; of clips as many frames.
+
+    Drawn without replacement, the same at every call: the first of a set may be all of one class, as of folders of
+    classes, or of one shape, as of dSprites' grid, where the first 2,000 gave a D + beta R 22 % above that of others.
+    """
     frames = train_set.input_shape[0] if isinstance(train_set, VideoDataset) else 1
     most = max(2, CALIBRATION_EXAMPLES // frames)  # running statistics need two examples
-    indices = torch.arange(min(len(train_set), most), device=train_set.examples.device)
-    return train_set.take(indices, torch.Generator(train_set.examples.device).manual_seed(0))
+    chosen = torch.randperm(len(train_set), generator=torch.Generator().manual_seed(0))[:most]
+    device = train_set.examples.device
+    return train_set.take(chosen.sort().values.to(device), torch.Generator(device).manual_seed(0))
 
 
 def plain_network(model: nn.Module) -> Any:

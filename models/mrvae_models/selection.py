@@ -81,6 +81,7 @@ def select_beta(
     batch_size: int = 500,
     seed: int = 0,
     calibration: Tensor | None = None,
+    train: Any = None,
 ) -> Selection:
     """The beta at which a MultiRate model has `quantity` equal to `target`, or at its best.
 
@@ -89,7 +90,9 @@ def select_beta(
     target      None looks for the best: `best` is "max" or "min"; an ELBO's best is its highest
     beta_range  where to look, log-uniformly at `grid` betas first (default: the range that the model was trained for)
     resamples   of the examples, behind the interval; default RESAMPLES, for a metric 0: each costs an evaluation of the
-                metric at every beta looked at
+                metric, on half of the examples, at every beta looked at
+    train       for a metric that is fitted on training examples (its argument `train`): these; without it such a
+                metric is fitted on a part of `dataset`, or on all of it
     samples, batch_size, seed, calibration: as in curve.evaluate
 
     A count has one value over an interval of betas: that is the interval, and beta its geometric middle. Where q
@@ -109,8 +112,10 @@ def select_beta(
     settings: dict[str, Any] = dict(batch_size=batch_size, samples=samples, seed=seed, calibration=calibration)
     method = own_beta(model, named) if named in FIXED_POINTS else None
     measured = functools.lru_cache(4)(lambda beta: measure_all(model, dataset, beta, **settings))
-    evaluation = _evaluation(model, dataset, quantity, measured, settings, method)
-    response = Response(named if method is None else method.quantity, evaluation, len(dataset.examples))
+    of_metric = settings if train is None else {**settings, "train": train}
+    evaluation = _evaluation(model, dataset, quantity, measured, of_metric, method)
+    of_means = quantity in BY_EXAMPLE or method is not None
+    response = Response(named if method is None else method.quantity, evaluation, len(dataset.examples), of_means)
     betas = log_spaced(low, high, grid)
     values = [response(beta) for beta in betas]
     if method is not None:
@@ -129,8 +134,7 @@ def select_beta(
             beta, more = crossing(response, betas, target, lambda b: BY_EXAMPLE["elbo"](measured(b)).mean().item())
         else:
             beta, more = optimum(response, betas, best or "max")
-        cheap = named in BY_EXAMPLE or method is not None
-        draws = (RESAMPLES if cheap else 0) if resamples is None else resamples
+        draws = (RESAMPLES if of_means else 0) if resamples is None else resamples
         interval, error, also = uncertainty(response, beta, target, best, draws, seed, (low, high))
     notes = [*notes, *more, *also]
     reach = (min(response.found.values()), max(response.found.values()))
@@ -177,7 +181,10 @@ def _wanted(quantity: str, target: float | None, best: str | None) -> tuple[floa
 
 
 def metric_called(name: str) -> Metric:
-    """The function of "file.py:function", or the metric of that name; ValueError when there is none."""
+    """The function of "file.py:function", or the metric of that name.
+
+    ValueError when there is none; ModuleNotFoundError or FileNotFoundError where what the metric needs is not there.
+    """
     file, colon, function = name.rpartition(":")
     if colon:
         path = Path(file).expanduser()
@@ -190,7 +197,7 @@ def metric_called(name: str) -> Metric:
             raise ValueError(f"{file} has no function {function!r}; expected function(model, dataset, beta) -> number")
         return getattr(module, function)
     try:
-        known: dict[str, Metric] = importlib.import_module(".metrics", __package__).METRICS
+        known: dict[str, Any] = importlib.import_module(".metrics", __package__).METRICS
     except ModuleNotFoundError as error:
         if error.name != f"{__package__}.metrics":
             raise
@@ -200,6 +207,7 @@ def metric_called(name: str) -> Metric:
             f"metric {name!r} is not known; expected one of {', '.join(sorted(known)) or '(none is installed)'}, or a "
             "function of your own as file.py:function"
         )
+    known[name].check()
     return known[name]
 
 
@@ -229,7 +237,8 @@ def _evaluation(
 def call_metric(
     metric: Metric, model: nn.Module, dataset: Any, beta: float, calibration: Tensor | None = None, **settings: Any
 ) -> float:
-    """metric(model, dataset, beta) with those of the settings that it takes: batch_size, samples, seed, calibration.
+    """metric(model, dataset, beta) with those of the settings that it takes: batch_size, samples, seed, train, and
+    calibration.
 
     A metric that takes no calibration is called with the running statistics of this beta already set. A number of torch
     or numpy comes back as Python's, a count as an int; ValueError for what is no single number.

@@ -74,6 +74,23 @@ def test_another_evaluation_of_a_run_trains_nothing_and_another_option_does(tmp_
     assert execute_one(tmp_path, other, Evaluation(draws=1))["columns"] != first["columns"] and asked == [True, False]
 
 
+def test_a_metric_of_a_file_that_was_edited_is_measured_again(tmp_path, monkeypatch):
+    run, file = Run("line", 0, {**TINY, "beta": 1.0, "seed": 0}, (1.0,)), tmp_path / "mine.py"
+    evaluation = Evaluation("metric", f"{file}:metric", draws=1)
+    train = training.train
+
+    def measured(value, resumed):
+        asked = []
+        monkeypatch.setattr(training, "train", lambda *a, **k: asked.append(k.get("resume", False)) or train(*a, **k))
+        file.write_text(f"def metric(model, dataset, beta):\n    return {value}\n")
+        assert execute_one(tmp_path / "run", run, evaluation)["columns"]["metric"] == [value]
+        assert asked == resumed
+
+    measured(1.0, [False])
+    measured(1.0, [])
+    measured(2.0, [True])
+
+
 def test_runs_at_one_beta_are_kept_where_gates_and_the_drawing_of_betas_change(tmp_path, monkeypatch):
     changed = {"gate_degree": 1, "margin": (1.0, 1.0), "weight_power": 0.0, "range_warmup": 0.5}
     changed["gates"] = {"encoder": "sigmoid"}

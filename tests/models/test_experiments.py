@@ -99,7 +99,7 @@ def test_metrics_along_beta(tmp_path, name, monkeypatch):
     file.write_text("def metric(model, dataset, beta):\n    return beta + len(dataset)\n")
     rows, page = small(tmp_path, name, "--baselines", "constant", "--metric", f"{file}:metric")
     assert numbers(rows, MULTIRATE, "metric") == numbers(rows, "retrained", "metric") == [1000.1, 1010.0]
-    assert "| 0.1 | 1000.1000 | 1000.1000 |" in page and f"metric {file}:metric" in page
+    assert "| 0.1 | 1000.1000 | 1000.1000 |" in page and f"metric {file}:metric on 1,000 examples" in page
 
 
 @pytest.mark.parametrize(("data", "examples"), [("dsprites-generated:1,3,20,16,16", 48), ("digits", 1000)])
@@ -110,7 +110,20 @@ def test_mig_is_of_the_whole_grid_and_of_the_test_split_where_there_is_none(tmp_
     evaluation = dataclasses.replace(EXPERIMENTS["mig"].evaluation, metric=f"{file}:metric", draws=1)
     columns = evaluated(TrainConfig(data=data, accelerator="cpu"), model, [1.0], evaluation, tmp_path)
     assert columns["metric"] == [examples]
+    assert columns["metric_examples"] == [examples]
     assert options_of(EXPERIMENTS["mig"], {}, full=True, small=False)["train_on"] == "all"
+
+
+def test_a_metric_that_is_fitted_has_the_training_examples(tmp_path):
+    """Of `mrvae experiment` as of `mrvae metrics`."""
+    file = tmp_path / "mine.py"
+    file.write_text("def metric(model, dataset, beta, train=None):\n    return 0 if train is None else len(train)\n")
+    model = build("mlp", (1, 28, 28), 3, hidden=(4,))
+    evaluation = Evaluation("metric", f"{file}:metric", draws=1)
+    assert evaluated(TrainConfig(accelerator="cpu"), model, [1.0], evaluation, tmp_path)["metric"] == [4500]
+    whole = TrainConfig(accelerator="cpu", data="dsprites-generated:1,3,20,16,16", train_on="all")
+    model = build("mlp", (1, 64, 64), 3, hidden=(4,))
+    assert evaluated(whole, model, [1.0], evaluation, tmp_path)["metric"] == [0], "the test examples are among them"
 
 
 def test_samples_are_of_the_same_latent_variables(tmp_path):
@@ -193,7 +206,7 @@ def test_the_command_of_a_run_means_its_options(name, size, tmp_path):
             assert config_of(parser().parse_args(words[1:])) == config
 
 
-def test_options_that_make_no_sense_are_trainconfigs_own_errors(tmp_path, capsys):
+def test_what_makes_no_sense_is_told_before_anything_is_trained(tmp_path, capsys, monkeypatch):
     def complaint(*arguments):
         assert main(["experiment", "linear", "--small", "--out", str(tmp_path / "new"), *arguments]) == 1
         return capsys.readouterr().err
@@ -201,6 +214,13 @@ def test_options_that_make_no_sense_are_trainconfigs_own_errors(tmp_path, capsys
     assert "run multi-rate-0: unknown option 'colour' in the options of the run" in complaint("--option", "colour=red")
     assert "run multi-rate-0: epochs is 0; expected a positive integer" in complaint("--epochs", "0")
     assert "give each seed once" in complaint("--seeds", "1", "1")
+    assert "network mlp, likelihood its own, sigma 1: expected --network linear" in complaint("--network", "mlp")
+    assert "expected --network linear with a gaussian of sigma 1" in complaint("--option", "likelihood=student-t")
+    assert not (tmp_path / "new").exists(), "nothing was trained"
+    arguments = ["experiment", "fid", "--small", "--out", str(tmp_path / "new"), "--metric"]
+    assert main([*arguments, "typo"]) == 1 and "metric 'typo' is not known" in capsys.readouterr().err
+    monkeypatch.setenv("MRVAE_INCEPTION", str(tmp_path / "none.pth"))
+    assert main([*arguments, "fid"]) == 1 and "FID needs Inception's weights" in capsys.readouterr().err
     assert not (tmp_path / "new").exists(), "nothing was trained"
     for arguments, message in (
         (["abacus"], "experiment 'abacus' is not known; expected one of retraining"),

@@ -72,6 +72,21 @@ def test_samples_are_those_of_beta_and_the_same_at_each():
     assert frechet_distance(model, data, 0.1, nn.Flatten(), generated=9) != one
 
 
+def test_what_is_not_finite_has_no_distance():
+    model, data = build("mlp", (1, 5, 5), 3, hidden=(12,)), SimpleNamespace(examples=torch.rand(30, 1, 5, 5))
+
+    class Broken(nn.Module):
+        def forward(self, images):
+            return images.flatten(1) * torch.nan
+
+    with pytest.raises(ValueError, match="distance at beta = 1 is NaN: the extractor Broken gives features"):
+        frechet_distance(model, data, 1.0, Broken())
+    with torch.no_grad():
+        next(model.decoder.parameters()).fill_(torch.nan)
+    with pytest.raises(ValueError, match="a sample at beta = 1 has NaN or infinite values: .* diverged"):
+        frechet_distance(model, data, 1.0, nn.Flatten())
+
+
 @pytest.fixture(scope="module")
 def features():
     return trained_digit_features()

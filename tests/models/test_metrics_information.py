@@ -63,7 +63,35 @@ def test_mutual_information_is_between_none_and_log_n():
     alike, data = coded(torch.ones(50, 2), 0.0)
     assert METRICS["mi"](alike, data, 1.0) == pytest.approx(0.0, abs=1e-12)
     apart, data = coded(100.0 * torch.arange(50.0)[:, None].expand(50, 2), -4.0)
-    assert METRICS["mi"](apart, data, 1.0) == pytest.approx(math.log(50))
+    for name in ("mi", "marginal_kl"):
+        with pytest.warns(UserWarning, match=r"is 3\.91 nats, and 3\.91, the log of the 50 examples, is the most"):
+            found = METRICS[name](apart, data, 1.0)
+        assert name != "mi" or found == pytest.approx(math.log(50))
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_set_large_enough_is_measured_without_a_word():
+    model, data = coded(normal(200, 1, seed=1000), 0.0)
+    assert 0 < METRICS["mi"](model, data, 1.0) < 1
+
+
+@pytest.mark.parametrize("broken", ["mean", "log variance"])
+def test_codes_that_are_not_finite_are_no_number(broken):
+    mean, log_variance = normal(30, 2), torch.zeros(30, 2, dtype=torch.float64)
+    (mean if broken == "mean" else log_variance)[3, 1] = math.nan
+    model, data = coded(mean, log_variance)
+    for name in ("mi", "marginal_kl", "tc"):
+        with pytest.raises(ValueError, match=f"posterior.* {broken} at beta = 1 has NaN or infinite .* diverged"):
+            METRICS[name](model, data, 1.0)
+
+
+@pytest.mark.parametrize("name", ["active_units", "rate", "elbo"])
+def test_a_network_that_has_diverged_is_no_number(name):
+    network, data = build("mlp", (5,), 2, hidden=(4,)), SimpleNamespace(examples=torch.rand(9, 5))
+    with torch.no_grad():
+        next(network.parameters()).fill_(math.nan)
+    with pytest.raises(ValueError, match="at beta = 1 has NaN or infinite values: .* --clip"):
+        METRICS[name](network, data, 1.0)
 
 
 def test_chunks_and_batches_change_nothing(monkeypatch):

@@ -181,7 +181,20 @@ def test_a_metric_is_resampled_with_its_labels(data):
     reference = select_beta(known(), data, "rate", 2.0)
     assert found.beta == pytest.approx(reference.beta, rel=1e-3)
     assert found.interval[0] < found.beta < found.interval[1] and len(labelled.labels.unique()) == 300
-    assert any(len(rows.unique()) < 300 for rows in seen)
+    halves = [rows for rows in seen if len(rows) == 150]
+    assert halves and all(len(rows.unique()) == len(rows) in (150, 300) for rows in seen), "none is there twice"
+    width, expected = (math.log(high / low) for low, high in (found.interval, reference.interval))
+    assert width == pytest.approx(expected, rel=0.5), "of a mean, what resampling with replacement has"
+
+
+def test_the_interval_of_a_quantity_that_is_no_mean_is_around_its_beta(data):
+    """Mutual information of codes that tell the examples apart is the log of their number, but for what beta takes."""
+
+    def saturated(model, dataset, beta):
+        return math.log(len(dataset.examples.unique(dim=0))) - 0.1 * math.log(beta) + 0.1 * dataset.examples.mean().item()
+
+    found = select_beta(known(), data, saturated, math.log(300), grid=5, resamples=40)
+    assert found.interval[0] < found.beta < found.interval[1] and found.standard_error < 0.1
 
 
 def test_a_count_that_comes_and_goes_is_the_widest_interval(data):

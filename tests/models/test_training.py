@@ -213,7 +213,10 @@ def test_calibration_images_are_the_datasets_own(config):
     assert len(images) == 81
     assert set(images.unique().tolist()) <= {0.0, 1.0}
     assert torch.equal(images, calibration_images(data))
-    assert len(calibration_images(ImageDataset(torch.rand(2500, 1, 1, 1)))) == 2000
+    in_order = ImageDataset(torch.linspace(0, 1, 4000).reshape(4000, 1, 1, 1))
+    drawn = calibration_images(in_order)
+    assert len(drawn) == len(drawn.unique()) == 2000
+    assert (drawn < 0.5).float().mean() == pytest.approx(0.5, abs=0.05), "of all of a set that is in order"
 
 
 def test_dynamic_binarisation_is_for_training_only(config):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import inspect
 import sys
 from pathlib import Path
 from typing import Any
@@ -85,7 +84,7 @@ def run(options: argparse.Namespace) -> int:
     if wrong := usage_error(options):
         raise UsageError(wrong)
     from ..baking import source_config
-    from ..report import betas_of, calibration_for, check_betas, dataset_for, to_device
+    from ..report import betas_of, calibration_for, check_betas, dataset_for, to_device, training_examples
     from ..run import load_model, output_directory, replace_file, versions, write_json
     from ..selection import call_metric, metric_called
 
@@ -97,14 +96,27 @@ def run(options: argparse.Namespace) -> int:
     model = to_device(model, options.device)
     dataset = dataset_for(model, config, options.split, options.run)
     settings: dict[str, Any] = {"batch_size": options.batch_size, "seed": options.seed}
-    of_training = any("train" in inspect.signature(function).parameters for function in functions.values())
-    if of_training and options.split != "train":
-        settings["train"] = dataset_for(model, config, "train", options.run)
+    settings |= training_examples(functions.values(), model, config, options.split, options.run)
     calibration = calibration_for(model, config)
     betas = betas_of(document["model"], config) if options.betas is None else sorted(set(options.betas))
-    if "all" in (options.split, config.train_on):
-        settings.pop("train", None)  # it holds what is measured on; without it probe holds out a fifth of that
     rows: list[dict[str, float]] = []
+    table, whole = (out / name for name in FILES)
+    about = {
+        "run": str(options.run),
+        "split": options.split,
+        "examples": len(dataset),
+        "seed": options.seed,
+        "units": {name: getattr(function, "unit", "") for name, function in functions.items()},
+        "versions": versions(),
+    }
+
+    def write(temporary: Path) -> None:
+        with open(temporary, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, ["beta", *functions])
+            writer.writeheader()
+            writer.writerows(rows)
+
+    out.mkdir(parents=True, exist_ok=True)
     width = [max(len(name), 12) for name in functions]
     print(f"{'beta':>8} " + " ".join(f"{name:>{w}}" for name, w in zip(functions, width, strict=True)))
     for beta in betas:
@@ -114,18 +126,7 @@ def run(options: argparse.Namespace) -> int:
         }
         print(f"{beta:8.4g} " + " ".join(f"{row[name]:{w}.4f}" for name, w in zip(functions, width, strict=True)))
         rows.append({"beta": beta, **row})
-    table, whole = (out / name for name in FILES)
-
-    def write(temporary: Path) -> None:
-        with open(temporary, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, ["beta", *functions])
-            writer.writeheader()
-            writer.writerows(rows)
-
-    out.mkdir(parents=True, exist_ok=True)
-    replace_file(table, write)
-    about = {"run": str(options.run), "split": options.split, "examples": len(dataset), "seed": options.seed}
-    units = {name: getattr(function, "unit", "") for name, function in functions.items()}
-    write_json(whole, {"about": {**about, "units": units, "versions": versions()}, "rows": rows})
+        replace_file(table, write)  # after every row: one of the next may fail, and a row may have taken an hour
+        write_json(whole, {"about": about, "rows": rows})
     print(f"wrote {table}, {whole}", file=sys.stderr)
     return 0

@@ -110,11 +110,12 @@ def run(options: argparse.Namespace) -> int:
     from ..baking import bake_run, source_config
     from ..curve import evaluate
     from ..operating import landing_of
-    from ..report import calibration_for, check_comparable, dataset_for, points_table, to_device
+    from ..report import calibration_for, check_comparable, dataset_for, points_table, to_device, training_examples
     from ..run import load_model, output_directory, versions, write_json
-    from ..selection import landed, select_beta
+    from ..selection import landed, metric_called, select_beta
 
     path = output_directory(options.run, options.out) / FILE
+    metrics = [] if options.metric is None else [metric_called(options.metric)]  # a mistyped one before anything heavy
     model, document = load_model(options.run)
     config = source_config(document)
     model = to_device(model, options.device)
@@ -133,8 +134,10 @@ def run(options: argparse.Namespace) -> int:
         note = f"of {options.like}: {other}"
         chosen = landed(model, dataset, other.on(model), other.name, [note], **settings)
     else:
+        fitted = training_examples(metrics, model, config, split, options.run)
         chosen = select_beta(
-            model, dataset, quantity, target, best, grid=options.grid, resamples=options.resamples, **settings
+            model, dataset, quantity, target, best, grid=options.grid, resamples=options.resamples,
+            **settings, **fitted,
         )
     points = {split: chosen.point}
     if split != "test":

@@ -34,7 +34,7 @@ from ..metrics.calibration import calibrate
 from ..metrics.information import information
 from ..metrics.posteriors import posteriors
 from ..operating import landing
-from ..report import calibration_for, dataset_for
+from ..report import calibration_for, dataset_for, training_examples
 from ..run import plain_network, read_description
 from ..scored import gaussian_nats, scored_as, squared_errors
 from ..selection import call_metric, metric_called
@@ -124,6 +124,7 @@ def _row(
         row |= {"s0": learned["s0"], "s1": learned["s1"]}
         row |= {"s0_fixed": (row["error_train"] / unit) ** 0.25, "s1_fixed": rate_train**0.25}
     if evaluation.metric is not None:
-        value = call_metric(metric_called(evaluation.metric), model, test_set, own_beta, batch_norms)
-        row["metric"] = float(value)
+        metric = metric_called(evaluation.metric)
+        fitted = training_examples([metric], model, config, "test", directory)
+        row["metric"] = float(call_metric(metric, model, test_set, own_beta, batch_norms, **fitted))
     return row

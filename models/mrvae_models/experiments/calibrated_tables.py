@@ -37,7 +37,11 @@ def landings(rows: Sequence[Row]) -> str:
         for line, betas in along_beta(shown, "own_beta").items()
         for beta in betas
     ]
-    return f"Nats an example, on the test split unless it says training.\n\n{table(['line', 'beta', *columns], body)}"
+    told = (
+        "Nats an example, on the test split unless it says training. The mutual information is at most the log of the "
+        "number of test examples: near it, it is a lower bound, and the marginal KL an upper one."
+    )
+    return f"{told}\n\n{table(['line', 'beta', *columns], body)}"
 
 
 def solved(points: Sequence[Row], own: Callable[[Row], float]) -> float | None:

@@ -16,7 +16,7 @@ from ..config import TrainConfig
 from ..curve import at, evaluate
 from ..objectives import rate
 from ..pictures import pictures
-from ..report import calibration_for, dataset_for
+from ..report import calibration_for, dataset_for, training_examples
 from ..run import load_split, plain_network, replace_file
 from ..selection import call_metric, metric_called
 from .calibrated_evaluation import calibrated_columns
@@ -53,12 +53,16 @@ def _with_metric(
     config: TrainConfig, model: nn.Module, betas: Sequence[float], evaluation: Evaluation, directory: Path
 ) -> Columns:
     metric = metric_called(evaluation.metric or "")
-    calibration, dataset = calibration_for(model, config), dataset_for(model, config, "test", directory)
+    calibration, split = calibration_for(model, config), "test"
+    dataset = dataset_for(model, config, split, directory)
     if evaluation.split == "all" and getattr(dataset, "factors", None) is not None:
-        dataset = dataset_for(model, config, "all", directory)
-    values = [call_metric(metric, model, dataset, beta, calibration) for beta in betas]
+        split = "all"
+        dataset = dataset_for(model, config, split, directory)
+    fitted = training_examples([metric], model, config, split, directory)
+    values = [call_metric(metric, model, dataset, beta, calibration, **fitted) for beta in betas]
     columns = curve_columns(config, model, betas, evaluation, directory)
-    return {**columns, "metric": [float(value) for value in values]}
+    counts = [float(len(dataset))] * len(betas)
+    return {**columns, "metric": [float(value) for value in values], "metric_examples": counts}
 
 
 def _with_samples(
@@ -117,6 +121,22 @@ EVALUATIONS: Mapping[str, Callable[..., Columns]] = {
     "linear": _linear,
     "calibrated": calibrated_columns,
 }
+
+
+def check_evaluation(evaluation: Evaluation, configs: Sequence[TrainConfig]) -> None:
+    """What can be wrong with an evaluation, asked before anything is trained: ValueError for a metric that is not known
+    and for a network without a closed form, ModuleNotFoundError or FileNotFoundError for what a metric needs."""
+    if evaluation.metric is not None:
+        metric_called(evaluation.metric)
+    if evaluation.kind != "linear":
+        return
+    for config in configs:
+        plain = config.likelihood in (None, "gaussian") and config.sigma in (None, 1.0)
+        if config.network != "linear" or not plain:
+            raise ValueError(
+                f"network {config.network}, likelihood {config.likelihood or 'its own'}, sigma {config.sigma or 1:g}: "
+                "expected --network linear with a gaussian of sigma 1, of which the closed form is known"
+            )
 
 
 def check_columns(columns: Columns, name: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -35,17 +36,20 @@ def configured(directory: Path, options: Any) -> TrainConfig:
     return config
 
 
-def check_runs(runs: Sequence[Run], out: Path) -> None:
-    """ValueError, naming the run, before anything is trained: for options that make no sense and names taken twice."""
+def check_runs(runs: Sequence[Run], out: Path) -> list[TrainConfig]:
+    """The runs' options. ValueError, naming the run, before anything is trained: for options that make no sense and
+    names taken twice."""
     taken: dict[str, Run] = {}
+    configs = []
     for run in runs:
         if run.name in taken:
             raise ValueError(f"two runs are called {run.name!r}: {taken[run.name]} and {run}; give each seed once")
         taken[run.name] = run
         try:
-            configured(out / "runs" / run.name, run.options)
+            configs.append(configured(out / "runs" / run.name, run.options))
         except ValueError as error:
             raise ValueError(f"run {run.name}: {error}") from None
+    return configs
 
 
 def execute(
@@ -62,11 +66,12 @@ def execute(
     launcher: "local", `processes` at a time (1: in this process), or "slurm", one job a run, with `cluster` as in
     launchers.slurm. The first run that fails ends all.
     """
+    from .evaluation import check_evaluation
     from .launchers import LAUNCHERS
 
     if launcher not in LAUNCHERS:
         raise ValueError(f"launcher is {launcher!r}; expected one of {', '.join(LAUNCHERS)}")
-    check_runs(runs, out)
+    check_evaluation(evaluation, check_runs(runs, out))
     jobs = [(out / "runs" / run.name, run, evaluation) for run in runs]
     results: dict[int, Result] = {}
     for index, result in LAUNCHERS[launcher](execute_one, jobs, processes=processes, out=out, **cluster):
@@ -81,7 +86,8 @@ def execute_one(directory: Path, run: Run, evaluation: Evaluation) -> Result:
     from .evaluation import check_columns, evaluated
 
     config = configured(directory, run.options)
-    wanted = json.loads(json.dumps({"betas": run.betas, "evaluation": dataclasses.asdict(evaluation)}))
+    asked = {**dataclasses.asdict(evaluation), **_digest(evaluation.metric)}
+    wanted = json.loads(json.dumps({"betas": run.betas, "evaluation": asked}))
     with _locked(directory):
         there = _result_there(directory, config, wanted)
         if there is not None:
@@ -94,6 +100,12 @@ def execute_one(directory: Path, run: Run, evaluation: Evaluation) -> Result:
         result = {"config": trained_by, **wanted, "columns": columns, "steps": trained.steps, "seconds": seconds}
         write_json(directory / RESULT, result)
     return json.loads(json.dumps(result))
+
+
+def _digest(metric: str | None) -> dict[str, str]:
+    """The SHA-256 of the file of a metric of the user's own: an edited one is evaluated again, not trained again."""
+    file = "" if metric is None else metric.rpartition(":")[0]
+    return {"sha256": hashlib.sha256(Path(file).expanduser().read_bytes()).hexdigest()} if file else {}
 
 
 def train_or_continue(config: TrainConfig) -> Any:

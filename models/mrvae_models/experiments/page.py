@@ -95,6 +95,12 @@ def _text(
     return "\n\n".join(part.rstrip() for part in parts) + "\n"
 
 
+def _counts(results: Sequence[Mapping[str, Any]]) -> str:
+    """On how many examples the runs' metric was measured."""
+    counts = {int(count) for result in results for count in result["columns"].get("metric_examples", [])}
+    return " or ".join(f"{count:,}" for count in sorted(counts)) or "an unknown number of"
+
+
 def counted(number: int, noun: str) -> str:
     """A number with its noun."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
@@ -113,7 +119,7 @@ def _compared(experiment: Experiment, runs: Sequence[Run], results: Sequence[Map
     evaluation = experiment.evaluation
     measured = {
         "linear": "rate and expected distortion on the training split",
-        "metric": f"the metric {evaluation.metric} on the {evaluation.split} split, the curve on the test split",
+        "metric": f"the metric {evaluation.metric} on {_counts(results)} examples, the curve on the test split",
     }.get(evaluation.kind, "the curve on the test split")
     draws = "" if evaluation.kind == "linear" else f", {counted(evaluation.draws, 'draw')} of z an example"
     text = (

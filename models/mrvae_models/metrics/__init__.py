@@ -10,6 +10,7 @@ commands take a name.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,11 +23,12 @@ from .area import area_under_curve, area_with_error, common_interval
 from .bound import importance_weighted_bound
 from .calibration import of_calibration
 from .digits import frechet_digits
-from .frechet import fid, frechet_distance
+from .frechet import fid, frechet_distance, inception_file
 from .gap import mig, mig_discretised
 from .gaussian_bound import nll_discretised, nll_implied, nll_optimal, nll_optimal_weighted
 from .information import dimension_wise_kl, marginal_kl, mutual_information, total_correlation
 from .probes import beta_vae_score, linear_probe
+from .requirements import need
 
 __all__ = [
     "METRICS",
@@ -40,12 +42,13 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric, what it is measured in, which way is better, and a line that says what it is."""
+    """A metric, what it is measured in, which way is better, a line that says what it is, and what it needs."""
 
     function: Callable[..., float]
     unit: str
     best: str | None  # "min", "max", or None where neither is
     help: str
+    check: Callable[[], object] = lambda: None  # raises where a package or a file that it needs is not there
 
     def __call__(self, model: nn.Module, dataset: Any, beta: float, **options: Any) -> float:
         return self.function(model, dataset, beta, **options)
@@ -78,6 +81,10 @@ def _of_curve(name: str) -> Callable[..., float]:
     return quantity
 
 
+def _sklearn_for(name: str) -> Callable[[], None]:
+    return functools.partial(need, "sklearn", name)
+
+
 METRICS: dict[str, Metric] = {
     "rate": Metric(_of_curve("rate"), "nats", None, "rate R, KL(q(z|x) || p(z))"),
     "distortion": Metric(_of_curve("distortion"), "nats", "min", "distortion D, -log p(x|z)"),
@@ -100,12 +107,20 @@ METRICS: dict[str, Metric] = {
     "marginal_kl": Metric(marginal_kl, "nats", "min", "KL(q(z) || p(z)), q(z) the aggregate posterior"),
     "tc": Metric(total_correlation, "nats", "min", "total correlation of q(z)"),
     "dimension_wise_kl": Metric(dimension_wise_kl, "nats", "min", "sum over dimensions of KL(q(z_d) || p(z_d))"),
-    "fid": Metric(fid, "distance squared", "min", "Frechet inception distance; its weights must be there"),
+    "fid": Metric(
+        fid, "distance squared", "min", "Frechet inception distance; its weights must be there", inception_file
+    ),
     "frechet_digits": Metric(
         frechet_digits, "distance squared", "min", "Frechet distance by a classifier of the embedded digits: no FID"
     ),
     "mig": Metric(mig, "of 1", "max", "mutual information gap of Chen et al. (needs factors)"),
-    "mig_discretised": Metric(mig_discretised, "of 1", "max", "disentanglement_lib's MIG (needs factors)"),
-    "beta_vae_score": Metric(beta_vae_score, "of 1", "max", "score of Higgins et al. (needs factors)"),
-    "probe": Metric(linear_probe, "of 1", "max", "accuracy of a linear classifier of labels (needs labels)"),
+    "mig_discretised": Metric(
+        mig_discretised, "of 1", "max", "disentanglement_lib's MIG (needs factors)", _sklearn_for("mig_discretised")
+    ),
+    "beta_vae_score": Metric(
+        beta_vae_score, "of 1", "max", "score of Higgins et al. (needs factors)", _sklearn_for("beta_vae_score")
+    ),
+    "probe": Metric(
+        linear_probe, "of 1", "max", "accuracy of a linear classifier of labels (needs labels)", _sklearn_for("probe")
+    ),
 }

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..curve import Examples
+from ..curve import Examples, check_finite
 from ..likelihoods import CalibratedGaussian, Gaussian, GaussianImage, GaussianPixel, Likelihood
 from ..scored import scored_as
 from .posteriors import example_batches, ready, vae_of
@@ -125,6 +125,8 @@ def _values(
             parameters = network.decode(mean + torch.exp(0.5 * log_variance) * noise)
             squares = (x - network.likelihood.mean(parameters)).double().square()
             variance = variances(network.likelihood, parameters, x, beta).double().expand_as(squares)
+            check_finite("the decoder's variance", variance, beta)
+            check_finite("the squared error of the decoder's mean", squares, beta)
             yield variance.flatten().cpu(), squares.flatten().cpu()
 
 

@@ -8,6 +8,7 @@ computes it; here the images are made, in batches.
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from mrvae_kernels import measurements
 
-from ..curve import Examples
+from ..curve import Examples, check_finite
 from .posteriors import example_batches, ready
 from .requirements import need
 
@@ -50,15 +51,7 @@ class Inception(nn.Module):
 
     def __init__(self, weights: str | Path | None = None):
         super().__init__()
-        path = inception_path() if weights is None else Path(weights).expanduser()
-        advice = "or take another extractor: the metric frechet_digits, or frechet_distance(..., extractor=module)"
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"FID needs Inception's weights, and {path} does not exist: put {INCEPTION_FILE} there, from the "
-                f"releases of torch-fidelity (nothing is downloaded by itself); MRVAE_INCEPTION names another file; "
-                + advice
-            )
-        need("torch_fidelity", "FID", f"; {advice}")  # it has Inception's layers
+        path = inception_file(weights)
         from torchmetrics.image.fid import FrechetInceptionDistance
 
         self.network = FrechetInceptionDistance(2048, feature_extractor_weights_path=str(path)).inception
@@ -66,6 +59,20 @@ class Inception(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         colour = images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
         return self.network((255 * colour).round().byte())
+
+
+def inception_file(weights: str | Path | None = None) -> Path:
+    """The file of Inception's weights; FileNotFoundError that says what to put where, and ModuleNotFoundError without
+    torch-fidelity, which has Inception's layers."""
+    path = inception_path() if weights is None else Path(weights).expanduser()
+    advice = "or take another extractor: the metric frechet_digits, or frechet_distance(..., extractor=module)"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"FID needs Inception's weights, and {path} does not exist: put {INCEPTION_FILE} there, from the releases "
+            f"of torch-fidelity (nothing is downloaded by itself); MRVAE_INCEPTION names another file; {advice}"
+        )
+    need("torch_fidelity", "FID", f"; {advice}")
+    return path
 
 
 def inception_path() -> Path:
@@ -93,8 +100,8 @@ def frechet_distance(
 
     extractor: a module, images (n, C, H, W) in [0, 1] -> features (n, f). Samples are means E[x | z], z ~ p(z), with
     the same z at every beta. The covariance of f features wants more than f images, and distances of other numbers of
-    images do not compare. ValueError for data that are no images, fewer than two of either, and other features than
-    (n, f).
+    images do not compare. ValueError for data that are no images, fewer than two of either, other features than
+    (n, f), and numbers that are not finite.
     """
     from torchmetrics.image.fid import FrechetInceptionDistance
 
@@ -117,8 +124,15 @@ def frechet_distance(
         generator = torch.Generator(device).manual_seed(seed)
         for start in range(0, count, batch_size):
             drawn = network.sample(min(batch_size, count - start), generator=generator)
+            check_finite("a sample", drawn, beta)
             measure.update(drawn.float(), real=False)
-        return max(0.0, measure.compute().item())  # of equal sets it ends beside 0, by rounding
+        distance = measure.compute().item()
+    if math.isnan(distance):  # max(0, NaN) would be 0, the best there is
+        raise ValueError(
+            f"the Frechet distance at beta = {beta:.4g} is NaN: the extractor {type(extractor).__name__} gives "
+            "features that are not finite for these images or samples"
+        )
+    return max(0.0, distance)  # of equal sets it ends beside 0, by rounding
 
 
 def fid(

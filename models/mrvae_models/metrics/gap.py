@@ -87,8 +87,13 @@ def discretised_information(mean: Tensor, classes: Tensor, bins: int = BINS) -> 
     from sklearn.metrics import mutual_info_score
 
     columns = []
-    for values in classes.cpu().T.numpy():
+    for number, values in enumerate(classes.cpu().T.numpy()):
         entropy = mutual_info_score(values, values)
+        if entropy == 0:
+            raise ValueError(
+                f"factor {number} has one value on the {len(values)} examples that were drawn, and so no information "
+                "to find; expected two values or more: give more examples, or leave this factor out"
+            )
         found = []
         for code in mean.cpu().T:
             low, high = code.min(), code.max()

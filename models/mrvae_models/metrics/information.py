@@ -7,13 +7,16 @@
     total correlation  = mean_i [log q(z_i) - sum_d log q(z_id)]     (Chen et al., 2018)
     dimension-wise KL  = mean_i sum_d [log q(z_id) - log p(z_id)]
 
-One draw z_i ~ q(z | x_i) an example. A mutual information near log N says that the set is too small to measure it.
+One draw z_i ~ q(z | x_i) an example. A mutual information near log N says that the set is too small to measure it: what
+is found is a lower bound then, and the marginal KL an upper one. The metrics mi and marginal_kl warn of it.
 """
 
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +27,9 @@ from .posteriors import Posteriors, posteriors
 
 PAIRS = 4_000_000
 """Pairs (i, j) at a time: 32 MB of float64."""
+
+NEAR_THE_LIMIT = 0.5
+"""Nats below log N from where on a mutual information is told to be as much as N examples can show."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +81,20 @@ def information(over: Posteriors, seed: int = 0, dimensions: bool = True) -> Inf
     )
 
 
+def _measurable(model: nn.Module, dataset: Examples, beta: float, seed: int, name: str, **how: Any) -> Information:
+    """information() of a set without the parts by dimension; a warning where the set is too small for it."""
+    found = information(posteriors(model, dataset, beta, wanted_by=name, **how), seed, dimensions=False)
+    limit = math.log(len(dataset.examples))
+    if found.mutual_information > limit - NEAR_THE_LIMIT:
+        warnings.warn(
+            f"at beta = {beta:.4g} the mutual information is {found.mutual_information:.3g} nats, and {limit:.3g}, the "
+            f"log of the {len(dataset.examples)} examples, is the most that so many can show: it is a lower bound "
+            "here, and marginal_kl an upper one; measure on more examples",
+            stacklevel=3,
+        )
+    return found
+
+
 def mutual_information(
     model: nn.Module,
     dataset: Examples,
@@ -83,9 +103,9 @@ def mutual_information(
     seed: int = 0,
     calibration: Tensor | None = None,
 ) -> float:
-    """I_q(x; z), nats."""
-    over = posteriors(model, dataset, beta, batch_size, calibration, "mutual information")
-    return information(over, seed, dimensions=False).mutual_information
+    """I_q(x; z), nats; a warning where it is near the log of the number of examples, the most that they can show."""
+    how = {"batch_size": batch_size, "calibration": calibration}
+    return _measurable(model, dataset, beta, seed, "mutual information", **how).mutual_information
 
 
 def marginal_kl(
@@ -96,9 +116,9 @@ def marginal_kl(
     seed: int = 0,
     calibration: Tensor | None = None,
 ) -> float:
-    """KL(q(z) || p(z)), nats."""
-    over = posteriors(model, dataset, beta, batch_size, calibration, "marginal KL")
-    return information(over, seed, dimensions=False).marginal_kl
+    """KL(q(z) || p(z)), nats; a warning where the set is too small, and this an upper bound."""
+    how = {"batch_size": batch_size, "calibration": calibration}
+    return _measurable(model, dataset, beta, seed, "marginal KL", **how).marginal_kl
 
 
 def total_correlation(

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..curve import Examples, at, calibrated, evaluating
+from ..curve import Examples, at, calibrated, check_finite, evaluating
 from ..run import plain_network
 from ..vae import VAE
 
@@ -72,10 +72,13 @@ def posteriors(
 ) -> Posteriors:
     """q(z | x) of all examples at beta, in batches; memory of N k numbers.
 
-    ValueError for a network without one Gaussian latent vector (`wanted_by` names the metric), and for an empty set.
+    ValueError for a network without one Gaussian latent vector (`wanted_by` names the metric), for an empty set, and
+    for numbers that are not finite.
     """
     vae_of(model, wanted_by)
     with ready(model, beta, calibration) as network:
         parts = [network.encode(x) for x in example_batches(model, dataset, batch_size)]
     mean, log_variance = (torch.cat(part).double() for part in zip(*parts, strict=True))
+    check_finite("the posterior mean", mean, beta)
+    check_finite("the posterior's log variance", log_variance, beta)
     return Posteriors(mean, log_variance)
