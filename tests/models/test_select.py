@@ -191,7 +191,8 @@ def test_the_interval_of_a_quantity_that_is_no_mean_is_around_its_beta(data):
     """Mutual information of codes that tell the examples apart is the log of their number, but for what beta takes."""
 
     def saturated(model, dataset, beta):
-        return math.log(len(dataset.examples.unique(dim=0))) - 0.1 * math.log(beta) + 0.1 * dataset.examples.mean().item()
+        different = len(dataset.examples.unique(dim=0))
+        return math.log(different) - 0.1 * math.log(beta) + 0.1 * dataset.examples.mean().item()
 
     found = select_beta(known(), data, saturated, math.log(300), grid=5, resamples=40)
     assert found.interval[0] < found.beta < found.interval[1] and found.standard_error < 0.1
