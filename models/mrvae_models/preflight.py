@@ -15,7 +15,7 @@ from .baking import DECODER, PROGRAM
 from .commands import metrics
 from .config import FORMAT, TrainConfig
 from .curve import has_running_statistics
-from .data import DataError, InMemory, TextDataset, VideoDataset
+from .data import DataError, ImageDataset, InMemory, TextDataset, VideoDataset
 from .l_vae import learned_weights
 from .network_names import NETWORK_NAMES
 from .objective_options import OF_ONE_BETA
@@ -36,13 +36,19 @@ BAKED = (CONFIG, MODEL, PROGRAM, DECODER, VOCABULARY, SENTENCES, *CURVE_FILES)
 
 
 def check_splits(train_set: InMemory, validation_set: InMemory, data: str) -> None:
-    """DataError unless both splits have images of one shape; otherwise the first validation would find it out."""
-    if train_set.input_shape != validation_set.input_shape:
-        raise DataError(
-            f"{data}: training images have shape {train_set.input_shape} and validation images "
-            f"{validation_set.input_shape}; expected one shape in all splits: resize the images "
-            "(--resize for image files), or give data whose splits agree"
-        )
+    """DataError unless all splits have images of one shape; otherwise the first validation would find it out.
+
+    The test set is not read before the run is trained; what its file's header says of it is compared, if it says any.
+    """
+    shapes = {"validation": validation_set.input_shape}
+    if isinstance(train_set, ImageDataset) and train_set.test_shape is not None:
+        shapes["test"] = train_set.test_shape
+    for split, shape in shapes.items():
+        if shape != train_set.input_shape:
+            raise DataError(
+                f"{data}: training images have shape {train_set.input_shape} and {split} images {shape}; expected one "
+                "shape in all splits: resize the images (--resize for image files), or give data whose splits agree"
+            )
 
 
 def check_kind(train_set: InMemory, config: TrainConfig) -> None:

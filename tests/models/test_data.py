@@ -189,6 +189,33 @@ def test_npz_with_unknown_names_or_wrong_labels(tmp_path):
         load(tmp_path / "labels.npz")
 
 
+@pytest.mark.parametrize("write", [np.savez, np.savez_compressed])
+def test_labels_in_a_column_are_taken_as_a_row(tmp_path, write):
+    """As MedMNIST's .npz have them, (N, 1) uint8."""
+    names = ("train", "val", "test")
+    write(tmp_path / "set.npz",
+          **{f"{name}_images": pictures(20, 4, 4, seed=i) for i, name in enumerate(names)},
+          **{f"{name}_labels": np.arange(20, dtype=np.uint8)[:, None] for name in names})  # fmt: skip
+    data = load(tmp_path / "set.npz", "test")
+    assert data.labels.dtype == torch.int64 and sorted(data.labels.tolist()) == list(range(20))
+    expected = torch.from_numpy(pictures(20, 4, 4, seed=2)[data.labels]).float() / 255
+    assert torch.equal(data.examples[:, 0], expected)
+
+
+def test_several_labels_an_image_are_left_out_with_one_warning(tmp_path):
+    """As ChestMNIST's, (N, 14)."""
+    path = tmp_path / "set.npz"
+    np.savez(path, images=pictures(20, 4, 4), labels=np.ones((20, 14), np.uint8))
+    message = r"\[images\]: labels of shape \(20, 14\) are left out; expected one an image, shape \(20,\)"
+    with pytest.warns(UserWarning, match=message) as given:
+        assert load(path).labels is None
+    assert len(given) == 1 and given[0].filename == __file__
+    for labels in (np.ones((19, 14)), np.ones((19, 1)), np.ones((14, 20)), np.array(3), np.ones((20, 1))):
+        np.savez(path, images=pictures(20, 4, 4), labels=labels)
+        with pytest.raises(DataError, match="labels of shape .* for 20 images; expected whole numbers"):
+            load(path)
+
+
 # Options
 
 

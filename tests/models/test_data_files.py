@@ -94,6 +94,30 @@ def test_idx_folder_with_two_files_for_a_split(tmp_path):
         load(tmp_path)
 
 
+def test_names_that_only_look_like_idx(tmp_path):
+    images = pictures(10, 6, 5)
+    write_images(tmp_path / "scans", images)
+    for i, path in enumerate(sorted((tmp_path / "scans").iterdir())):
+        path.rename(path.with_name(f"{'idx' if i < 5 else 'scan_idx'}{i}.png"))
+    assert multiset(load(tmp_path / "scans", "all").examples[:, 0]) == multiset(torch.from_numpy(images).float() / 255)
+    for path in (tmp_path / "train_idx1.npz", tmp_path / "ubyte.npy"):
+        np.savez(path, images=images) if path.suffix == ".npz" else np.save(path, images)
+        assert load(path, "all").input_shape == (1, 6, 5)
+    (tmp_path / "notes_idx1.txt.old").write_text("no images")
+    with pytest.raises(DataError, match="notes_idx1.txt.old: this kind of file is not known"):
+        load(tmp_path / "notes_idx1.txt.old")
+    (tmp_path / "scans/icon_idx1.ico").write_bytes(b"\0\0\1\0")
+    assert len(load(tmp_path / "scans", "all")) == 10
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_idx_files_under_other_endings_are_known_by_their_first_bytes(tmp_path, packed):
+    path = write_idx(tmp_path / f"train-images-idx3-ubyte{'.gz' * packed}", pictures(10, 3, 3))
+    path = path.rename(tmp_path / "train-images-idx3-ubyte.bin")
+    (tmp_path / "._train-images-idx3-ubyte").write_bytes(b"what a Mac adds")
+    assert len(load(path, "all")) == len(load(tmp_path)) + len(load(tmp_path, "test")) + 1 == 10
+
+
 # Folders of images
 
 

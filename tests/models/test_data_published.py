@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from mrvae_models.data import DataError, amat, load
+from mrvae_models.data.archive import Archive
 from PIL import Image
 from published import (
     agree,
@@ -134,13 +135,27 @@ def test_omniglot_of_the_original_images(root, zipped):
             (root / "omniglot" / folder).rmdir()
     test = load("omniglot", "test")
     assert test.input_shape == (1, 28, 28) and len(test) == 6 and len(load("omniglot")) == 11
-    assert sorted(test.labels.tolist()) == [0, 1, 2, 3, 4, 5]
-    by_label = dict(zip(kept_labels(6).tolist(), expected["images_evaluation"], strict=True))
+    assert sorted(test.labels.tolist()) == [6, 7, 8, 9, 10, 11]  # after those of the six characters to train on
+    train = torch.cat([load("omniglot", split).labels for split in ("train", "validation")])
+    assert sorted(train.tolist()) == sorted([*range(6), *range(6)])
+    labels = 6 + kept_labels(6)
+    by_label = dict(zip(labels.tolist(), expected["images_evaluation"], strict=True))
     for x, label in zip(test.examples, test.labels.tolist(), strict=True):
         ink = Image.fromarray(np.uint8(255) * by_label[label]).resize((28, 28), Image.Resampling.BICUBIC)
         torch.testing.assert_close(x[0] * 255, torch.from_numpy(np.array(ink, np.float32)), atol=1, rtol=0)
     kept = load("omniglot", "test", resize=105)
-    agree(kept, np.uint8(255) * expected["images_evaluation"][:, None], kept_labels(6))
+    agree(kept, np.uint8(255) * expected["images_evaluation"][:, None], labels)
+
+
+def test_what_a_mac_or_a_notebook_adds_to_an_archive_is_left_out(tmp_path):
+    stray = ("__MACOSX/a/1.png", "a/.ipynb_checkpoints/1.png", "a/._1.png", ".Trash/1.png")
+    with zipfile.ZipFile(tmp_path / "set.zip", "w") as packed:
+        for name in (*stray, "a/1.png", "a/2.PNG", "a/notes.txt"):
+            packed.writestr(name, b"")
+            (tmp_path / ".hidden/set" / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / ".hidden/set" / name).touch()
+    for path in (tmp_path / "set.zip", tmp_path / ".hidden/set"):
+        assert [str(file) for file in Archive(path).files] == ["a/1.png", "a/2.PNG"]
 
 
 def kept_labels(n: int) -> np.ndarray:

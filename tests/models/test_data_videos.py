@@ -105,6 +105,23 @@ def test_names_splits_and_lengths_of_clips(tmp_path):
         load(tmp_path, "train", frames=5)
 
 
+def test_clips_have_colour_and_size_in_all_splits_or_in_none(tmp_path):
+    grey = pictures(8, 3, 6, 5)
+    write_clips(tmp_path / "train", grey[:6])
+    write_clips(tmp_path / "test", grey[6:])
+    hidden = tmp_path / "train/traj_0_to_3/.ipynb_checkpoints"
+    hidden.mkdir()
+    Image.fromarray(grey[0, 0]).save(hidden / "0-checkpoint1.png")
+    agree(load(tmp_path, "test", frames=3), grey[6:, :, None])
+    assert len(load(tmp_path, frames=3)) == 6 - 1
+    Image.fromarray(grey[0, 0]).convert("RGB").save(tmp_path / "train/traj_0_to_3/1/0.png")
+    for split in ("train", "test"):
+        assert load(tmp_path, split, frames=3).input_shape == (3, 3, 6, 5)
+    Image.fromarray(pictures(7, 7)).save(tmp_path / "test/traj_0_to_3/1/0.png")
+    with pytest.raises(DataError, match="test/traj_0_to_3/1/0.png: 7x7 pixels, and .*train/.*0.png has 5x6"):
+        load(tmp_path, frames=3)
+
+
 def test_frames_that_are_wrong(tmp_path):
     write_clips(tmp_path, pictures(3, 5, 6, 5))
     clip = tmp_path / "traj_0_to_3/2"

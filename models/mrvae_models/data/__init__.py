@@ -114,6 +114,8 @@ def load(
       draws where they start in a clip, at every access; the other splits have the first.
 
     Values: uint8 0 to 255 (divided by 255; a uint8 set of 0 and 1 only is taken as binary), bool, or floats in [0, 1].
+    Image files are taken as a viewer shows them on a white page, turned by their EXIF; where any in any split has
+    colour, all become RGB. What is hidden in a folder is left out.
     Raises DataError, a ValueError, for anything else.
     """
     if split not in (*SPLITS, "all"):
@@ -138,13 +140,17 @@ def load(
     factors = raw.factors
     if factors is not None:
         factors = factors._replace(classes=factors.classes[kept])
+    made: ImageDataset
     if images.dim() == 5:
         assert not isinstance(images, Mapped)
         moving = split in ("train", "all")
-        return VideoDataset(images, labels, binarize, seed, factors, frames, frame_stride, moving)
-    if (frames, frame_stride) != (None, 1):
+        made = VideoDataset(images, labels, binarize, seed, factors, frames, frame_stride, moving)
+    elif (frames, frame_stride) != (None, 1):
         raise DataError(f"frames={frames}, frame_stride={frame_stride} is for clips, and {named} holds images")
-    return ImageDataset(images, labels, binarize, seed, factors)
+    else:
+        made = ImageDataset(images, labels, binarize, seed, factors)
+    made.test = raw.test and raw.test._replace(layout=layout or raw.test.layout)
+    return made
 
 
 def text_files(source: Any) -> dict[str, Path]:

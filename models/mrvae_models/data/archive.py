@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import io
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from .checks import DataError
-from .folder import SUFFIXES
+from .folder import Encoded, is_image
 
 
 class Archive:
@@ -28,16 +29,13 @@ class Archive:
                     f"{path}: cannot be read, damaged or cut short ({error}); expected a zip of images: download it "
                     "again"
                 ) from error
-        files = map(PurePosixPath, names)
-        # __MACOSX/._name: what a Mac adds to a zip
-        self.files = sorted(f for f in files if f.suffix.lower() in SUFFIXES and not f.name.startswith("."))
+        self.files = sorted(filter(is_image, map(PurePosixPath, names)))
 
-    def name(self, file: PurePosixPath) -> str:
-        """For errors."""
-        return f"{self.path}/{file}"
+    def encoded(self, files: Sequence[PurePosixPath]) -> Encoded:
+        """Some of its files, to be decoded."""
+        return Encoded([f"{self.path}/{file}" for file in files], lambda i: self._open(files[i]))
 
-    def open(self, file: PurePosixPath) -> Any:
-        """As a PIL image, not decoded yet."""
+    def _open(self, file: PurePosixPath) -> Any:
         from PIL import Image
 
         return Image.open(self.path / file if self._zip is None else io.BytesIO(self._zip.read(str(file))))

@@ -12,12 +12,13 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .checks import DataError, Raw
+from .checks import DataError, Header, Raw
 from .splits import NAMES, Sets
 
 LOCAL_HEADER = 30
@@ -38,33 +39,32 @@ def sets(path: Path) -> Sets:
     if path.suffix.lower() == ".npy":
         return {"all": lambda: Raw(read(path), None, str(path))}
     keys = list(read(path))
-    found: Sets = {}
+    found: dict[str, tuple[str, str | None, str | None]] = {}
     for word, split in NAMES.items():
         for image_key, label_key in ((f"{word}_images", f"{word}_labels"), (f"x_{word}", f"y_{word}")):
             if image_key in keys and split not in found:
                 group_key = _first(keys, *(f"{word}_{key}" for key in GROUPS), *(f"{key}_{word}" for key in GROUPS))
-                found[split] = _reader(path, image_key, _first(keys, label_key), group_key)
+                found[split] = (image_key, _first(keys, label_key), group_key)
     if found:
-        return found
+        test_key = found["test"][0] if "test" in found else None
+        return {split: partial(_raw, path, *of_split, test_key) for split, of_split in found.items()}
     only = keys[0] if len(keys) == 1 else None
     undivided = _first(keys, *UNDIVIDED) or only
     if undivided is None:
         raise DataError(f"{path}: holds {', '.join(keys) or 'no array'}; expected {EXPECTED}: rename the arrays")
-    return {"all": _reader(path, undivided, _first(keys, "labels", "y"), _first(keys, *GROUPS))}
+    return {"all": partial(_raw, path, undivided, _first(keys, "labels", "y"), _first(keys, *GROUPS), None)}
 
 
 def _first(keys: Sequence[str], *wanted: str) -> str | None:
     return next((key for key in wanted if key in keys), None)
 
 
-def _reader(path: Path, image_key: str, label_key: str | None, group_key: str | None) -> Any:
-    def raw() -> Raw:
-        labels = None if label_key is None else read(path, label_key)
-        images = read(path, image_key)
-        groups = None if group_key is None else _groups(read(path, group_key), len(images), f"{path} [{group_key}]")
-        return Raw(images, labels, f"{path} [{image_key}]", groups=groups)
-
-    return raw
+def _raw(path: Path, image_key: str, label_key: str | None, group_key: str | None, test_key: str | None) -> Raw:
+    labels = None if label_key is None else read(path, label_key)
+    images = read(path, image_key)
+    groups = None if group_key is None else _groups(read(path, group_key), len(images), f"{path} [{group_key}]")
+    test = None if test_key is None else Header(header(path, test_key)[0], f"{path} [{test_key}]")
+    return Raw(images, labels, f"{path} [{image_key}]", groups=groups, test=test)
 
 
 def _groups(array: np.ndarray, n: int, origin: str) -> np.ndarray | None:

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from . import frame_folders, tfrecord
-from .checks import DataError, Raw
+from .checks import DataError, Header, Raw
 from .memory import check_memory
 from .splits import NAMES, Sets
 
@@ -45,7 +45,7 @@ def sets(path: Path, resize: int | tuple[int, int] | None = None) -> Sets:
         return frame_folders.sets(root, resize)
     if resize is not None:
         raise DataError(f"resize={resize} is for image files, and {path} holds TFRecord files: leave it out")
-    return {split: partial(_raw, files) for split, files in by_split.items()}
+    return {split: partial(_raw, files, by_split.get("test", ())) for split, files in by_split.items()}
 
 
 def _root(path: Path) -> Path | None:
@@ -65,7 +65,7 @@ def _files(path: Path) -> list[Path]:
     return sorted(file for file in path.iterdir() if file.suffix.lower() in tfrecord.SUFFIXES and file.is_file())
 
 
-def _raw(files: Sequence[Path]) -> Raw:
+def _raw(files: Sequence[Path], test: Sequence[Path]) -> Raw:
     n = sum(map(tfrecord.count, files))
     origin = f"{files[0]}{f' and {len(files) - 1} more' * (len(files) > 1)}"
     clips, row = np.empty(0, np.uint8), 0
@@ -79,7 +79,16 @@ def _raw(files: Sequence[Path]) -> Raw:
                 raise DataError(f"{file}, clip {row}: shape {clip.shape}; expected {clips.shape[1:]}, as of the first")
             clips[row] = clip
             row += 1
-    return Raw(clips, None, origin, layout="NTHWC" if n else None)
+    return Raw(clips, None, origin, layout="NTHWC" if n else None, test=_header(test))
+
+
+def _header(files: Sequence[Path]) -> Header | None:
+    """The shape of clips by the first one, of which all are to have the shape; None without any."""
+    for file in files:
+        for example in tfrecord.records(file):
+            origin = f"{file}, clip 0"
+            return Header((1, *_clip(example, origin).shape), origin, "NTHWC")
+    return None
 
 
 def _clip(example: bytes, origin: str) -> np.ndarray:

@@ -45,11 +45,11 @@ def _raw(root: Path, images: Path, split: str, resize: int | tuple[int, int] | N
         )
     files = [by_name[name] for name in wanted]
     pixels = folder.decode(
-        [archive.name(file) for file in files],
-        lambda i: archive.open(files[i]),
+        archive.encoded(files),
         SIDE if resize is None else resize,
         crop=CROP,
         filter="BILINEAR",
+        others=[archive.encoded(archive.files)],  # of all parts
     )
     return Raw(pixels, None, f"{images} [{split}]")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,7 +15,7 @@ from .mapped import Mapped, MappedRows
 from .memory import check_memory
 from .storage import Compact, pack
 
-__all__ = ["DataError", "Factors", "Raw", "checked"]
+__all__ = ["DataError", "Factors", "Header", "Raw", "checked"]
 
 CHANNELS = (1, 2, 3, 4)
 
@@ -33,12 +34,26 @@ class Factors(NamedTuple):
     sizes: tuple[int, ...]
 
 
+class Header(NamedTuple):
+    """What is known of an array that is not read: its shape, (N, ...), the file that errors name, and its layout."""
+
+    shape: tuple[int, ...]
+    origin: str
+    layout: str | None = None  # as in Raw
+
+    def shape_of_one(self) -> tuple[int, ...]:
+        """(C, H, W), or (T, C, H, W) of clips; DataError where `load` would raise it for the array's shape."""
+        nothing_read = np.broadcast_to(np.uint8(0), self.shape)  # takes no memory
+        return channels_first(nothing_read, self.origin, self.layout).shape[1:]
+
+
 class Raw(NamedTuple):
     """Images as they were read, their labels or None, the file that errors name, and their factors or None.
 
     groups: (N,) whole numbers, of what each image is a part of, such as a photograph of which it is a patch: a split
     takes a group whole (splits.py). None where every image is on its own. layout: of LAYOUTS, or None where the shape
-    tells it.
+    tells it. test: of the source's test set; None where it is cut out of this array, is made to the same shape as this
+    one in any case, or is not known before it is read.
     """
 
     images: Any  # an array, or what has shape, dtype, min and max and is indexed like one (sprites.Sprites)
@@ -47,6 +62,7 @@ class Raw(NamedTuple):
     factors: Factors | None = None
     groups: np.ndarray | None = None
     layout: str | None = None
+    test: Header | None = None
 
 
 def checked(raw: Raw, kept: np.ndarray, layout: str | None = None) -> tuple[Tensor | Compact | Mapped, Tensor | None]:
@@ -55,6 +71,8 @@ def checked(raw: Raw, kept: np.ndarray, layout: str | None = None) -> tuple[Tens
     Images are (N, C, H, W), clips (N, T, C, H, W). The whole set is checked, not only what is kept. 8-bit and binary
     images that would take more than COMPACT_ABOVE bytes stay packed, and such clips do in any case; those that are
     mapped stay in their file. Raises DataError, also where memory would run out.
+
+    Labels may be (N, 1), too. Several an image, (N, K), are left out with a warning.
     """
     if layout is not None and raw.layout not in (None, layout):
         raise DataError(f"{raw.origin}: layout is {layout!r}; expected {raw.layout!r}, or none: leave it out")
@@ -152,12 +170,21 @@ def check_values(array: Any, origin: str) -> int:
     return 1
 
 
-def _labels(raw: Raw, kept: np.ndarray) -> Tensor:
-    labels = raw.labels
+def _labels(raw: Raw, kept: np.ndarray) -> Tensor | None:
+    labels, n = raw.labels, len(raw.images)
     assert labels is not None
-    if labels.shape != (len(raw.images),) or labels.dtype.kind not in "iub":
+    if labels.shape == (n, 1):
+        labels = labels[:, 0]
+    if labels.ndim > 1 and len(labels) == n:
+        warnings.warn(
+            f"{raw.origin}: labels of shape {labels.shape} are left out; expected one an image, shape ({n},): the "
+            "images are used without",
+            stacklevel=4,
+        )
+        return None
+    if labels.shape != (n,) or labels.dtype.kind not in "iub":
         raise DataError(
-            f"{raw.origin}: labels of shape {labels.shape} and type {labels.dtype} for {len(raw.images)} images; "
-            f"expected whole numbers, shape ({len(raw.images)},): correct them, or leave them out"
+            f"{raw.origin}: labels of shape {labels.shape} and type {labels.dtype} for {n} images; expected whole "
+            f"numbers, shape ({n},): correct them, or leave them out"
         )
     return torch.from_numpy(labels[kept].astype(np.int64))

@@ -77,7 +77,8 @@ def clips_first(sets: Sets) -> Sets:
                 return raw  # its file says it
             if raw.images.ndim not in (4, 5):
                 raise DataError(f"{raw.origin}: shape {raw.images.shape}; expected clips, (T, N, H, W)")
-            return raw._replace(images=np.swapaxes(raw.images, 0, 1))
+            test = raw.test and raw.test._replace(shape=(*raw.test.shape[1::-1], *raw.test.shape[2:]))
+            return raw._replace(images=np.swapaxes(raw.images, 0, 1), test=test)
 
         return read_and_turn
 
@@ -108,6 +109,7 @@ class VideoDataset(ImageDataset):
     ):
         super().__init__(images, labels, binarize, seed, factors)
         length = self.input_shape[0]
+        self._asked, self._stride = frames, stride
         frames = -(-length // stride) if frames is None else frames
         self.moving = False
         if (frames, stride) != (length, 1):
@@ -115,6 +117,15 @@ class VideoDataset(ImageDataset):
             self.moving = moving and self.examples.starts > 1
         self.draws = self.draws or self.moving
         self.input_shape = tuple(self.examples.shape[1:])
+
+    @property
+    def test_shape(self) -> tuple[int, ...] | None:
+        """As of images; with fewer frames than were asked for where the test set's clips have no more."""
+        shape = super().test_shape
+        if shape is None:
+            return None
+        most = -(-shape[0] // self._stride)
+        return (min(most, self._asked or most), *shape[1:])
 
     def take(self, indices: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """The clips at `indices` (n,), as one tensor (n, frames, C, H, W)."""

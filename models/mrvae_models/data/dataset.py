@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .checks import DataError, Factors
+from .checks import DataError, Factors, Header
 from .mapped import Mapped
 from .splits import check_seed
 from .storage import PACKING, Chunks, Compact, at_once, pack, turns
@@ -59,6 +59,8 @@ class ImageDataset(Dataset[Tensor]):
     """
 
     lengths = None
+    test: Header | None = None
+    """Of the test set of the source that `load` took these images from, as Raw has it."""
     shape_of_one: tuple[str, ...] = ("C", "H", "W")
 
     def __init__(
@@ -93,6 +95,11 @@ class ImageDataset(Dataset[Tensor]):
         self.binarize = binarize
         self.draws = binarize == "dynamic"
         self.input_shape: tuple[int, ...] = tuple(images.shape[1:])
+
+    @property
+    def test_shape(self) -> tuple[int, ...] | None:
+        """What input_shape is of the source's test set, from its header; None where `test` is. DataError as `load`."""
+        return None if self.test is None else self.test.shape_of_one()
 
     def __len__(self) -> int:
         return len(self.examples)

@@ -3,7 +3,7 @@
     ROOT/train/.../CLIP/0.png, 1.png, ...      ROOT/test/...        sub-folders train, validation, test are the splits
 
 Frames are in the order of their numbers, of which none may be left out. Clips of several lengths are cut to the
-shortest's, their first frames being kept.
+shortest's of their split, their first frames being kept. Colour and size are the same in all splits.
 """
 
 from __future__ import annotations
@@ -13,37 +13,41 @@ from functools import partial
 from pathlib import Path
 
 from . import folder
-from .checks import DataError, Raw
-from .splits import NAMES, Sets
+from .checks import DataError, Header, Raw
+from .splits import Sets
 
 
 def sets(root: Path, resize: int | tuple[int, int] | None = None) -> Sets:
     """The sets of a folder; one undivided set where it has no sub-folders called as splits."""
-    found = {
-        split: partial(_raw, child, resize)
-        for child in sorted(root.iterdir())
-        if child.is_dir() and (split := NAMES.get(child.name.lower()))
-    }
-    return dict(found) or {"all": partial(_raw, root, resize)}
+    parts = folder.parts_of(root)
+    return {split: partial(_raw, parts, split, resize) for split in parts}
 
 
-def _raw(root: Path, resize: int | tuple[int, int] | None) -> Raw:
-    clips = [clip for _, clip in sorted(clips_of(root).items())]
-    if not clips:
+def _raw(parts: dict[str, Path], split: str, resize: int | tuple[int, int] | None) -> Raw:
+    clips = {name: _cut(part) for name, part in parts.items()}
+    root = parts[split]
+    if not clips[split]:
         raise DataError(f"{root}: no frames; expected a folder for each clip, with images 0.png, 1.png and so on")
-    length = min(map(len, clips))
-    files = [frame for clip in clips for frame in clip[:length]]
-    images = folder.decode([str(file) for file in files], lambda i: folder.opened(files[i]), resize)
+    files = {name: folder.encoded([frame for clip in some for frame in clip]) for name, some in clips.items()}
+    images = folder.decode(files.pop(split), resize, others=list(files.values()))
     layout = "NTHW" if images.ndim == 3 else "NTHWC"
-    return Raw(images.reshape(len(clips), length, *images.shape[1:]), None, str(root), layout=layout)
+    shapes = {name: (len(some), len(some[0]), *images.shape[1:]) for name, some in clips.items() if some}
+    test = Header(shapes["test"], str(parts["test"]), layout) if "test" in shapes else None
+    return Raw(images.reshape(shapes[split]), None, str(root), layout=layout, test=test)
+
+
+def _cut(root: Path) -> list[list[Path]]:
+    """The frames of the clips in order, of each as many as the shortest has."""
+    clips = [clip for _, clip in sorted(clips_of(root).items())]
+    length = min(map(len, clips), default=0)
+    return [clip[:length] for clip in clips]
 
 
 def clips_of(root: Path) -> dict[tuple[int | str, ...], list[Path]]:
     """Each clip's frames in their order, by its folder, in which "2" is before "10"."""
     clips: dict[Path, list[Path]] = {}
-    for path in root.rglob("*"):
-        if path.suffix.lower() in folder.SUFFIXES and not path.name.startswith(".") and path.is_file():
-            clips.setdefault(path.parent, []).append(path)
+    for path in folder.image_files(root):
+        clips.setdefault(path.parent, []).append(path)
     return {_natural(clip.relative_to(root)): _in_order(clip, files) for clip, files in clips.items()}
 
 

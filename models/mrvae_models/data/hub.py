@@ -19,16 +19,16 @@ SPRITE_COLUMNS = ("label_shape", "label_scale", "label_orientation", "label_x_po
 def sets(name: str, resize: int | tuple[int, int] | None, **decoding: Any) -> Sets:
     """The train, validation and test sets of "NAME" or "NAME:CONFIG"; other splits of it are left out.
 
-    decoding: `crop` and `filter` of folder.decode.
+    Colour and size are the same in all three. decoding: `crop` and `filter` of folder.decode.
     """
     loaded = _loaded(name)
-    found: Sets = {}
+    found: dict[str, tuple[Any, str]] = {}
     for word, split in NAMES.items():
         if word in loaded and split not in found:
-            found[split] = partial(_raw, loaded[word], f"hf:{name} [{word}]", resize, decoding)
+            found[split] = (loaded[word], f"hf:{name} [{word}]")
     if not found:
         raise DataError(f"hf:{name}: its splits are {', '.join(loaded)}; expected train, validation or test among them")
-    return found
+    return {split: partial(_raw, found, split, resize, decoding) for split in found}
 
 
 def faces(name: str, resize: int | tuple[int, int] | None) -> Sets:
@@ -49,7 +49,7 @@ def sprites(name: str, resize: int | tuple[int, int] | None, every: Every = dspr
             raise DataError(f"{origin}: has no column {missing[0]}; expected {', '.join(SPRITE_COLUMNS)}")
         classes = np.stack([np.asarray(rows[column], np.int64) for column in SPRITE_COLUMNS], 1)
         order = np.lexsort(classes.T[::-1])
-        images = _raw(rows, origin, None, {}).images > 0
+        images = _raw({"all": (rows, origin)}, "all", None, {}).images > 0
         return dsprites.gridded(images[order].view(np.uint8), classes[order], origin, every)
 
     return {"all": read}
@@ -76,19 +76,34 @@ def _loaded(name: str) -> Any:
         ) from error
 
 
-def _raw(rows: Any, origin: str, resize: int | tuple[int, int] | None, decoding: dict[str, Any]) -> Raw:
-    kinds = {column: type(feature).__name__ for column, feature in rows.features.items()}
-    image = next((column for column, kind in kinds.items() if kind == "Image"), None)
-    if image is None:
-        raise DataError(f"{origin}: its columns are {kinds}; expected one of type Image")
+def _raw(
+    found: dict[str, tuple[Any, str]], split: str, resize: int | tuple[int, int] | None, decoding: dict[str, Any]
+) -> Raw:
+    """One of the splits `found`, of which each is its rows and what errors call them."""
+    rows, origin = found[split]
+    files = _encoded(rows, origin)
     if len(rows) == 0:
         raise DataError(f"{origin}: the set is empty; expected at least one image")
-    label = next((column for column, kind in kinds.items() if kind == "ClassLabel"), None)
-    # As files in memory, not decoded: sizes are compared from the headers first.
-    encoded = rows.select_columns([image]).cast_column(image, type(rows.features[image])(decode=False))
-    names = [f"{origin} row {i}" for i in range(len(rows))]
-    images = folder.decode(names, lambda i: _open(encoded[i][image]), resize, **decoding)
+    others = [_encoded(*other) for name, other in found.items() if name != split]
+    images = folder.decode(files, resize, others=others, **decoding)
+    label = _column(rows, "ClassLabel")
     return Raw(images, None if label is None else np.asarray(rows[label]), origin)
+
+
+def _column(rows: Any, kind: str) -> str | None:
+    """The first column of this type."""
+    return next((column for column, feature in rows.features.items() if type(feature).__name__ == kind), None)
+
+
+def _encoded(rows: Any, origin: str) -> folder.Encoded:
+    image = _column(rows, "Image")
+    if image is None:
+        kinds = {column: type(feature).__name__ for column, feature in rows.features.items()}
+        raise DataError(f"{origin}: its columns are {kinds}; expected one of type Image")
+    # As files in memory, not decoded: sizes are compared from the headers first.
+    cells = rows.select_columns([image]).cast_column(image, type(rows.features[image])(decode=False))
+    names = [f"{origin} row {i}" for i in range(len(rows))]
+    return folder.Encoded(names, lambda i: _open(cells[i][image]))
 
 
 def _open(cell: dict[str, Any]) -> Any:

@@ -2,7 +2,8 @@
 
 chardata.mat: 24,345 train and 8,070 test images, grey; an image is a column of 784 values, column by column. The
 original: images_background (19,280, here train) and images_evaluation (13,180, here test), 105 by 105, ink black;
-inverted and resized with Pillow's antialiased bicubic filter. The two are not the same split: the tables of the
+inverted and resized with Pillow's antialiased bicubic filter; labels are characters, numbered over both, of which those
+of images_background come first. The two are not the same split: the tables of the
 literature, and of the MR-VAE paper's set-up, are of chardata.mat. Those train with binarize="dynamic" and test on one
 draw, "fixed", of a seed; `mrvae train --binarize dynamic` does so.
 """
@@ -41,13 +42,13 @@ def sets(path: Path, resize: int | tuple[int, int] | None = None) -> Sets:
             "train": partial(_of_chardata, chardata, "data", "target"),
             "test": partial(_of_chardata, chardata, "testdata", "testtarget"),
         }
-    made: Sets = {}
-    for split, name in IMAGES.items():
+    places: list[Path] = []
+    for name in IMAGES.values():
         place = beside(path, name)
         if place is None:
             raise DataError(f"{path}: {name} not there; expected {' and '.join(IMAGES.values())}, or their .zip")
-        made[split] = partial(_of_images, place, resize)
-    return made
+        places.append(place)
+    return {split: partial(_of_images, places[: i + 1], resize) for i, split in enumerate(IMAGES)}
 
 
 def _of_chardata(path: Path, key: str, label_key: str) -> Raw:
@@ -63,16 +64,17 @@ def _of_chardata(path: Path, key: str, label_key: str) -> Raw:
     return Raw(images, labels, f"{path} [{key}]")
 
 
-def _of_images(place: Path, resize: int | tuple[int, int] | None) -> Raw:
+def _of_images(places: list[Path], resize: int | tuple[int, int] | None) -> Raw:
+    """The images of the last place; no character of one place is in another, so its numbers go on from theirs."""
+    *before, place = places
     archive = Archive(place)
     files = archive.files
     if not files:
         raise DataError(f"{place}: no images; expected alphabet/character/name.png: download it again")
-    ink_black = folder.decode(
-        [archive.name(file) for file in files], lambda i: archive.open(files[i]), SIDE if resize is None else resize
-    )
+    ink_black = folder.decode(archive.encoded(files), SIDE if resize is None else resize)
     if ink_black.ndim != 3:
         raise DataError(f"{place}: images with colour; expected black on white: are these Omniglot's images?")
+    first = sum(len({file.parent for file in Archive(other).files}) for other in before)
     characters = [str(file.parent) for file in files]
-    names = {name: number for number, name in enumerate(sorted(set(characters)))}
-    return Raw(255 - ink_black, np.array([names[name] for name in characters]), str(place))
+    numbers = {name: number for number, name in enumerate(sorted(set(characters)), first)}
+    return Raw(255 - ink_black, np.array([numbers[name] for name in characters]), str(place))
