@@ -314,7 +314,8 @@ class RecurrentAdapter(Adapter):
     ) -> Any:
         layer._update_flat_weights()  # or forward does, after a parameter was exchanged, and loses the folded ones
         flat = layer._flat_weights
-        layer._flat_weights = [folded.get(name, layer._parameters[name]) for name in layer._flat_weights_names]
+        names = layer._flat_weights_names
+        layer._flat_weights = [folded[name] if name in folded else getattr(layer, name) for name in names]
         try:
             return plain.forward(layer, *args, **kwargs)  # type: ignore[attr-defined]
         finally:
@@ -391,6 +392,8 @@ def fold_layers(jobs: list[FoldJob]) -> list[dict[str, Tensor | None]]:
             bias = parameters.get(entry.bias)
             if weight is None:
                 raise lost(layer, entry.weight)
+            if entry.bias not in parameters and getattr(layer, entry.bias, None) is not None:
+                raise lost(layer, entry.bias)
             if not adapter.stored:
                 weight = adapter.weight(layer)
             weights.append(weight.flatten() if entry.flat else weight)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from .adapters import Adapter
+from .adapters import Adapter, lost
 from .gates import BetaRange
 from .hosting import Hosted, Share
 from .ops.shortcuts import core, gated_fold
@@ -74,6 +74,8 @@ class Prepared:
             parts[weight_name] = w
             if bias_name in layers[i]._parameters:
                 parts[bias_name] = b
+            elif getattr(layers[i], bias_name, None) is not None:
+                raise lost(layers[i], bias_name)
         for i, shift, inputs, how in self.indirect:
             shift_value = None if shift is None else gates.variable(shift)
             input_gate = None if inputs is None else gates.variable(inputs)

@@ -1,4 +1,4 @@
-"""Running statistics of batch norms, set for one beta.
+"""Running statistics of batch and instance norms, set for one beta.
 
 In training they mix the betas that were sampled, so that they are right for none.
 """
@@ -6,19 +6,32 @@ In training they mix the betas that were sampled, so that they are right for non
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from .gates import Beta
 
 
-def running_norms(network: nn.Module) -> list[_BatchNorm]:
-    """The batch norms that keep running statistics."""
-    return [m for m in network.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+def running_norms(network: nn.Module) -> list[_NormBase]:
+    """The batch and instance norms that keep running statistics."""
+    return [m for m in network.modules() if isinstance(m, _NormBase) and m.track_running_stats]
+
+
+def _cumulative() -> Callable[[nn.Module, Any], None]:
+    """A hook that gives the k-th call of an instance norm the momentum 1/k: the average that torch knows for batch
+    norms alone, with momentum None, of which an instance norm makes 0."""
+    calls = itertools.count(1)
+
+    def set_momentum(norm: Any, arguments: Any) -> None:
+        norm.momentum = 1 / next(calls)
+
+    return set_momentum
 
 
 def _arguments(network: nn.Module, batch: Any) -> Sequence[Any]:
@@ -54,6 +67,7 @@ def recalibrate(model: Any, batches: Iterable[Any], beta: Beta) -> int:
         norm.reset_running_stats()
         norm.momentum = None  # a cumulative average
         norm.train()
+    hooks = [norm.register_forward_pre_hook(_cumulative()) for norm in norms if isinstance(norm, _InstanceNorm)]
     count = 0
     try:
         with torch.no_grad():
@@ -68,6 +82,8 @@ def recalibrate(model: Any, batches: Iterable[Any], beta: Beta) -> int:
                 norm.get_buffer(name).copy_(buffer)
         raise
     finally:
+        for hook in hooks:
+            hook.remove()
         for module, mode in training.items():
             module.training = mode
         for norm, momentum in momenta.items():

@@ -60,6 +60,8 @@ def _fits(layer: Any, x: Tensor, scale: Tensor, offset: Tensor | None) -> bool:
         return False
     if offset is not None and (offset.dtype != x.dtype or offset.shape != scale.shape):
         return False
+    if "weight" not in parameters or "bias" not in parameters:  # pruned since, and computed in a hook
+        return False
     size = x.shape[1:2]
     of_channels = (mean, variance, parameters["weight"], parameters["bias"])
     return all(tensor is None or (tensor.dtype == x.dtype and tensor.shape == size) for tensor in of_channels)

@@ -9,14 +9,16 @@ from typing import NamedTuple
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.modules.lazy import LazyModuleMixin
 
-from .adapters import ADAPTERS, refusal
+from .adapters import ADAPTERS, Adapter, refusal
 from .conditional import ConditionalBatchNorm
-from .gates import GateSpec
+from .gates import GateNetwork, GateSpec
 from .hosted_norms import ADAPTER as CONDITIONAL_ADAPTER
-from .hosted_norms import CONDITIONAL
+from .hosted_norms import CONDITIONAL, ConditionalNorms
 from .hosting import Hosted
-from .layers import GatedLayer
+from .layers import GatedLayer, Recorded
 
 Gates = str | GateSpec | Mapping[str, str | GateSpec]
 
@@ -40,7 +42,8 @@ def select(
 
     gates maps module names to gates; the longest name that is the layer's own or a parent's counts, "" is the whole
     network. include and exclude are names (of layers or parents) or patterns with *; a layer named in include that
-    cannot be gated, a name that matches nothing, and a layer or parameter used twice are ValueErrors.
+    cannot be gated, a name that matches nothing, a lazy layer that has not run yet, and a layer or parameter used twice
+    are ValueErrors.
     norms: "gated", or "conditional": batch norms that a gate is chosen for become conditional instead, and the products
     before them are gated, as in the authors' networks.
     """
@@ -58,10 +61,11 @@ def select(
     gated: dict[str, GateSpec] = {}
     left: dict[str, str] = {}
     conditional: list[str] = []
-    before_norm = _before_batch_norm(network) if norms == "gated" else {}
+    before_norm = _before_norm(network, norms)
     inside = _inside_opaque(network)
     for name, module in names.items():
-        if next(module.parameters(recurse=False), None) is None:
+        lazy = _is_lazy(module)
+        if next(module.parameters(recurse=False), None) is None and not lazy:
             continue
         spec = specs.get(max((key for key in specs if _matches(name, key)), key=len, default=None))  # type: ignore[arg-type]
         asked = include is not None and any(_matches(name, pattern) for pattern in include)
@@ -72,15 +76,17 @@ def select(
             left[name] = "not in include"
         elif spec is None:
             left[name] = f"no entry of gates ({', '.join(map(repr, specs))}) covers it"
+        elif lazy and name not in inside:
+            raise ValueError(
+                f"gates cover {name!r}, a {type(module).__name__} that has no sizes yet: run the network once first, "
+                "or exclude it"
+            )
         elif reason := inside.get(name) or _refusal(module, spec, norms):
             if exact:
                 raise ValueError(f"{name!r} was asked for in include, but cannot be gated: {reason}")
             left[name] = reason
         elif name in before_norm and not asked:
-            left[name] = (
-                f"batch normalisation ({before_norm[name]}) follows and would cancel its gate; gate the norm, or name "
-                "this layer in include"
-            )
+            left[name] = before_norm[name]
         elif norms == "conditional" and type(module) in CONDITIONAL:
             conditional.append(name)
         else:
@@ -125,11 +131,11 @@ def _resolve(network: nn.Module, gates: Gates | None) -> dict[str, GateSpec]:
     if not isinstance(gates, Mapping):
         return {"": GateSpec.of(gates)}
     modules = dict(network.named_modules())
+    theirs = {layer for module in modules.values() if isinstance(module, Recorded) for layer in module.modules()}
     for name in gates:
         if name not in modules:
             raise ValueError(f"gates names {name!r}, which is not in the network{_did_you_mean(name, modules)}")
-        kinds = tuple(ADAPTERS)
-        if not any(type(module) in kinds for module in modules[name].modules()):
+        if not any(type(module) in ADAPTERS or _is_lazy(module) for module in {*modules[name].modules()} - theirs):
             kind = type(modules[name]).__name__
             if any(isinstance(module, Hosted) for module in modules[name].modules()):
                 raise ValueError(
@@ -162,40 +168,79 @@ def _refusal(module: nn.Module, spec: GateSpec, norms: str) -> str | None:
         if base is not None:
             return f"a {type(module).__name__}, a subclass of nn.{base} whose forward may differ"
         return f"a {type(module).__name__}, not a kind of layer that can be gated"
-    if isinstance(module, nn.modules.lazy.LazyModuleMixin):
-        return "a lazy layer without its sizes yet: run the network once first"
-    if computed := next((e.weight for e in adapter.entries(module) if e.weight not in module._parameters), None):
+    if computed := _computed(module, adapter):
         return f"its {computed} is not a parameter of its own but computed (weight_norm, spectral_norm, pruning)"
     if norms == "conditional" and type(module) in CONDITIONAL:
         return CONDITIONAL_ADAPTER.refusal(module)  # s and t take no part in the spec
     return refusal(module, spec)
 
 
+def _computed(module: nn.Module, adapter: Adapter) -> str | None:
+    """The first weight or bias that the layer makes of other parameters, or None. A bias may also be missing."""
+    own = module._parameters
+    for entry in adapter.entries(module):
+        if entry.weight not in own:
+            return entry.weight
+        if entry.bias not in own and getattr(module, entry.bias, None) is not None:
+            return entry.bias
+    return None
+
+
+def _is_lazy(module: nn.Module) -> bool:
+    """Whether the layer waits for a first input, which gives it its sizes and its class."""
+    return isinstance(module, LazyModuleMixin) and module.has_uninitialized_params()  # type: ignore[misc]
+
+
 def _inside_opaque(network: nn.Module) -> dict[str, str]:
-    """Layers whose parent computes with their weights without calling them: always, or in its fast path for eval."""
+    """Layers whose parent computes with their weights without calling them: always, or in its fast path for eval. And
+    those of a MultiRate, the networks of its gates among them."""
+    reasons: dict[type[nn.Module], str] = {
+        kind: f"part of nn.{kind.__name__}, which uses its weight without calling it"
+        for kind in (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+    }
+    reasons |= dict.fromkeys((Recorded, GateNetwork, ConditionalNorms), "part of another multi-rate network")
     return {
-        f"{name}.{child}" if name else child: f"part of nn.{kind.__name__}, which uses its weight without calling it"
+        child: reason
         for name, module in network.named_modules()
-        for kind in (nn.MultiheadAttention, nn.TransformerEncoderLayer) if isinstance(module, kind)
-        for child, _ in module.named_modules() if child
+        for kind, reason in reasons.items() if isinstance(module, kind)
+        for child, _ in module.named_modules(prefix=name) if child != name
     }
 
 
-def _before_batch_norm(network: nn.Module) -> dict[str, str]:
-    """Products registered right before a batch norm of their width: in train mode it divides their gate out again.
+def _before_norm(network: nn.Module, norms: str) -> dict[str, str]:
+    """Products registered right before a norm that divides their gate out again, and what that means for each.
 
-    Registration order stands for data flow (nn.Sequential, and by custom elsewhere); `include` overrules it.
+    Registration order stands for data flow (nn.Sequential, and by custom elsewhere); `include` overrules it. So does
+    norms="conditional", for the batch norms that can be: the authors gate what is before them too.
     """
     found = {}
     for parent, module in network.named_modules():
         children = list(module.named_children())
         for (name, layer), (norm_name, norm) in zip(children[:-1], children[1:], strict=True):
             adapter = ADAPTERS.get(type(layer))
-            if adapter and adapter.product and isinstance(norm, _BatchNorm) and norm.affine:
-                if adapter.features(layer) == norm.num_features:
-                    prefix = f"{parent}." if parent else ""
-                    found[prefix + name] = prefix + norm_name
+            if adapter is None or not adapter.product or not _cancels(norm, adapter.features(layer)):
+                continue
+            affine = bool(norm.affine)
+            if norms == "conditional" and isinstance(norm, _BatchNorm) and affine:
+                continue
+            prefix = f"{parent}." if parent else ""
+            kind = "batch" if isinstance(norm, _BatchNorm) else "instance"
+            found[prefix + name] = (
+                f"{kind} normalisation ({prefix + norm_name}) follows and would cancel its gate; "
+                f"{'gate the norm' if affine else 'give the norm affine=True'}, or name this layer in include"
+            )
     return found
+
+
+def _cancels(norm: nn.Module, width: int) -> bool:
+    """Whether the norm takes each of `width` channels to mean 0 and variance 1, whatever its scale and shift were.
+
+    A batch norm does so in train mode, of a batch with one beta; an instance norm, and a group norm with a group for
+    each channel, always.
+    """
+    if isinstance(norm, (_BatchNorm, _InstanceNorm)):
+        return norm.num_features == width
+    return isinstance(norm, nn.GroupNorm) and norm.num_groups == norm.num_channels == width
 
 
 def _refuse_sharing(network: nn.Module, gated: Set[str]) -> None:

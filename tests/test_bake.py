@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers import ConvolutionalVAE, randomize, relative_error
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 import mrvae_kernels as mk
 
@@ -134,7 +135,7 @@ def test_batch_norms_without_batches_warn_and_with_them_are_recalibrated():
     model = mk.multirate(ConvolutionalVAE(True))
     x = [torch.randn(16, 1, 8, 8) + 3 for _ in range(3)]
     with pytest.warns(
-        UserWarning, match=r"the running statistics of 1 batch norms mix the betas of training; give bake\(model"
+        UserWarning, match=r"the running statistics of 1 norms mix the betas of training; give bake\(model"
     ):
         stale = mk.bake(model, 0.3)
     assert (stale.encoder[1].running_mean == 0).all()
@@ -157,6 +158,61 @@ def test_a_frozen_batch_of_errors():
         mk.bake(model.network, 0.3)
     with pytest.raises(ValueError, match="batches is empty"):
         mk.bake(mk.multirate(ConvolutionalVAE(True)), 0.3, [])
+
+
+class Keeping(nn.Module):
+    """Keeps of its last call what a loss needs, with its history, and has layers whose weight a hook computes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.decoder = nn.Linear(4, 3), nn.Linear(3, 4)
+        self.normed, self.pruned = nn.Linear(4, 4), nn.LSTM(4, 4)
+        nn.utils.weight_norm(self.normed)
+        prune.random_unstructured(self.pruned, "weight_hh_l0", 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = self.encoder(self.pruned(self.normed(x))[0])
+        self.mean, self.terms, self.parts = mean, [(mean.square(), 1)], {"rate": mean.sum(), "self": self.__dict__}
+        return self.decoder(mean)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_what_a_network_keeps_of_its_last_call_is_no_obstacle():
+    model, x = mk.multirate(Keeping()), torch.randn(2, 5, 4)
+    y = model(x, beta=0.3)
+    kept = model.network.mean
+    plain = mk.bake(model, 0.3)
+    assert torch.equal(plain.mean, kept) and plain.mean.is_leaf and plain.terms[0][0].is_leaf
+    torch.testing.assert_close(plain(x), y)
+    assert model.network.mean is kept and kept.grad_fn is not None
+    kept.sum().backward()  # the history is the model's still
+    assert plain.encoder.weight.grad is None and model.network.encoder.weight.grad is not None
+
+
+def test_a_layer_that_another_multirate_gated_is_named():
+    network = ConvolutionalVAE(True)
+    parts = mk.multirate(network, {"encoder": "sigmoid"}), mk.multirate(network, {"decoder": "sqrt"})
+    for part, name in zip(parts, ("decoder.0", "encoder.1"), strict=True):
+        with pytest.raises(ValueError, match=f"'{name}' was gated by another multirate.* one multirate\\(network"):
+            mk.bake(part, 5.0, [torch.randn(4, 1, 8, 8)])
+
+
+class Around(nn.Module):
+    """A layer, and a multi-rate network with a beta of its own."""
+
+    def __init__(self, inner: mk.MultiRate) -> None:
+        super().__init__()
+        self.before, self.inner = nn.Conv2d(1, 1, 1), inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(self.before(x), beta=0.5)
+
+
+def test_a_multi_rate_network_inside_stays_one(backend):
+    outer, x = randomize(mk.multirate(Around(build()), "softplus")), torch.randn(4, 1, 8, 8)
+    plain = mk.bake(outer, 5.0)
+    assert type(plain.before) is nn.Conv2d and type(plain.inner) is mk.MultiRate
+    torch.testing.assert_close(plain(x), outer(x, beta=5.0))
 
 
 def test_within_a_block_that_lends_gates(backend):

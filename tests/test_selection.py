@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from helpers import ConvolutionalVAE
+from helpers import ConvolutionalVAE, randomize
 from torch import nn
 from torch.nn.utils import prune
 
@@ -136,15 +136,18 @@ def test_why_layers_are_left_alone():
     tail = nn.Linear(4, 4)
     with pytest.warns(FutureWarning):
         normed = nn.utils.weight_norm(nn.Linear(4, 4))
-    pruned = nn.Linear(4, 4)
+    pruned, pruned_bias, pruned_rows = nn.Linear(4, 4), nn.LayerNorm(4), nn.LSTM(4, 4, bidirectional=True)
     prune.random_unstructured(pruned, "weight", 0.5)
+    prune.random_unstructured(pruned_bias, "bias", 0.5)
+    prune.random_unstructured(pruned_rows, "bias_hh_l0_reverse", 0.5)
     cases = [
         (Twice(4, 4), "a Twice, a subclass of nn.Linear whose forward may differ"),
         (nn.Embedding(3, 4), "a Embedding, not a kind of layer that can be gated"),
         (nn.PReLU(), "a PReLU, not a kind"),
-        (nn.LazyLinear(4), "a LazyLinear, a subclass"),
         (normed, "its weight is not a parameter of its own but computed"),
         (pruned, "its weight is not a parameter of its own but computed"),
+        (pruned_bias, "its bias is not a parameter of its own but computed"),
+        (pruned_rows, "its bias_hh_l0_reverse is not a parameter of its own but computed"),
         (mk.multirate(nn.Linear(4, 4), "sqrt").network, "it belongs to another multi-rate network"),
     ]
     for layer, reason in cases:
@@ -186,9 +189,92 @@ def test_a_layer_right_before_a_batch_norm_is_left_to_the_norm():
     assert list(selection.gated) == ["1", "3", "5"]
     assert selection.left["0"].startswith("batch normalisation (1) follows and would cancel its gate")
     assert list(select(network, "sigmoid", ["0", "1"], ()).gated) == ["0", "1"]
-    for other in (nn.GroupNorm(2, 4), nn.BatchNorm2d(4, affine=False)):
+    assert "0" in select(stack(nn.Conv2d(1, 4, 3), nn.GroupNorm(2, 4)), "sigmoid", None, ()).gated
+    for other in (nn.BatchNorm2d(8), nn.InstanceNorm2d(8), nn.GroupNorm(8, 8)):
         assert "0" in select(stack(nn.Conv2d(1, 4, 3), other), "sigmoid", None, ()).gated
-    assert "0" in select(stack(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(8)), "sigmoid", None, ()).gated
+
+
+@pytest.mark.parametrize(
+    ("norm", "kind"),
+    [
+        (nn.BatchNorm2d(4, affine=False), "batch"), (nn.InstanceNorm2d(4), "instance"),
+        (nn.GroupNorm(4, 4, affine=False), "instance"), (nn.InstanceNorm2d(4, affine=True), "instance"),
+        (nn.GroupNorm(4, 4), "instance"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("norms", ["gated", "conditional"])
+def test_nor_is_one_gated_that_another_norm_of_single_channels_follows(norm, kind, norms):
+    end = [nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)] if norms == "conditional" else [nn.Conv2d(4, 4, 3)]
+    network = stack(nn.Conv2d(1, 4, 3), norm, nn.ReLU(), *end)
+    selection = select(network, "sigmoid", None, (), norms)
+    assert list(selection.gated) == (["1", "3"] if norm.affine else ["3"])
+    instead = "gate the norm" if norm.affine else "give the norm affine=True"
+    assert selection.left == {
+        "0": f"{kind} normalisation (1) follows and would cancel its gate; {instead}, or name this layer in include"
+    }
+    assert list(select(network, "sigmoid", ["0", "3", "4"][: len(end) + 1], (), norms).gated) == ["0", "3"]
+
+
+def test_a_norm_divides_a_gate_and_a_shift_before_it_out():
+    """Of a convolution with large outputs, beside which the norm's eps is nothing."""
+    x = 1e4 * torch.randn(5, 1, 6, 6, dtype=torch.float64)
+    for norm in (nn.BatchNorm2d(4, affine=False), nn.InstanceNorm2d(4), nn.GroupNorm(4, 4), nn.GroupNorm(2, 4)):
+        network = stack(nn.Conv2d(1, 4, 3), norm).double()
+        model = randomize(mk.multirate(network, mk.GateSpec("softplus", shift=True), include=["0"]))
+        difference = (model(x, beta=0.02) - model(x, beta=9.0)).abs().max()
+        assert (difference < 1e-5) == (getattr(norm, "num_groups", 4) == 4), norm
+
+
+def test_nothing_but_a_layer_whose_gate_is_cancelled_is_an_error():
+    message = r"nothing to gate in this Sequential: 0: instance normalisation \(1\) .*; give the norm affine=True"
+    with pytest.raises(ValueError, match=message):
+        mk.multirate(stack(nn.Conv2d(1, 4, 3), nn.InstanceNorm2d(4)), "sigmoid")
+
+
+@pytest.mark.parametrize("kind", ["LazyLinear", "LazyBatchNorm1d"])
+@pytest.mark.parametrize("gates", ["sigmoid", {"0": "sqrt"}, {"": "sqrt", "1": "sigmoid"}], ids=str)
+def test_lazy_layers_have_to_run_once_first(kind, gates):
+    lazy = nn.LazyLinear(4) if kind == "LazyLinear" else nn.LazyBatchNorm1d(affine=False)
+    network = stack(lazy, nn.Linear(4, 4))
+    for include in (None, ["0"]):
+        with pytest.raises(ValueError, match=f"gates cover '0', a {kind} that has no sizes yet: run the network once"):
+            mk.multirate(network, gates, include=include)
+    assert select(network, "sigmoid", None, ["0"]).left == {"0": "excluded"}
+    assert select(network, "sigmoid", ["1"], ()).left == {"0": "not in include"}
+    assert select(network, {"1": "sqrt"}, None, ()).left == {"0": "no entry of gates ('1') covers it"}
+    network(torch.randn(3, 4))
+    if kind == "LazyLinear":  # the other has no affine
+        assert "0" in select(network, gates, None, ()).gated
+
+
+class Around(nn.Module):
+    """A layer, and a multi-rate network with a beta of its own."""
+
+    def __init__(self, inner: mk.MultiRate) -> None:
+        super().__init__()
+        self.before, self.inner = nn.Linear(4, 4), inner
+
+    def forward(self, x):
+        return self.inner(self.before(x), beta=0.5)
+
+
+@pytest.mark.parametrize(
+    ("gates", "norms"), [("sigmoid", "gated"), (mk.GateSpec(hidden=(3,)), "gated"), ("sqrt", "conditional")]
+)
+def test_nothing_of_a_multi_rate_network_inside_is_gated_again(gates, norms):
+    network = stack(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4))
+    inner = mk.multirate(network, gates, exclude=["2"], include=["0", "1"] if norms == "gated" else None, norms=norms)
+    outer = mk.multirate(Around(inner), "softplus")
+    assert list(outer.gated) == ["before"]
+    reasons = {name: reason for name, reason in outer.left.items() if name != "inner"}
+    assert {"inner.network.0", "inner.network.2"} < set(reasons)
+    assert set(reasons.values()) == {"part of another multi-rate network"}
+    with pytest.raises(ValueError, match="'inner.network.2' was asked for in include, but .*: part of another"):
+        select(outer.network, "sigmoid", ["inner.network.2"], ())
+    for name in ("inner", "inner.network"):
+        with pytest.raises(ValueError, match=f"gates names '{name}', whose layers are gated already"):
+            select(Around(inner), {name: "sigmoid", "before": "sqrt"}, None, ())
 
 
 def test_shared_layers_and_tied_weights_are_refused():

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import mrvae_kernels as mk
+from mrvae_kernels.recalibration import running_norms
 
 from .data import InMemory, Rows, in_turn, turns
 from .likelihoods import perplexity
@@ -274,10 +275,8 @@ def at(model: nn.Module, beta: float) -> contextlib.AbstractContextManager[Any]:
 
 
 def has_running_statistics(model: nn.Module) -> bool:
-    """Whether the model has BatchNorm layers whose running statistics mix the betas of training."""
-    return any(
-        isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats for module in model.modules()
-    )
+    """Whether the model has norms whose running statistics mix the betas of training."""
+    return bool(running_norms(model))
 
 
 def calibration_batches(images: Tensor) -> tuple[Tensor, ...]:
@@ -299,9 +298,9 @@ def recalibration_noise(device: torch.device) -> Iterator[None]:
 
 @contextlib.contextmanager
 def calibrated(model: nn.Module, images: Tensor | None, beta: float) -> Iterator[None]:
-    """A block in which a MultiRate's BatchNorm layers have the running statistics of this beta, on `images`.
+    """A block in which a MultiRate's norms have the running statistics of this beta, on `images`.
 
-    They are put back at the end. Nothing to do for a plain model, or without BatchNorm; ValueError when images are
+    They are put back at the end. Nothing to do for a plain model, or without such norms; ValueError when images are
     missing.
     """
     if not isinstance(model, mk.MultiRate) or not has_running_statistics(model):
@@ -309,7 +308,7 @@ def calibrated(model: nn.Module, images: Tensor | None, beta: float) -> Iterator
         return
     if images is None:
         raise ValueError(
-            "the network has BatchNorm, whose running statistics mix the betas of training: "
+            "the network has norms whose running statistics mix the betas of training: "
             "pass calibration=, training images to recalibrate them on at each beta"
         )
     buffers = dict(model.named_buffers())

@@ -151,7 +151,7 @@ def test_batch_norm_needs_calibration_and_gets_it_for_each_beta():
     shape = (1, 16, 16)
     model = multirate("cnn", shape, channels=(4, 8))
     data, train = images(20, shape), images(30, shape, seed=1).examples
-    with pytest.raises(ValueError, match="the network has BatchNorm.*pass calibration="):
+    with pytest.raises(ValueError, match="the network has norms whose running.*pass calibration="):
         evaluate(model, data, BETAS)
     before = {name: value.clone() for name, value in model.named_buffers()}
     points = evaluate(model, data, [0.3], calibration=train).points
