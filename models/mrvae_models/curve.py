@@ -212,8 +212,8 @@ def check_finite(what: str, values: Tensor, beta: float) -> None:
     """ValueError where a model's numbers are not finite, of which a count or a maximum would look like any other."""
     if not values.isfinite().all():
         raise ValueError(
-            f"{what} at beta = {beta:.4g} has NaN or infinite values: the training of this model has diverged; train "
-            "again with a smaller --lr, or with --clip"
+            f"{what} at beta = {beta:.4g} has NaN or infinite values: the training of this model has diverged (train "
+            "again with a smaller --lr, or with --clip), or this beta lies too far outside the range it was trained for"
         )
 
 
