@@ -70,7 +70,8 @@ void refuse_tangents(const char* op, std::initializer_list<const Tensor*> tensor
   for (const Tensor* tensor : tensors) {
     if (tensor == nullptr || !tensor->defined()) continue;
     TORCH_CHECK_NOT_IMPLEMENTED(!tensor->_fw_grad(0).defined(), "Trying to use forward AD with ", op,
-                                " that does not support it; compute the layer with mrvae_kernels.reference");
+                                " that does not support it; call the layer or the model within "
+                                "`with mrvae_kernels.override(backend=\"reference\"):`");
   }
 }
 
@@ -81,8 +82,8 @@ void refuse_tangents(const char* op, TensorList gradients) {
 variable_list once_differentiable(const char* op, variable_list gradients) {
   if (!c10::GradMode::is_enabled()) return gradients;
   const std::string message = std::string(op) +
-                              " is differentiable once: its gradient has no derivative. For second derivatives compute "
-                              "the layer with mrvae_kernels.reference";
+                              " is differentiable once: its gradient has no derivative. For second derivatives call "
+                              "the layer or the model within `with mrvae_kernels.override(backend=\"reference\"):`";
   for (Tensor& gradient : gradients) {
     if (!gradient.defined()) continue;
     torch::autograd::DelayedError node(message, 1);  // makes the node that raises; itself it stays out of the graph

@@ -207,7 +207,8 @@ struct ProductNode final : Node {
     if (!grads[0].defined()) return gradients;
     refuse_tangents(Product::name, {&grads[0]});
     TORCH_CHECK_NOT_IMPLEMENTED(eager({&grads[0]}), Product::name, ": the gradient of its result is no ordinary tensor, as "
-                                "with is_grads_batched=True; compute the layer with mrvae_kernels.reference");
+                                "with is_grads_batched=True; call the layer or the model within "
+                                "`with mrvae_kernels.override(backend=\"reference\"):`");
     variable_list inputs(count);
     for (std::size_t i = 0; i < count; ++i) inputs[i] = inputs_[i].unpack();
     {

@@ -192,7 +192,8 @@ struct SampleNormNode : torch::autograd::Function<SampleNormNode> {
     if (!grads[0].defined()) return gradients;
     refuse_tangents(name, {&grads[0]});
     TORCH_CHECK_NOT_IMPLEMENTED(eager({&grads[0]}), name, ": the gradient of its result is no ordinary tensor, as with "
-                                "is_grads_batched=True; compute the layer with mrvae_kernels.reference");
+                                "is_grads_batched=True; call the layer or the model within "
+                                "`with mrvae_kernels.override(backend=\"reference\"):`");
     const auto list = ctx->get_saved_variables();
     const Saved saved{list[0], list[1], list[2], list[3], list[4], list[5], ctx->saved_data["of_batch"].toBool()};
     // edges exist for the tensors that were given, in order

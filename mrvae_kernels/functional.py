@@ -12,6 +12,7 @@ import functools
 import math
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -256,7 +257,9 @@ def convolution_output_numel(
     x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
     transposed: bool, output_padding: Sequence[int], groups: int,
 ) -> int:
-    """Elements of the convolution's result, by torch's documented output sizes; x batched."""
+    """Elements of the convolution's result, by torch's documented output sizes; x batched. ValueError for stride 0."""
+    if 0 in stride:
+        raise ValueError(f"stride is {tuple(stride)}; expected positive numbers")
     kernel = weight.shape[2:]
     channels = weight.shape[1] * groups if transposed else weight.shape[0]
     numel = x.shape[0] * channels
@@ -272,9 +275,10 @@ def _gated_convolution(
     activation: str | None, strategy: str | None,
 ) -> Tensor:
     if x.dim() == spatial + 1 and weight.dim() == spatial + 2:
-        if gate.dim() == 2 and gate.shape[0] == 1:
+        per_sample = isinstance(gate, Tensor) and gate.dim() == 2
+        if per_sample and gate.shape[0] == 1:
             gate, shift = gate[0], None if shift is None else shift[0]
-        elif gate.dim() == 2:
+        elif per_sample:
             raise ValueError(f"x has shape {tuple(x.shape)}, no batch axis; expected one beta, not {gate.shape[0]}")
         return _gated_convolution(
             spatial, transposed, x.unsqueeze(0), weight, bias, gate, shift, stride, padding, output_padding, groups,
@@ -382,10 +386,10 @@ def _check_gate(
 ) -> tuple[Tensor, Tensor | None]:
     """Shapes against silent broadcasting; the gates' own dtype."""
     dtype = reference.gate_dtype(like.dtype)
-    if gate.dtype != dtype:
-        gate = gate.to(dtype)
-    if shift is not None and shift.dtype != dtype:
-        shift = shift.to(dtype)
+    if getattr(gate, "dtype", None) != dtype:
+        gate = _converted("gate", gate, dtype)
+    if shift is not None and getattr(shift, "dtype", None) != dtype:
+        shift = _converted("shift", shift, dtype)
     if bias is not None and bias.shape != (features,):
         raise ValueError(f"bias has shape {tuple(bias.shape)}; expected ({features},)")
     for name, value in (("gate", gate), ("shift", shift)):
@@ -399,3 +403,9 @@ def _check_gate(
     if shift is not None and shift.dim() != gate.dim():
         raise ValueError(f"gate has shape {tuple(gate.shape)} and shift {tuple(shift.shape)}; expected the same")
     return gate, shift
+
+
+def _converted(name: str, value: Any, dtype: torch.dtype) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is {value!r}; expected a tensor, (C,) or (N, C), as gate_values() gives it")
+    return value.to(dtype)

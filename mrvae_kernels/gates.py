@@ -17,6 +17,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._C import _TorchDispatchModeKey as ModeKey
+from torch._subclasses import FakeTensor
 
 from .ops import EXTENSION
 from .ops.shortcuts import core
@@ -145,8 +147,9 @@ def standardize(
     beta: a positive number or 0-d tensor (eta is 0-d), or one a sample, shape (N,) (eta is (N,)). Differentiable in a
     tensor beta. `dtype` is float64 for float64 networks, else float32. ValueError for beta <= 0, NaN or infinite and
     for more than one dimension; a warning outside the range, where the response was never trained.
-    Inside torch.compile and torch.export the values of a tensor cannot be looked at and are not checked; nor are those
-    of a tensor on a GPU, which would make every step wait for the device, and could not be recorded in a CUDA graph.
+    Inside torch.compile, torch.export, make_fx and FakeTensorMode the values of a tensor cannot be looked at and are
+    not checked; nor are those of a tensor that torch.func has wrapped (vmap over beta, say), and of one on a GPU, which
+    would make every step wait for the device, and could not be recorded in a CUDA graph.
     """
     bounds = BetaRange.of(beta_range)
     if isinstance(beta, Tensor):
@@ -178,7 +181,7 @@ def _standardize_tensor(
         raise ValueError(f"beta has shape {tuple(beta.shape)}; expected a number, or one a sample: shape (N,)")
     if beta.is_complex() or beta.dtype == torch.bool:
         raise ValueError(f"beta has dtype {beta.dtype}; expected a real number")
-    if not torch.compiler.is_compiling() and beta.numel() > 0 and beta.device.type == "cpu":
+    if _readable(beta) and beta.numel() > 0:
         low, high = torch.aminmax(beta.detach())
         _check_values(low.item(), high.item(), bounds)
     if beta.dtype != dtype and beta.dtype != torch.float64:  # a float64 beta may be too small or large for float32
@@ -187,6 +190,17 @@ def _standardize_tensor(
     if eta.dtype != dtype or (device is not None and eta.device != torch.device(device)):
         eta = eta.to(device=device, dtype=dtype)
     return eta
+
+
+def _readable(beta: Tensor) -> bool:
+    """Whether the values can be looked at, and for little: see `standardize`."""
+    if torch.compiler.is_compiling() or beta.device.type != "cpu":
+        return False
+    if isinstance(beta, FakeTensor) or torch._C._functorch.is_functorch_wrapped_tensor(beta):
+        return False
+    if not torch._C._len_torch_dispatch_stack():  # asked before the two modes, which take longer
+        return True
+    return all(torch._C._get_dispatch_mode(key) is None for key in (ModeKey.FAKE, ModeKey.PROXY))
 
 
 def _check_values(low: float, high: float, bounds: BetaRange) -> None:

@@ -18,7 +18,7 @@ from .conditional import conditional_norm
 from .gates import GateNetwork
 from .hosting import Hosted, Slices, place_of, values_of
 from .places import Places
-from .traced import TracedGates
+from .traced import Calls, TracedGates
 
 HIDDEN = (64,)
 
@@ -92,7 +92,7 @@ class ConditionalNorms(nn.Module):
         """Norm -> (s, t), from `values`."""
         return {name: (values[2 * i], values[2 * i + 1]) for i, name in enumerate(self.names)}
 
-    def tell(self, calls: Sequence[TracedGates], start: int) -> None:
+    def tell(self, calls: Calls, start: int) -> None:
         """Where each norm finds s and t in calls that torch.compile traces: from slice `start` on."""
         for i, layer in enumerate(self.places.layers):
             layer.__dict__.update(_calls=calls, _place=place_of((start + 2 * i, start + 2 * i + 1, -1, 0)))

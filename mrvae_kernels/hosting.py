@@ -72,7 +72,7 @@ class Hosted(nn.Module):
 
     plain: type[nn.Module]
     adapter: Adapter
-    _calls: Sequence[TracedGates] = ()  # the network's, one list for all layers: torch.compile's, innermost last
+    _calls: Sequence[TracedGates] = ()  # the network's Calls
     _place: str = place_of((0, -1, -1, 0))
     _share: Share | None = None
     _direct: Any = None  # the core's HostedLayer, which counts where there is no share; not for a compiled network

@@ -127,13 +127,12 @@ class GatedLayer(Recorded):
     ) -> Self:
         """A gated layer around a plain one's own parameters and buffers (shared, not copied).
 
-        TypeError for another class.
+        Hooks that are on the plain layer are on both; what is set on one later is not on the other. TypeError for
+        another class.
         """
         if type(layer) is not cls.plain:
             raise TypeError(f"{cls.__name__}.from_plain takes an nn.{cls.plain.__name__}, not a {type(layer).__name__}")
-        gated: Any = copy.copy(layer)  # nn.Module.__copy__ would share the dictionaries; each is renewed below
-        for name in ("_parameters", "_buffers", "_modules"):
-            gated.__dict__[name] = dict(layer.__dict__[name])
+        gated = _twin(layer)
         gated.__class__ = cls
         gated._add_gate(gate, beta_range, activation)
         return gated
@@ -142,9 +141,7 @@ class GatedLayer(Recorded):
         """The plain layer at one beta: a copy with the gate folded into weight and bias, without the `activation`."""
         with torch.no_grad():
             folded = self._fold(*self.gate(_one(beta)))
-        layer: Any = copy.copy(self)
-        for name in ("_parameters", "_buffers", "_modules"):
-            layer.__dict__[name] = dict(self.__dict__[name])
+        layer = _twin(self)
         for name in [n for n in (*layer._parameters, *layer._modules) if n.startswith(("gate_", "shift_"))]:
             delattr(layer, name)
         for name in ("gate_spec", "beta_range", "activation"):
@@ -190,6 +187,15 @@ class GatedLayer(Recorded):
         degree = "" if self.gate_spec.degree == 1 else f", degree={self.gate_spec.degree}"
         gate = f"gate={self.gate_spec.kind}{degree}, beta_range={tuple(self.beta_range)}"
         return f"{inherited}, {gate}".removeprefix(", ")
+
+
+def _twin(layer: nn.Module) -> Any:
+    """The layer again, its parameters and buffers the same ones, in containers of its own: those of parameters, hooks
+    and buffers that are not saved, and an LSTM's list of weights."""
+    twin = copy.copy(layer)
+    own = {name: copy.copy(value) for name, value in vars(twin).items() if isinstance(value, (dict, list, set))}
+    vars(twin).update(own)
+    return twin
 
 
 def _one(beta: Beta) -> Beta:

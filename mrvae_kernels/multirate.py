@@ -10,6 +10,7 @@ layer for which that is cheaper in one more, and hands each layer its share for 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -45,7 +46,7 @@ from .places import Places
 from .plans import LayerGates, Plans
 from .recalibration import recalibrate
 from .selection import Gates, select
-from .traced import TracedGates
+from .traced import Calls
 
 
 class GatedEntry(NamedTuple):
@@ -265,7 +266,7 @@ class MultiRate(Recorded):
         return list(self.network.parameters())
 
     def recalibrate(self, batches: Iterable[Any], beta: Beta) -> int:
-        """Set the running statistics of all batch norms to those of this data at this beta; returns the batches used.
+        """Set the running statistics of all batch and instance norms to this data at this beta; returns the batches used.
 
         In training they mix the betas that were sampled, so that without this a network with batch norm is wrong at
         every single beta. `batches` gives the network's input: a tensor, or a tuple of positional arguments.
@@ -311,7 +312,8 @@ class MultiRate(Recorded):
     def _eta(self, beta: Beta, device: torch.device, dtype: torch.dtype) -> Tensor:
         """eta of the betas, with the bits that a plan made ready has."""
         plans = self._plans.stage is not None and device.type == "cpu" and isinstance(beta, Tensor)
-        if plans and not torch.compiler.is_compiling() and not inside_transform():
+        # not where it would be recorded: what the core writes no tracer sees
+        if plans and not (torch.compiler.is_compiling() or inside_transform() or torch._C._is_tracing()):
             eta: Tensor | None = core().standardized(beta, *self.beta_range, dtype == torch.float64)
             if eta is not None:
                 return eta
@@ -343,7 +345,7 @@ class MultiRate(Recorded):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy or a pickle makes its own plans."""
-        return {**self.__dict__, "_plans": None, "_calls": []}
+        return {**self.__dict__, "_plans": None, "_calls": Calls()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -357,7 +359,7 @@ class MultiRate(Recorded):
     def _tell_layers(self) -> None:
         """Where each layer finds its gates in calls that torch.compile traces."""
         known = self._places.layers[0].__dict__.get("_calls")  # of a shallow copy, whose layers these are as well
-        self._calls: list[TracedGates] = [] if known is None else known
+        self._calls = Calls() if known is None else known
         for i, (layer, (shift, inputs)) in enumerate(zip(self._places.layers, self._layout, strict=True)):
             start = self.gated[self._entries[i].name].start
             place = place_of((i, -1 if shift is None else shift, -1 if inputs is None else inputs, start))
@@ -384,12 +386,30 @@ def multirate(
                 each an MLP 1-64-C of eta, and the layers before them are gated too, as in the paper's convolutional
                 networks (its Table 1 counts both)
 
-    Linear, Conv, ConvTranspose, LSTM, GRU and norms with an affine are gated; `model.left` says of every other layer
-    why not. A layer right before a batch norm is left to the norm's gate. The network itself is changed: its gated
-    layers now wait for a beta, so call the MultiRate. ValueError for names that are not there and for shared layers.
+    Linear, Conv, ConvTranspose, LSTM, GRU, and BatchNorm, InstanceNorm, GroupNorm and LayerNorm with an affine are
+    gated; `model.left` says of every other layer why not. A layer right before a norm that would divide its gate out
+    (batch, instance, or group with a group a channel) is left. The network itself is changed: its gated layers now wait
+    for a beta, so call the MultiRate. ValueError for names that are not there, for shared layers, for lazy ones that
+    have not run yet, and for a network whose forward has an argument beta of its own.
     A layer's gate acts where the layer is called: code that computes with its weight itself (F.linear(x, layer.weight))
     goes past the gate, and `bake` would differ there.
     """
+    if not isinstance(network, nn.Module):
+        raise TypeError(f"network is {network!r}; expected an nn.Module, whose layers get gates")
     if isinstance(network, MultiRate):
         raise ValueError("the network is a MultiRate already; call it with beta, or gate a fresh network")
+    _refuse_own_beta(network)
     return MultiRate(network, gates, beta_range, include, exclude, norms)
+
+
+def _refuse_own_beta(network: nn.Module) -> None:
+    """ValueError where forward has an argument of the name that goes to the gates, and would be left at its default."""
+    try:
+        beta = inspect.signature(network.forward).parameters.get("beta")
+    except (TypeError, ValueError):  # of a forward that is no Python function
+        return
+    if beta is not None and beta.kind in (beta.POSITIONAL_OR_KEYWORD, beta.KEYWORD_ONLY):
+        raise ValueError(
+            f"{type(network).__name__}.forward has an argument beta of its own, which model(x, beta=...) would not "
+            "reach: that beta goes to the gates; rename the argument, to kl_weight say"
+        )

@@ -37,17 +37,19 @@ def gate_activation(preactivation: Tensor, kind: str) -> Tensor:
     """g = act(p), elementwise (MR-VAE, Eqn. 7, and softplus).
 
     sigmoid   1 / (1 + exp(-p))
-    sqrt      sqrt(-expm1(p)) for p < 0; exactly 0, with gradient 0, for p >= 0. The gradient near 0 is clipped to 8.
+    sqrt      sqrt(-expm1(p)) for p < 0; exactly 0, with gradient 0, for p >= 0. The gradient near 0 is clipped to 8,
+              and the second derivative there is that of the clipped one.
     softplus  log(1 + exp(p))
     identity  p (FiLM's shift)
     """
     p = preactivation
     if kind != "sqrt":
         return gate_value(p, kind)
-    square = _sqrt_gate_squared(p)
-    exact = square.detach().sqrt()
-    bounded = square / (2 * exact.clamp(min=0.5 / SQRT_GATE_MAX_SLOPE))
-    return exact + (bounded - bounded.detach())
+    square, least = _sqrt_gate_squared(p), 0.5 / SQRT_GATE_MAX_SLOPE
+    steep = square < least * least
+    exact = torch.where(steep, 1.0, square).sqrt()  # 1: autograd would have 0 times the slope of sqrt(0)
+    bounded = square.detach().sqrt() + (square - square.detach()) / (2 * least)
+    return torch.where(steep, bounded, exact)
 
 
 def gate_value(preactivation: Tensor, kind: str) -> Tensor:

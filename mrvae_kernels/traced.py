@@ -56,6 +56,13 @@ class TracedGates:
         return gates(found.weight, found.bias, found.eta, found.kind) if isinstance(found, SampledGate) else found
 
 
+class Calls(list[TracedGates]):
+    """The calls of a network that are being traced, innermost last: one object, of the network and all its layers.
+
+    A class of its own, which pytree takes for a leaf: torch.export puts copies in place of the lists that modules hold.
+    """
+
+
 def asked_once(function: Function) -> Function:
     """Called when Dynamo traces, its result a constant that is not guarded: what torch.compiler.assume_constant_result
     says of a function, without the import of Dynamo, which takes a second and imports Triton."""

@@ -44,6 +44,17 @@ def small(degree: int = 1) -> mk.MultiRate:
     return randomize(mk.multirate(nn.Sequential(*layers).double(), mk.GateSpec("softplus", shift=True, degree=degree)))
 
 
+class Program(nn.Module):
+    """Takes beta as an argument among others."""
+
+    def __init__(self, model: mk.MultiRate) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor, beta: Tensor) -> Tensor:
+        return self.model(x, beta=beta)
+
+
 @pytest.mark.parametrize("degree", [1, 3])
 def test_a_multirate_network_compiles_whole_with_its_gradients(degree):
     model, x = small(degree), torch.randn(5, 2, 4, dtype=torch.float64)
@@ -104,16 +115,8 @@ def test_export_with_any_batch_and_any_beta(per_sample, strict, degree):
     batch = Dim("batch", min=2, max=4096)
     beta = BETA if per_sample else torch.tensor(0.3)
 
-    class Program(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = model
-
-        def forward(self, x: Tensor, beta: Tensor) -> Tensor:
-            return self.model(x, beta=beta)
-
     shapes = ({0: batch}, {0: batch} if per_sample else None)
-    program = torch.export.export(Program(), (images(), beta), dynamic_shapes=shapes, strict=strict)
+    program = torch.export.export(Program(model), (images(), beta), dynamic_shapes=shapes, strict=strict)
     exported = program.module()
     for count, value in ((5, 0.3), (7, 4.0), (300, 0.05)):
         x = images(count)
@@ -127,6 +130,19 @@ def test_export_of_one_beta_as_a_number():
     model, x = build(), images()
     program = torch.export.export(model, (x,), {"beta": 0.3})
     close(program.module()(x, beta=0.3), model(x, beta=0.3))
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("norms", ["gated", "conditional"])
+def test_an_exported_network_exports_and_compiles_again(norms, wrapped):
+    model = randomize(mk.multirate(ConvolutionalVAE(True).double(), norms=norms)).eval()
+    call, x, beta = Program(model) if wrapped else model, images(), torch.tensor(0.3)
+    expected = model(x, beta=beta)
+    for _ in range(2):
+        torch.compiler.reset()
+        close(torch.compile(call, fullgraph=True, backend="eager")(x, beta=beta), expected)
+        close(torch.export.export(call, (x,), {"beta": beta}).module()(x, beta=beta), expected)
+    close(model(x, beta=beta), expected)
 
 
 def test_a_baked_network_exports_as_any_other():

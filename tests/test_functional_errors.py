@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from helpers import OPERATORS, operands, operate
@@ -76,6 +77,29 @@ def test_errors_of_single_arguments(backend):
         functional.epilogue(x, None, double(5), dim=3)
     with pytest.raises(ValueError, match="expected"):
         mk.gated_linear(x[0, 0], double(4, 5), None, double(2, 4))
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("wrong", [0.5, [0.5] * 4, np.ones(4)], ids=["number", "list", "array"])
+def test_a_gate_that_is_no_tensor_is_a_type_error(backend, name, wrong):
+    x, weight, bias, gate, _ = operands(name, False)
+    for row in (x, x[0]):
+        with pytest.raises(TypeError, match=r"gate is .*; expected a tensor, \(C,\) or \(N, C\)"):
+            operate(name, [row, weight, bias, wrong, None], "epilogue")
+    with pytest.raises(TypeError, match="shift is .*; expected a tensor"):
+        operate(name, [x, weight, bias, gate, wrong], "epilogue")
+
+
+def test_a_stride_of_0_is_a_value_error(backend):
+    x, weight, per_sample = double(2, 3, 5), double(4, 3, 3), double(2, 4)
+    for gate in (per_sample[0], per_sample):
+        with pytest.raises(ValueError, match=r"stride is \(0,\); expected positive numbers"):
+            mk.gated_conv1d(x, weight, None, gate, stride=0)
+        with pytest.raises(ValueError, match=r"stride is \(0,\); expected positive numbers"):
+            mk.gated_conv_transpose1d(x, weight.transpose(0, 1), None, gate, stride=0)
+    layer = mk.GatedConv1d(3, 4, 3, stride=0).double()
+    with pytest.raises(ValueError, match=r"stride is \(0,\); expected positive numbers"):
+        layer(x, 0.5)
 
 
 def test_gates_of_another_precision_are_converted(backend):

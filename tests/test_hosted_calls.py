@@ -171,13 +171,13 @@ class Calling(nn.Module):
         super().__init__()
         self.a, self.b, self.inner = nn.Linear(4, 64), nn.Linear(64, 4), []
 
-    def forward(self, x: Tensor, other: Tensor | None = None, beta: Any = None, block: bool = False) -> Tensor:
+    def forward(self, x: Tensor, other: Tensor | None = None, others: Any = None, block: bool = False) -> Tensor:
         h = self.a(x)
         if other is not None and block:
-            with self.inner[0].at(beta):
+            with self.inner[0].at(others):
                 h = h + self.inner[0].network(other).sum()
         elif other is not None:
-            h = h + self.inner[0](other, beta=beta).sum()
+            h = h + self.inner[0](other, beta=others).sum()
         return self.b(h)
 
 

@@ -191,6 +191,25 @@ def test_from_plain_shares_parameters_and_leaves_the_plain_layer_alone(backend, 
 
 
 @every_case
+def test_what_is_set_on_one_layer_of_from_plain_is_not_on_the_other(name):
+    plain, x, heard = build_plain(name).eval(), inputs(name), []
+    plain.register_forward_hook(lambda *_: heard.append("both"))
+    layer = CASES[name].gated.from_plain(plain)
+    plain.register_forward_pre_hook(lambda *_: heard.append("plain"))
+    layer.register_forward_hook(lambda *_: heard.append("gated"))
+    plain.register_buffer("count", torch.zeros(1), persistent=False)
+    layer.register_buffer("count", torch.zeros(1))
+    assert "count" in layer.state_dict() and "count" not in plain.state_dict()
+    expected = output(plain(x))
+    assert heard == ["plain", "both"]
+    layer(x, 0.5)
+    assert heard == ["plain", "both", "both", "gated"]
+    first = next(key for key, _ in plain.named_parameters())
+    setattr(layer, first, nn.Parameter(torch.zeros_like(getattr(plain, first))))
+    assert torch.equal(output(plain(x)), expected)
+
+
+@every_case
 def test_to_plain_keeps_requires_grad_and_leaves_the_layer_alone(name):
     layer = build(name, gate=mk.GateSpec(shift=True))
     first = next(n for n, _ in layer.named_parameters())

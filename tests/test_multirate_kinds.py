@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import pickle
 
 import pytest
@@ -195,3 +196,46 @@ def test_every_call_of_a_layer_gives_the_same_batched_or_not(backend, layer, sha
                 model(x, beta=[0.3] * count)
     with mk.override(strategy=strategy), pytest.raises((ValueError, RuntimeError, TypeError)):
         model(x.float() if dtype == torch.float64 else x.double(), beta=0.3)
+
+
+class Weighed(nn.Module):
+    """Gives the loss itself, with a beta of its own, as many beta-VAEs do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.decoder = nn.Linear(4, 2), nn.Linear(2, 4)
+
+    def forward(self, x: Tensor, beta: float = 1.0) -> Tensor:
+        z = self.encoder(x)
+        return (self.decoder(z) - x).square().sum() + beta * z.square().sum()
+
+
+class WeighedByKeyword(Weighed):
+    def forward(self, x: Tensor, *, beta: float = 1.0) -> Tensor:
+        return super().forward(x, beta)
+
+
+@pytest.mark.parametrize("network", [Weighed(), WeighedByKeyword()], ids=lambda network: type(network).__name__)
+def test_a_network_with_a_beta_of_its_own_is_refused_before_it_is_changed(network):
+    with pytest.raises(ValueError, match="forward has an argument beta of its own.*rename the argument, to kl_weight"):
+        mk.multirate(network, "sqrt")
+    assert type(network.encoder) is nn.Linear
+
+
+class Opaque(Weighed):
+    def forward(self, *args, **kwargs):
+        return self.decoder(self.encoder(*args, **kwargs))
+
+
+def test_a_forward_whose_arguments_are_unknown_is_taken():
+    unreadable, partial, x = Opaque(), Opaque(), torch.randn(3, 4)
+    unreadable.forward = type("Call", (), {"__call__": staticmethod(unreadable.forward), "__signature__": "none"})()
+    partial.forward = functools.partial(partial.forward)
+    for network in (Opaque(), unreadable, partial, nn.DataParallel(Opaque()), torch.compile(Opaque(), backend="eager")):
+        assert mk.multirate(network, "sqrt")(x, beta=0.5).shape == x.shape
+
+
+@pytest.mark.parametrize("network", [None, nn.Linear, 0.5], ids=repr)
+def test_what_is_no_network_is_a_type_error(network):
+    with pytest.raises(TypeError, match="network is .*; expected an nn.Module"):
+        mk.multirate(network)

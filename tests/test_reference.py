@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -104,3 +105,25 @@ def test_the_bank_is_its_parts():
         for k, (start, end) in enumerate(zip(starts[:-1], starts[1:], strict=True)):
             alone = reference.gates(weight[start:end], bias[start:end], value, kinds[k])
             assert torch.equal(bank[k], alone) and alone.shape == (*value.shape, end - start)
+
+
+def test_the_sqrt_gate_is_differentiable_twice():
+    """At its end it has the bounded slope's derivative, -8 e^p."""
+    p = torch.tensor([-3.0, -0.5, -0.01, -0.003, -1e-12, 0.0, 0.5], dtype=torch.float64)
+    gate = (1 - p.exp()).clamp(min=0).sqrt()
+    exact = -p.exp() / (2 * gate) - p.exp().square() / (4 * gate**3)
+    expected = torch.where(gate > 1 / 16, exact, torch.where(p < 0, -8 * p.exp(), 0))
+    for hessian in (torch.func.hessian, lambda f: torch.func.jacrev(torch.func.grad(f)), twice):
+        found = torch.stack([hessian(lambda value: reference.gate_activation(value, "sqrt"))(value) for value in p])
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=0)
+
+
+def twice(function: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Its second derivative as autograd has it."""
+
+    def second(p: torch.Tensor) -> torch.Tensor:
+        p = p.clone().requires_grad_()
+        (first,) = torch.autograd.grad(function(p), p, create_graph=True)
+        return torch.autograd.grad(first, p)[0]
+
+    return second

@@ -106,7 +106,7 @@ def test_gradcheck(of_batch, given):
         assert torch.autograd.gradcheck(function, inputs)
     y = function(*inputs)
     (grad,) = torch.autograd.grad(y.sum(), inputs[0], create_graph=True)
-    with pytest.raises(RuntimeError, match="is differentiable once.*compute the layer with mrvae_kernels.reference"):
+    with pytest.raises(RuntimeError, match="is differentiable once.*the layer .*mrvae_kernels.*reference"):
         grad.square().sum().backward()
 
 

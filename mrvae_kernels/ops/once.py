@@ -10,7 +10,7 @@ import torch
 
 ONCE = (
     b"this operator of mrvae_kernels is differentiable once: its gradient has no derivative. For second derivatives "
-    b"compute the layer with mrvae_kernels.reference"
+    b'call the layer or the model within `with mrvae_kernels.override(backend="reference"):`'
 )
 
 
