@@ -266,9 +266,9 @@ class MultiRate(Recorded):
         return list(self.network.parameters())
 
     def recalibrate(self, batches: Iterable[Any], beta: Beta) -> int:
-        """Set the running statistics of all batch and instance norms to this data at this beta; returns the batches used.
+        """Set the running statistics of batch and instance norms to this data at this beta; returns the batches used.
 
-        In training they mix the betas that were sampled, so that without this a network with batch norm is wrong at
+        In training they mix the betas that were sampled, so that without this a network with such norms is wrong at
         every single beta. `batches` gives the network's input: a tensor, or a tuple of positional arguments.
         Each batch counts alike. Nothing happens for a network without running statistics. ValueError for no batch;
         after an error the statistics are what they were.
