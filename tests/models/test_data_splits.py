@@ -101,3 +101,11 @@ def test_no_run_is_trained_whose_curve_would_fail(tmp_path, capsys):
         out = tmp_path / "run"
         assert main(["train", "--data", str(tmp_path / data), "--out", str(out), "--epochs", "1"]) == 1
         assert message in capsys.readouterr().err and not out.exists()
+
+
+@pytest.mark.parametrize("names", [("val", "validation"), ("test", "testing")])
+def test_two_folders_of_one_split_are_refused(tmp_path, names):
+    for name in ("train", *names):
+        write_images(tmp_path / name, pictures(3, 4, 4))
+    with pytest.raises(DataError, match=rf"{names[1]}.* are both the (validation|test) set; expected one"):
+        load(tmp_path, "train")

@@ -45,9 +45,15 @@ def sets(root: Path, resize: int | tuple[int, int] | None) -> Sets:
 
 
 def parts_of(root: Path) -> dict[str, Path]:
-    """The sub-folders called as splits, by split; {"all": root} where there is none."""
-    found = {NAMES[child.name.lower()]: child for child in sorted(root.iterdir())
-             if child.is_dir() and child.name.lower() in NAMES}  # fmt: skip
+    """The sub-folders called as splits, by split; {"all": root} where there is none. DataError for two of one split."""
+    found: dict[str, Path] = {}
+    for child in sorted(root.iterdir()):
+        split = NAMES.get(child.name.lower())
+        if split is None or not child.is_dir():
+            continue
+        if split in found:
+            raise DataError(f"{child} and {found[split]} are both the {split} set; expected one folder a split")
+        found[split] = child
     return found or {"all": root}
 
 
