@@ -10,6 +10,8 @@ from __future__ import annotations
 import math
 import pickle
 import random
+import shlex
+import shutil
 import signal
 import threading
 import time
@@ -56,7 +58,16 @@ class SafeCheckpointIO(CheckpointIO):
     """Lightning's way to the disk: atomic writes, weights-only reads."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        replace_file(Path(path), lambda temporary: torch.save(checkpoint, temporary))
+        path = Path(path)
+        try:
+            replace_file(path, lambda temporary: torch.save(checkpoint, temporary))
+        except (OSError, RuntimeError) as error:  # of a full disk torch says that a position is unexpected
+            free = shutil.disk_usage(path.parent).free
+            kept = "the one before is kept, and " if path.exists() else ""
+            raise CheckpointError(
+                f"{path} cannot be written, with {free / 1e6:.0f} MB free on its disk ({first_lines(error, 1)}): {kept}"
+                f"mrvae train --resume {shlex.quote(str(path.parent))} goes on from the last one, once there is room"
+            ) from error
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None
@@ -100,7 +111,8 @@ def _refused(error: pickle.UnpicklingError) -> str:
 def check_checkpoint(
     checkpoint: Mapping[str, Any], description: Mapping[str, Any], config: TrainConfig, path: Path
 ) -> None:
-    """CheckpointError unless the checkpoint was saved by a run of this model and of these options.
+    """CheckpointError unless the checkpoint was saved by a run of this model and of these options, and by as many
+    processes.
 
     An option that did not exist yet when it was saved had its default.
     """
@@ -115,6 +127,12 @@ def check_checkpoint(
         raise CheckpointError(
             f"{path} is of another run: "
             + "; ".join(f"{key} is {held.get(key)!r} there and {wanted.get(key)!r} here" for key in different)
+        )
+    before, now = len(saved["random"]), config.devices * config.num_nodes
+    if before != now:
+        raise CheckpointError(
+            f"the run was saved by {before} processes and resumes with {now}; exact resume needs the same number: give "
+            "the --devices and --num-nodes it had"
         )
 
 
@@ -187,11 +205,6 @@ class RunCheckpoint(Checkpoint):
                 seed = np.random.SeedSequence((self.config.seed, trainer.global_rank)).generate_state(1)[0]
                 pl.seed_everything(int(seed), verbose=False)
             return
-        if len(self._states) != trainer.world_size:
-            raise CheckpointError(
-                f"the run was saved by {len(self._states)} processes and resumes with {trainer.world_size}; "
-                "exact resume needs the same number: give the --devices and --num-nodes it had"
-            )
         # last of all hooks before the first batch: nothing draws a number after this
         set_random_state(self._states[trainer.global_rank], pl_module.device)
         self._states = None

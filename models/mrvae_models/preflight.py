@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 import shutil
 from pathlib import Path
 
@@ -134,7 +135,9 @@ def check_free(directory: Path, force: bool) -> None:
     check_directory(directory)
     found = [name for name in OWNED if (directory / name).exists()]
     if found and not force:
-        resume = f"continue it with --resume {directory}, " if LAST in found else ""
+        resume = f"continue it with --resume {shlex.quote(str(directory))}, " if LAST in found else ""
+        if found == [CONFIG]:
+            resume = "it has saved nothing yet, as one that has just begun or failed at its start; "
         raise FileExistsError(
             f"{directory} holds a run already ({', '.join(found)}): {resume}replace it with --force, or choose another "
             "--out"

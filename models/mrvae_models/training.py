@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import time
 import warnings
 from collections.abc import Iterator
@@ -55,12 +56,14 @@ from .run import (
     BEST,
     CONFIG,
     LAST,
+    MODEL,
     build_model,
     calibration_images,
     describe,
     first_lines,
     load_split,
     plain_network,
+    read_description,
     save_model,
     save_vocabulary,
     write_config,
@@ -117,44 +120,50 @@ def train(config: TrainConfig, resume: bool = False, force: bool = False, progre
     share = config.batch_size // (config.devices * config.num_nodes)
     loader = batches(train_set, share, shuffle=True, seed=config.seed)
     last = directory / LAST
+    of_finished: dict[str, Any] = {}
     if resume:
         checkpoint = read_checkpoint(last)
         check_checkpoint(checkpoint, description, config, last)
         _load_weights(model, checkpoint, last)
-        done = _epochs_done(checkpoint)
-        if config.epochs < done:
+        done, under_way = _epochs_done(checkpoint)
+        if config.epochs < done + under_way:
             raise ValueError(
-                f"epochs is {config.epochs}, and the run in {directory} has done {done}; leave it as it was, ask for "
-                "more to go on, or start another run"
+                f"epochs is {config.epochs}, and the run in {directory} has done {done}{' and a part' * under_way}; "
+                "leave it as it was, ask for more to go on, or start another run"
             )
-        if checkpoint[KEY]["stopped_early"] or config.epochs == done:
+        saved = checkpoint[KEY]
+        no_more = saved["stopped_early"] and config.patience == saved["config"].get("patience")
+        if no_more or config.epochs == done:
             return _finish(config, description, model, checkpoint, validation_set, None)
         del checkpoint
-    elif first and force:
-        remove_run(directory)
-    if first:
-        write_config(directory, description, config=config.to_dict())
-        save_vocabulary(directory, train_set)
+        of_finished = _entries_of_finished(directory)
     with _quiet():
-        seconds = _fit(
-            config, description, model, loader, train_set, validation_set, last if resume else None, progress
-        )
-    return _finish(config, description, model, read_checkpoint(last), validation_set, seconds)
+        timer = _StepTimer()
+        trainer = _trainer(config, description, loader, timer, progress)  # the last of what may fail: see below
+    if first:
+        if force and not resume:
+            remove_run(directory)
+        write_config(directory, **{"description": description, "config": config.to_dict(), **of_finished})
+        save_vocabulary(directory, train_set)
+    module = TrainingModule(model, config, loader, calibration_images(train_set))
+    with _quiet():
+        _fit(trainer, module, validation_set, last if resume else None, config)
+    return _finish(config, description, model, read_checkpoint(last), validation_set, timer.seconds_per_step())
 
 
-def _fit(
-    config: TrainConfig,
-    description: dict[str, Any],
-    model: nn.Module,
-    loader: Batches,
-    train_set: InMemory,
-    validation_set: InMemory,
-    last: Path | None,
-    progress: bool,
-) -> float:
-    """Run Lightning's loop; returns seconds a step."""
+def _entries_of_finished(directory: Path) -> dict[str, Any]:
+    """What config.json says of the weights in model.safetensors, which stay until the run has gone on to its end."""
+    if not (directory / MODEL).exists():
+        return {}
+    document = read_description(directory)
+    return {"description": document["model"]} | ({"learned": document["learned"]} if "learned" in document else {})
+
+
+def _trainer(
+    config: TrainConfig, description: dict[str, Any], loader: Batches, timer: pl.Callback, progress: bool
+) -> pl.Trainer:
+    """Lightning's trainer, which writes nothing yet. ValueError for hardware options that this machine cannot meet."""
     directory = config.directory
-    timer = _StepTimer()
     callbacks: list[pl.Callback] = [
         timer,
         MetricsFile(directory / METRICS if "csv" in config.log_to else None),
@@ -166,7 +175,7 @@ def _fit(
         callbacks.append(ProgressLine())
     callbacks.append(JumpWarning())  # after the progress line, which ends with its end
     if config.patience is not None:
-        callbacks.append(EarlyStopping(OBJECTIVE, patience=config.patience, mode="min"))
+        callbacks.append(_Patience(OBJECTIVE, patience=config.patience, mode="min"))
     try:
         trainer = pl.Trainer(
             accelerator=config.accelerator,
@@ -190,20 +199,30 @@ def _fit(
             enable_model_summary=False,
             use_distributed_sampler=False,
         )
-    except pl.utilities.exceptions.MisconfigurationException as error:
+    except (pl.utilities.exceptions.MisconfigurationException, ValueError) as error:
         raise ValueError(f"the hardware options do not fit this machine: {first_lines(error)}") from None
-    module = TrainingModule(model, config, loader, calibration_images(train_set))
-    validation_batches = in_turn(validation_set, VALIDATION_BATCH)
+    if trainer.precision != config.precision:  # Lightning takes another one where a CPU has none, and warns
+        raise ValueError(
+            f"precision is {config.precision!r}, which this device has not; expected --precision {trainer.precision}, "
+            "say, or another --accelerator"
+        )
+    return trainer
+
+
+def _fit(
+    trainer: pl.Trainer, module: TrainingModule, validation_set: InMemory, last: Path | None, config: TrainConfig
+) -> None:
+    """Run Lightning's loop. TrainingInterrupted where it is stopped before its end."""
     try:
-        trainer.fit(module, loader, validation_batches, ckpt_path=last, weights_only=True)
+        validation_batches = in_turn(validation_set, VALIDATION_BATCH)
+        trainer.fit(module, module.loader, validation_batches, ckpt_path=last, weights_only=True)
     except StopTraining as stop:
         raise TrainingInterrupted(
             f"{stop.reason} in epoch {trainer.current_epoch + 1} of {config.epochs}, after step {trainer.global_step}; "
-            f"continue with: mrvae train --resume {directory}"
+            f"continue with: mrvae train --resume {shlex.quote(str(config.directory))}"
         ) from None
     except SystemExit:  # what Lightning makes of a KeyboardInterrupt
         raise KeyboardInterrupt from None
-    return timer.seconds_per_step()
 
 
 def _finish(
@@ -228,6 +247,8 @@ def _finish(
         else:
             checkpoint = read_checkpoint(directory / BEST)
     model = model.cpu()
+    if seconds is None:  # nothing was trained, in whose precision the model would be
+        model.to(next(value.dtype for value in checkpoint["state_dict"].values() if value.is_floating_point()))
     _load_weights(model, checkpoint, directory)
     if is_first_process():
         learned = learned_values(config, plain_network(model), checkpoint["state_dict"])
@@ -261,8 +282,10 @@ def _load_weights(model: nn.Module, checkpoint: dict[str, Any], path: Path) -> N
         raise CheckpointError(f"{path} does not fit the network of {CONFIG}: {first_lines(error)}") from None
 
 
-def _epochs_done(checkpoint: dict[str, Any]) -> int:
-    return checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+def _epochs_done(checkpoint: dict[str, Any]) -> tuple[int, bool]:
+    """Whole epochs, and whether the next one has begun."""
+    progress = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]
+    return progress["processed"], progress["started"] > progress["processed"]
 
 
 def is_first_process() -> bool:
@@ -271,6 +294,13 @@ def is_first_process() -> bool:
         if name in os.environ:
             return int(os.environ[name]) == 0
     return int(os.environ.get("LOCAL_RANK", 0)) == 0 and int(os.environ.get("NODE_RANK", 0)) == 0
+
+
+class _Patience(EarlyStopping):
+    """With the patience that is asked for: Lightning's takes the saved one, though --resume may change it."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict({**state_dict, "patience": self.patience})
 
 
 class _NoProfiler(PassThroughProfiler):

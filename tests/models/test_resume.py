@@ -1,0 +1,153 @@
+"""What --resume and --force may do to a run that is there: nothing, until it is certain that training can begin."""
+
+from __future__ import annotations
+
+import errno
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from mrvae_models.checkpoint import CheckpointError, read_checkpoint
+from mrvae_models.lightning_module import TrainingModule
+from mrvae_models.operating import landing
+from mrvae_models.run import CONFIG, LAST, MODEL, load_model
+from mrvae_models.training import TrainingInterrupted
+from training_cases import run
+
+
+def files(directory):
+    return {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"strategy": "dpp"}, "the hardware options do not fit this machine: .*dpp"),
+        ({"accelerator": "abacus"}, "the hardware options do not fit this machine: .*abacus"),
+        ({"accelerator": "cpu", "precision": "16-mixed"}, "'16-mixed', which this device has not; .*bf16-mixed"),
+    ],
+)
+def test_hardware_that_is_not_there_leaves_the_run_as_it_was(config, change, message):
+    run(config)
+    before = files(config.directory)
+    with pytest.raises(ValueError, match=message):
+        run(replace(config, **change), force=True)
+    assert files(config.directory) == before
+    if "precision" not in change:  # which --resume may not change
+        with pytest.raises(ValueError, match=message):
+            run(replace(config, epochs=4, **change), resume=True)
+        assert files(config.directory) == before
+    fresh = replace(config, out=str(config.directory / "fresh"), **change)
+    with pytest.raises(ValueError, match=message):
+        run(fresh)
+    assert not fresh.directory.exists(), "nor does the start that failed look like a run"
+
+
+def test_another_number_of_processes_leaves_the_run_as_it_was(config):
+    run(config)
+    before = files(config.directory)
+    with pytest.raises(CheckpointError, match="saved by 1 processes and resumes with 2; .* --devices"):
+        run(replace(config, epochs=4, devices=2, batch_size=16), resume=True)
+    assert files(config.directory) == before
+    assert run(replace(config, epochs=3), resume=True).steps == 18
+
+
+def test_a_directory_in_which_nothing_was_saved_says_so(config):
+    run(config)
+    for path in config.directory.iterdir():
+        if path.name != CONFIG:
+            path.unlink()
+    with pytest.raises(FileExistsError, match=r"\(config.json\): it has saved nothing yet, .*--force"):
+        run(config)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"objective": "sigma-vae", "likelihood": "gaussian-shared", "sigma_from": "validation"},
+        {"objective": "l-vae", "likelihood": "gaussian"},
+    ],
+)
+def test_a_finished_run_stays_what_it_was_until_it_has_gone_on_to_its_end(config, options):
+    config = replace(config, beta=1.0, **options)
+    run(config)
+    document = json.loads((config.directory / CONFIG).read_text())
+    model, _ = load_model(config.directory)
+    before = landing(config.directory)
+    with pytest.raises(TrainingInterrupted):
+        run(replace(config, epochs=60, max_time=1e-6), resume=True)
+    there = json.loads((config.directory / CONFIG).read_text())
+    assert there["config"]["epochs"] == 60
+    assert (there["model"], there["learned"]) == (document["model"], document["learned"])
+    assert landing(config.directory) == before
+    state = load_model(config.directory)[0].state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    run(replace(config, epochs=6), resume=True)
+    assert json.loads((config.directory / CONFIG).read_text())["learned"] != document["learned"]
+
+
+def falling_until(monkeypatch, epochs):
+    """The validation objective falls for so many epochs, and then stays."""
+
+    def scripted(self):
+        self.log("validation/objective", float(max(epochs - self.current_epoch, 0)))
+        self.validated_epoch = self.current_epoch
+
+    monkeypatch.setattr(TrainingModule, "on_validation_epoch_end", scripted)
+
+
+def test_another_patience_counts_from_the_resume_on(config, monkeypatch):
+    falling_until(monkeypatch, 1)
+    config = replace(config, patience=2)
+    run(replace(config, epochs=2))
+    assert run(replace(config, epochs=20, patience=5), resume=True).steps == 6 * 7, "the best epoch and five more"
+    assert run(replace(config, epochs=20, patience=5), resume=True).steps == 6 * 7
+    assert run(replace(config, epochs=20, patience=8), resume=True).steps == 6 * 10
+    assert run(replace(config, epochs=12, patience=None), resume=True).steps == 6 * 12
+
+
+def test_fewer_epochs_than_the_one_that_has_begun_are_refused(config):
+    with pytest.raises(TrainingInterrupted, match="in epoch 2 of 3, after step 8"):
+        stopped_at(config, 8)
+    with pytest.raises(ValueError, match="epochs is 1, and the run in .* has done 1 and a part; leave it"):
+        run(replace(config, epochs=1), resume=True)
+    assert run(replace(config, epochs=3), resume=True).steps == 18
+
+
+def stopped_at(config, step):
+    """A run of three epochs that max_time ends after this step."""
+    with pytest.MonkeyPatch.context() as patch:
+        take = TrainingModule.training_step
+
+        def timed(self, x):
+            if self.global_step == step - 1:
+                patch.setattr("mrvae_models.checkpoint.time.monotonic", lambda: 1e12)
+            return take(self, x)
+
+        patch.setattr(TrainingModule, "training_step", timed)
+        run(replace(config, epochs=3, max_time=1e6))
+
+
+def test_a_full_disk_is_named_and_the_checkpoint_before_is_kept(config, monkeypatch):
+    run(config)
+    before = read_checkpoint(config.directory / LAST)["global_step"]
+
+    def full(checkpoint, path):
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("mrvae_models.checkpoint.torch.save", full)
+    with pytest.raises(CheckpointError, match=r"t.ckpt cannot be written, with \d+ MB free .*the one before is kept"):
+        run(replace(config, epochs=4), resume=True)
+    monkeypatch.undo()
+    assert read_checkpoint(config.directory / LAST)["global_step"] == before
+    assert run(replace(config, epochs=4), resume=True).steps == 24
+
+
+def test_resuming_a_finished_run_in_float64_leaves_its_weights(config):
+    config = replace(config, precision="64-true")
+    run(config)
+    weights = (config.directory / MODEL).read_bytes()
+    assert run(config, resume=True).steps == 12
+    assert (config.directory / MODEL).read_bytes() == weights
