@@ -15,6 +15,7 @@ Of text, with OUT/vocabulary.txt: model.pt2 is TeacherForced and decoder.pt2 Nex
 from __future__ import annotations
 
 import json
+import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -30,7 +31,7 @@ from .curve import at, calibrated, calibration_batches, recalibration_noise
 from .networks.hierarchy import Hierarchy
 from .networks.lstm import SentenceVAE
 from .networks.svg import SVG
-from .run import CONFIG, MODEL, OF_RANGE, VOCABULARY, load_model, replace_file, save_model, write_config
+from .run import CONFIG, LAST, MODEL, OF_RANGE, VOCABULARY, load_model, replace_file, save_model, write_config
 from .text_programs import NextToken, TeacherForced, example_inputs
 from .vae import VAE
 
@@ -99,16 +100,13 @@ def bake_run(
     """Bake the model of a run at `beta` into the directory `out` (default: RUN/baked-<beta>).
 
     calibration: training images, needed by networks with BatchNorm. ValueError for a beta that is not positive, and for
-    a run without gates; FileExistsError when `out` holds a model already (force=True replaces it); RuntimeError when
-    what was read back differs from the gated model by more than TOLERANCE. A beta outside the run's range is a warning.
+    a run without gates; FileExistsError when `out` holds a model already (force=True replaces it), and, whatever force
+    is, when it is this run or another; RuntimeError when what was read back differs from the gated model by more than
+    TOLERANCE: nothing in `out` is replaced then. A beta outside the run's range is a warning.
     """
     run = Path(run)
     out = run / f"baked-{beta:g}" if out is None else Path(out)
-    found = [name for name in (CONFIG, MODEL, PROGRAM, DECODER) if (out / name).exists()]
-    if found and not force:
-        raise FileExistsError(
-            f"{out} holds a model already ({', '.join(found)}): replace it with --force, or choose another --out"
-        )
+    _check_out(run, out, force)
     model, document = load_model(run)
     if not isinstance(model, mk.MultiRate):
         raise ValueError(f"{run} holds a plain model, without gates; there is nothing to bake")
@@ -119,7 +117,6 @@ def bake_run(
     description = {key: value for key, value in document["model"].items() if key not in OF_RANGE}
     description["beta"] = beta
     description = json.loads(json.dumps(description))
-    out.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(0)
     parameter = next(network.parameters())
     whole, part = _programs(network)
@@ -131,14 +128,38 @@ def bake_run(
         x = torch.rand((4, *network.input_shape), generator=generator).to(parameter)
         z = (torch.randn((4, network.latent), generator=generator).to(parameter),)
         z = (x, *z) if isinstance(network, SVG) else z
-    _export(whole, (x,), out / PROGRAM)
-    _export(part, z, out / DECODER)
-    save_model(out, network, description)
-    if (run / VOCABULARY).exists():
-        replace_file(out / VOCABULARY, lambda temporary: temporary.write_bytes((run / VOCABULARY).read_bytes()))
-    write_config(out, description, config=document["config"], baked={"beta": beta, "run": str(run)})
-    difference = _verify(model, beta, calibration, out, x, z)
+    out.mkdir(parents=True, exist_ok=True)
+    # within it, where moving a file is renaming it even if it is a link or a disk of its own
+    with tempfile.TemporaryDirectory(prefix=".baking-", dir=out) as name:
+        made = Path(name)
+        _export(whole, (x,), made / PROGRAM)
+        _export(part, z, made / DECODER)
+        save_model(made, network, description)
+        if (run / VOCABULARY).exists():
+            replace_file(made / VOCABULARY, lambda temporary: temporary.write_bytes((run / VOCABULARY).read_bytes()))
+        write_config(made, description, config=document["config"], baked={"beta": beta, "run": str(run)})
+        difference = _verify(model, beta, calibration, made, x, z)
+        for file in made.iterdir():
+            file.replace(out / file.name)
     return Baked(out, network, difference)
+
+
+def _check_out(run: Path, out: Path, force: bool) -> None:
+    """FileExistsError where a baked model would replace a run, or without `force` another model."""
+    if out.resolve() == run.resolve():
+        raise FileExistsError(
+            f"{out} is the run itself, whose model of all betas would be replaced by that of one: leave out --out, or "
+            "choose another"
+        )
+    if (out / LAST).exists():
+        raise FileExistsError(
+            f"{out} holds a run ({LAST}), whose model would be replaced by a baked one: choose another --out"
+        )
+    found = [name for name in (CONFIG, MODEL, PROGRAM, DECODER) if (out / name).exists()]
+    if found and not force:
+        raise FileExistsError(
+            f"{out} holds a model already ({', '.join(found)}): replace it with --force, or choose another --out"
+        )
 
 
 def _programs(network: Any) -> tuple[nn.Module, nn.Module]:
@@ -165,29 +186,33 @@ def _save_program(program: Any, path: Path) -> None:
 
 
 def _verify(
-    model: mk.MultiRate, beta: float, calibration: Tensor | None, out: Path, x: Tensor, z: tuple[Tensor, ...]
+    model: mk.MultiRate, beta: float, calibration: Tensor | None, made: Path, x: Tensor, z: tuple[Tensor, ...]
 ) -> float:
-    """Read every file back and compare it with the gated model, with other batch sizes than it was exported with."""
+    """Read every file back and compare it with the gated model, with other batch sizes than it was exported with.
+
+    The largest |output - reference| / max |reference|, which is 0 where both are 0 throughout.
+    """
     x, z = torch.cat([x, x.flip(0), x[:1]]), tuple(torch.cat([part, part.flip(0), part[:1]]) for part in z)
     with torch.no_grad():
         with calibrated(model, calibration, beta), at(model, beta):
             whole, part = (_listed(program) for program in _programs(model.network))
             expected = {PROGRAM: whole(x), DECODER: part(*z)}
-        whole, part = (_listed(program) for program in _programs(load_model(out)[0]))
+        whole, part = (_listed(program) for program in _programs(load_model(made)[0]))
         found = {
             MODEL: whole(x) + part(*z),
-            PROGRAM: _listed(torch.export.load(out / PROGRAM).module())(x),
-            DECODER: _listed(torch.export.load(out / DECODER).module())(*z),
+            PROGRAM: _listed(torch.export.load(made / PROGRAM).module())(x),
+            DECODER: _listed(torch.export.load(made / DECODER).module())(*z),
         }
     expected[MODEL] = expected[PROGRAM] + expected[DECODER]
     worst = 0.0
     for name, outputs in found.items():
         for output, reference in zip(outputs, expected[name], strict=True):
-            difference = ((output - reference).abs().max() / reference.abs().max()).item()
+            largest = reference.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
+            difference = ((output - reference).abs().max() / largest).item()
             if not difference <= TOLERANCE:
                 raise RuntimeError(
-                    f"{out / name} differs from the gated model at beta = {beta:g} by {difference:.2g} of the largest "
-                    f"output; expected at most {TOLERANCE:g}"
+                    f"{name} as baked differs from the gated model at beta = {beta:g} by {difference:.2g} of the "
+                    f"largest output; expected at most {TOLERANCE:g}; nothing was replaced"
                 )
             worst = max(worst, difference)
     return worst

@@ -17,7 +17,7 @@ import threading
 import time
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from types import FrameType
@@ -30,7 +30,8 @@ from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 
 from .config import CHANGEABLE, TrainConfig, as_now
-from .data import Batches
+from .data import Batches, InMemory
+from .data.fingerprint import Fingerprints, change
 from .lightning_module import OBJECTIVE, TrainingModule
 from .run import BEST, LAST, first_lines, replace_file
 
@@ -136,6 +137,28 @@ def check_checkpoint(
         )
 
 
+def check_data(checkpoint: Mapping[str, Any], config: TrainConfig, sets: Sequence[InMemory], path: Path) -> None:
+    """CheckpointError unless the data are those that the run was trained on: --resume may name another place of them.
+
+    A checkpoint of before data were recorded goes on with data of the same name.
+    """
+    saved = checkpoint[KEY]
+    if "data" not in saved:
+        name = saved["config"].get("data")
+        if name != config.data:
+            raise CheckpointError(
+                f"{path} is of before data were recorded: data is {name!r} there and {config.data!r} here; expected "
+                "the same, so that they are known to be those it was trained on"
+            )
+        return
+    for data in sets:
+        if changed := change(saved["data"], data.source):
+            raise CheckpointError(
+                f"the data of {path} have changed since: {config.data} has {changed}, so that its splits are others; "
+                "restore them, or start another run"
+            )
+
+
 def random_state(device: torch.device) -> dict[str, Any]:
     """States of all random number generators of this process, as tensors and plain types."""
     name, keys, position, has_gauss, gauss = np.random.get_state()
@@ -173,11 +196,14 @@ class RunCheckpoint(Checkpoint):
     TrainingDiverged instead, at the save.
     """
 
-    def __init__(self, config: TrainConfig, description: Mapping[str, Any], directory: Path, loader: Batches) -> None:
+    def __init__(
+        self, config: TrainConfig, description: Mapping[str, Any], data: Fingerprints, loader: Batches
+    ) -> None:
         self.loader = loader
         self.config = config
         self.description = dict(description)
-        self.directory = directory
+        self.data = data
+        self.directory = config.directory
         self.best: float | None = None
         self.best_epoch: int | None = None
         self._improved = False
@@ -279,6 +305,7 @@ class RunCheckpoint(Checkpoint):
         checkpoint[KEY] = {
             "config": self.config.to_dict(),
             "model": self.description,
+            "data": self.data,
             "random": states,
             "loader": self.loader.state_dict(),
             "best": self.best,

@@ -463,6 +463,18 @@ class TrainConfig:
         for name in ("latent", "patience", "checkpoint_every_steps", "threads", "resize", "frames"):
             value = getattr(self, name)
             expect(value is None or value >= 1, name, value, "a positive integer")
+        for name, goes_by_it in (
+            ("keep", self.keep == "best"),
+            ("patience", self.patience is not None),
+            ("schedule", self.schedule == "plateau"),
+        ):
+            expect(
+                not goes_by_it or self.validate_every <= self.epochs,
+                "validate_every",
+                self.validate_every,
+                f"at most epochs, {self.epochs}, with {name} = {getattr(self, name)!r}, which goes by validations: "
+                "there would be none",
+            )
         for name in ("lr", "gate_lr_factor", "sigma_lr_factor"):
             expect(getattr(self, name) > 0, name, getattr(self, name), "a positive number")
         for name in ("clip", "max_time", "sigma"):
@@ -529,11 +541,11 @@ def as_now(saved: Mapping[str, Any]) -> dict[str, Any]:
 
 
 CHANGEABLE = frozenset(
-    ("out", "epochs", "max_time", "patience", "checkpoint_every_steps", "keep", "log_to")
+    ("out", "data", "epochs", "max_time", "patience", "checkpoint_every_steps", "keep", "log_to")
     + ("accelerator", "devices", "num_nodes", "strategy", "threads")
 )
 """Options that --resume may change: none of them changes what a step computes, except that another number of epochs
-stretches the cosine and other devices round differently."""
+stretches the cosine and other devices round differently. Data may have moved; that they are the same is checked."""
 
 
 def changes_of_resume(saved: TrainConfig, wanted: TrainConfig) -> list[str]:

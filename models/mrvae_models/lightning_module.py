@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -20,6 +20,7 @@ from .l_vae import LearnedTerms, learned_weights
 from .objectives import Terms, annealing_factor, beta_vae_terms, sample_beta
 from .operating import learned_sigma
 from .run import plain_network
+from .running_averages import RunningAverages
 from .total_correlation import beta_tcvae_terms, decompose
 from .vae import Output, dimensions_of, target_of
 
@@ -30,39 +31,11 @@ PLATEAU = "plateau"
 PLATEAU_PATIENCE, PLATEAU_FACTOR = 2, 0.5
 """A plateau schedule multiplies the learning rate by this after so many validations without a better objective."""
 
+AVERAGES = "epoch_averages"
+"""Entry of a checkpoint: the averages of the epoch so far, and which it is."""
+
 OBJECTIVE = "validation/objective"
 """What validation minimises: the objective on the validation set, averaged over betas of the range."""
-
-
-class Averages(NamedTuple):
-    """Means over steps, in nats an example; loss is the objective, annealed if it is, before weight_power."""
-
-    loss: float
-    distortion: float
-    rate: float
-
-
-class RunningAverages:
-    """Means of the training steps since somebody last took them; summed on the device, so that no step waits for it."""
-
-    def __init__(self) -> None:
-        self._sums: Tensor | None = None
-        self._count = 0
-
-    def add(self, step: Tensor) -> None:
-        """Count one step: a tensor of the fields of Averages."""
-        self._sums = step if self._sums is None else self._sums + step
-        self._count += 1
-
-    def means(self) -> Averages | None:
-        """Means since the last take(), or None without a step; waits for the device."""
-        return None if self._sums is None else Averages(*(self._sums / self._count).tolist())
-
-    def take(self) -> Averages | None:
-        """The same, and starts anew."""
-        means = self.means()
-        self._sums, self._count = None, 0
-        return means
 
 
 class TrainingModule(pl.LightningModule):
@@ -99,6 +72,7 @@ class TrainingModule(pl.LightningModule):
         self._calibration = [calibration]  # in a list: a tensor attribute is no state, and is not moved to the device
         self.recent_averages = RunningAverages()  # for the progress line
         self.epoch_averages = RunningAverages()  # of the epoch so far
+        self._averaged_epoch: int | None = None
         self.validated_epoch: int | None = None
         self._saved_plateau: dict[str, Any] | None = None
         self._plateau: torch.optim.lr_scheduler.ReduceLROnPlateau | None = None
@@ -106,6 +80,7 @@ class TrainingModule(pl.LightningModule):
 
     def setup(self, stage: str) -> None:
         self.steps = len(self.loader) * self.config.epochs  # here the processes know of each other, and their shares
+        self.trainer.precision_plugin.convert_module(self)  # Lightning does so once a checkpoint is loaded, and rounded
 
     def on_fit_start(self) -> None:
         """Data that fits into a quarter of a GPU's free memory moves there once, instead of batch by batch."""
@@ -114,7 +89,8 @@ class TrainingModule(pl.LightningModule):
             self.loader.dataset.examples = images.to(self.device)
 
     def on_train_epoch_start(self) -> None:
-        self.epoch_averages = RunningAverages()
+        if self._averaged_epoch != self.current_epoch:  # not in an epoch that is gone on with
+            self._averaged_epoch, self.epoch_averages = self.current_epoch, RunningAverages()
 
     def on_train_epoch_end(self) -> None:
         """One warning, with what to do, when L-VAE's weights have collapsed."""
@@ -289,10 +265,14 @@ class TrainingModule(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint[AVERAGES] = {"epoch": self._averaged_epoch, **self.epoch_averages.state_dict()}
         if self._plateau is not None:  # ours to keep: Lightning steps its own only after the epoch's checkpoint
             checkpoint[PLATEAU] = self._plateau.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if AVERAGES in checkpoint:  # earlier ones have none
+            self._averaged_epoch = checkpoint[AVERAGES]["epoch"]
+            self.epoch_averages.load_state_dict(checkpoint[AVERAGES])
         self._saved_plateau = checkpoint.get(PLATEAU)
 
     def on_train_start(self) -> None:

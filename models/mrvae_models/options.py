@@ -18,10 +18,13 @@ class UsageError(Exception):
 
 
 def parse_duration(text: str) -> float:
-    """Seconds from "90", "90s", "15m", "2h30m" or "1d"; ValueError otherwise."""
+    """Seconds from "90", "90s", "15m", "2h30m" or "1d"; ValueError otherwise, as for "1h30": 1h30m or 1h30s?"""
     units = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-    if not re.fullmatch(r"(\d+(\.\d+)?[smhd]?)+", text):
-        raise ValueError(f"{text!r} is no duration; expected seconds or units, such as 90, 15m or 2h30m")
+    if not re.fullmatch(r"(\d+(\.\d+)?[smhd])+|\d+(\.\d+)?", text):
+        raise ValueError(
+            f"{text!r} is no duration; expected seconds alone, such as 90, or a unit after every number, such as 15m "
+            "or 1h30m"
+        )
     return sum(float(number) * units[unit] for number, _, unit in re.findall(r"(\d+(\.\d+)?)([smhd]?)", text))
 
 

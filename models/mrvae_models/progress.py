@@ -16,8 +16,9 @@ from typing import Any, TextIO
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
-from .lightning_module import Averages, TrainingModule
+from .lightning_module import TrainingModule
 from .run import replace_file
+from .running_averages import Averages
 
 METRICS = "metrics.csv"
 

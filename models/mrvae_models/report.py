@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -18,9 +19,12 @@ from .baking import source_config
 from .config import TrainConfig
 from .curve import Curve, Point, evaluate, has_running_statistics, round_betas
 from .data import ImageDataset, TextDataset, Vocabulary
+from .data.fingerprint import change
 from .operating import landing_of
+from .options import read_json
 from .pictures import pictures
 from .run import (
+    CONFIG,
     CURVE_FILES,
     SENTENCES,
     VOCABULARY,
@@ -196,8 +200,18 @@ def betas_of(description: dict[str, Any], config: TrainConfig) -> list[float]:
 
 
 def dataset_for(model: nn.Module, config: TrainConfig, split: str, run: Path) -> ImageDataset | TextDataset:
-    """One split of the data of a run, text in the run's own vocabulary; ValueError for one of another size."""
+    """One split of the data of a run, text in the run's own vocabulary; ValueError for one of another size.
+
+    A warning where the data are not those of the training any more: their splits are others then.
+    """
     dataset = load_split(config, split, run)
+    document = read_json(run / CONFIG) if (run / CONFIG).exists() else {}
+    if changed := change(document.get("data", {}), dataset.source):
+        warnings.warn(
+            f"the data have changed since {run} was trained: {config.data} has {changed}, so that its splits are "
+            f"others, and the {split} split may hold examples that were trained on",
+            stacklevel=2,
+        )
     if isinstance(dataset, TextDataset):
         found, own = dataset.input_shape[1], plain_network(model).input_shape[1]
         if found != own:

@@ -34,10 +34,12 @@ from .checkpoint import (
     SafeCheckpointIO,
     StopTraining,
     check_checkpoint,
+    check_data,
     read_checkpoint,
 )
 from .config import TrainConfig
 from .data import Batches, InMemory, batches, in_turn
+from .data.fingerprint import Fingerprints, recorded
 from .l_vae import learned_values
 from .lightning_module import OBJECTIVE, TrainingModule
 from .networks import start_from
@@ -119,11 +121,13 @@ def train(config: TrainConfig, resume: bool = False, force: bool = False, progre
     start_from(plain_network(model), train_set.examples)
     share = config.batch_size // (config.devices * config.num_nodes)
     loader = batches(train_set, share, shuffle=True, seed=config.seed)
+    data = recorded((train_set.source, validation_set.source))
     last = directory / LAST
     of_finished: dict[str, Any] = {}
     if resume:
         checkpoint = read_checkpoint(last)
         check_checkpoint(checkpoint, description, config, last)
+        check_data(checkpoint, config, (train_set, validation_set), last)
         _load_weights(model, checkpoint, last)
         done, under_way = _epochs_done(checkpoint)
         if config.epochs < done + under_way:
@@ -134,21 +138,22 @@ def train(config: TrainConfig, resume: bool = False, force: bool = False, progre
         saved = checkpoint[KEY]
         no_more = saved["stopped_early"] and config.patience == saved["config"].get("patience")
         if no_more or config.epochs == done:
-            return _finish(config, description, model, checkpoint, validation_set, None)
+            return _finish(config, description, data, model, checkpoint, validation_set, None)
         del checkpoint
         of_finished = _entries_of_finished(directory)
     with _quiet():
         timer = _StepTimer()
-        trainer = _trainer(config, description, loader, timer, progress)  # the last of what may fail: see below
+        trainer = _trainer(config, description, data, loader, timer, progress)
     if first:
         if force and not resume:
             remove_run(directory)
-        write_config(directory, **{"description": description, "config": config.to_dict(), **of_finished})
+        described = {"description": description, "config": config.to_dict(), "data": data}
+        write_config(directory, **{**described, **of_finished})
         save_vocabulary(directory, train_set)
     module = TrainingModule(model, config, loader, calibration_images(train_set))
     with _quiet():
         _fit(trainer, module, validation_set, last if resume else None, config)
-    return _finish(config, description, model, read_checkpoint(last), validation_set, timer.seconds_per_step())
+    return _finish(config, description, data, model, read_checkpoint(last), validation_set, timer.seconds_per_step())
 
 
 def _entries_of_finished(directory: Path) -> dict[str, Any]:
@@ -160,14 +165,19 @@ def _entries_of_finished(directory: Path) -> dict[str, Any]:
 
 
 def _trainer(
-    config: TrainConfig, description: dict[str, Any], loader: Batches, timer: pl.Callback, progress: bool
+    config: TrainConfig,
+    description: dict[str, Any],
+    data: Fingerprints,
+    loader: Batches,
+    timer: pl.Callback,
+    progress: bool,
 ) -> pl.Trainer:
     """Lightning's trainer, which writes nothing yet. ValueError for hardware options that this machine cannot meet."""
     directory = config.directory
     callbacks: list[pl.Callback] = [
         timer,
         MetricsFile(directory / METRICS if "csv" in config.log_to else None),
-        RunCheckpoint(config, description, directory, loader),
+        RunCheckpoint(config, description, data, loader),
     ]
     if config.ema:
         callbacks.append(WeightAverage(config.ema))
@@ -228,6 +238,7 @@ def _fit(
 def _finish(
     config: TrainConfig,
     description: dict[str, Any],
+    data: Fingerprints,
     model: nn.Module,
     checkpoint: dict[str, Any],
     validation_set: InMemory,
@@ -257,7 +268,7 @@ def _finish(
         if config.sigma_from == "validation":
             learned = {"sigma": _take_sigma(config, model.eval(), validation_set)}
         further = {} if learned is None else {"learned": learned}
-        write_config(directory, description, config=config.to_dict(), **further)
+        write_config(directory, description, config=config.to_dict(), data=data, **further)
         save_model(directory, model, description)
     return TrainResult(directory, model.eval(), steps, saved["best"], seconds)
 

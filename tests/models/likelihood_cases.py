@@ -21,7 +21,8 @@ CASES = {name: {} for name in LIKELIHOODS} | {
 
 def made(name, **options):
     """The likelihood of this name, in float64 and eval mode; one with a computed sigma has seen one batch."""
-    model = likelihood(name, **{**CASES.get(name, {}), **options}).double().eval()
+    usual = {} if options.get("scale") == "value" else CASES.get(name, {})  # where there is no sigma to start from
+    model = likelihood(name, **{**usual, **options}).double().eval()
     if hasattr(model, "running"):
         model.train()
         model.distortion(torch.full((2, 3), 0.5).double(), torch.tensor([[0.4, 0.7, 0.5], [0.2, 0.5, 0.6]]).double())

@@ -115,7 +115,7 @@ def test_config_file_with_options_on_top(tmp_path):
         (["bake", "--run", "RUN", "--beta", "1", "--zzz=1"], "unrecognized arguments: --zzz=1; see mrvae bake --help"),
         (["train", "--beta", "nan"], "beta is nan; expected a finite number, or none"),
         (["train", "--epochs", "many"], "invalid int value: 'many'"),
-        (["train", "--max-time", "soon"], "'soon' is no duration; expected seconds or units"),
+        (["train", "--max-time", "soon"], "'soon' is no duration; expected seconds alone"),
         (["train", "--set", "hidden"], "'hidden' is no setting; expected NAME=VALUE"),
         (["train", "--gates", "softplus"], "'softplus' is no gate; expected MODULE=KIND"),
         (["train", "--sample", "batch"], "invalid choice: 'batch'"),

@@ -8,6 +8,9 @@ from dataclasses import replace
 
 import pytest
 from mrvae_models.config import TrainConfig, changes_of_resume
+from mrvae_models.experiments.catalogue import EXPERIMENTS, options_of
+from mrvae_models.experiments.execution import check_runs, configured
+from mrvae_models.experiments.plan import Settings
 from mrvae_models.options import parse_duration, parse_setting
 from mrvae_models.run import build_model, describe
 from training_cases import run
@@ -61,12 +64,35 @@ def test_recipes_set_what_is_not_given():
         ({"include": ("encoder.nothing",)}, "include names 'encoder.nothing'"),
         ({"optimizer": "sgd"}, "optimizer is 'sgd'; expected one of adam, adamax, adamw"),
         ({"accelerator": "abacus"}, "abacus"),
+        (
+            {"keep": "best", "epochs": 4, "validate_every": 5},
+            "validate_every is 5; expected at most epochs, 4, with keep = 'best', which goes by validations",
+        ),
+        ({"patience": 2, "epochs": 4, "validate_every": 5}, "validate_every is 5; .* with patience = 2"),
+        ({"schedule": "plateau", "epochs": 1, "validate_every": 2}, "validate_every is 2; .* schedule = 'plateau'"),
     ],
 )
 def test_options_that_make_no_sense_are_named_before_training(config, change, message):
     with pytest.raises(ValueError, match=message):
         run(replace(config, **change))
     assert not (config.directory / "last.ckpt").exists()
+
+
+@pytest.mark.parametrize("options", [{"validate_every": 9}, {"keep": "best"}, {"patience": 1}, {"network": "lstm"}])
+def test_validations_are_asked_for_only_where_something_goes_by_them(options):
+    TrainConfig(**{"epochs": 5, **options}).check()
+
+
+def test_experiments_validate_where_something_goes_by_it(tmp_path):
+    """The text recipe's plateau, for one: with next to no validation its learning rate would never fall."""
+    assert configured(tmp_path, {"epochs": 1}).validate_every == 1000
+    assert configured(tmp_path, {"epochs": 1, "network": "lstm"}).validate_every == 1
+    assert configured(tmp_path, {"epochs": 9, "keep": "best"}).validate_every == 5
+    assert configured(tmp_path, {"epochs": 9, "keep": "best", "validate_every": 3}).validate_every == 3
+    for experiment in EXPERIMENTS.values():
+        for full, small in ((False, False), (True, False), (False, True)):
+            settings = Settings((0,), 2, options_of(experiment, {}, full, small), experiment.baselines)
+            check_runs(experiment.runs(settings), tmp_path)
 
 
 def test_unknown_key_of_a_config_file_is_named(config, tmp_path):
@@ -101,9 +127,10 @@ def test_durations(text, seconds):
     assert parse_duration(text) == seconds
 
 
-@pytest.mark.parametrize("text", ["", "soon", "5x", "-3", "1h 2m"])
+@pytest.mark.parametrize("text", ["", "soon", "5x", "-3", "1h 2m", "1h30", "1.5.5s", "30 ", "9" * 5000 + "x"])
 def test_no_durations(text):
-    with pytest.raises(ValueError, match="is no duration"):
+    """1h30 is not 1 h and 30 s; and a long number is read once, not in all ways to cut it."""
+    with pytest.raises(ValueError, match="is no duration; expected seconds alone.*or 1h30m"):
         parse_duration(text)
 
 

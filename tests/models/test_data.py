@@ -223,7 +223,7 @@ def test_several_labels_an_image_are_left_out_with_one_warning(tmp_path):
     ("options", "message"),
     [
         ({"source": "no/such/file.npz"}, "no/such/file.npz: no such file"),
-        ({"source": "digit"}, "digit: no such file or folder; expected 'digits'"),
+        ({"source": "digit"}, "digit: no such file or folder in .*; expected 'digits'"),
         ({"source": __file__}, "test_data.py: this kind of file is not known"),
         ({"split": "valid"}, "'valid' is not known; expected one of train, validation, test"),
         ({"binarize": "static"}, "'static'; expected one of none, fixed, dynamic"),

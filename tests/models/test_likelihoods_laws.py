@@ -413,6 +413,12 @@ def test_parameters_of_another_shape_are_refused(name):
         (lambda: likelihood("gaussian-optimal", knots=1), "knots is 1"),
         (lambda: likelihood("gaussian-optimal", beta_range=(1.0, 0.1)), r"beta_range is \(1.0, 0.1\)"),
         (lambda: likelihood("discretized-logistic", scale="pixel"), "scale is 'pixel'.*shared, value"),
+        (
+            lambda: likelihood("discretized-gaussian", sigma=0.1, scale="value"),
+            "sigma is 0.1; expected none with scale='value'",
+        ),
+        (lambda: likelihood("discretized-logistic", scale="value", knots=5), "knots is 5; expected none with scale"),
+        (lambda: likelihood("discretized-logistic", sigma=-1.0), "sigma is -1.0"),
         (lambda: likelihood("categorical", memory_limit=0), "memory_limit is 0"),
         (lambda: likelihood("categorical", memory_limit="x"), "memory_limit is 'x'; expected a positive number"),
         (lambda: likelihood("gaussian-image", decay="x"), "decay is 'x'; expected a number"),

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import re
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import pytest
+import torch
 from mrvae_models import progress, training
+from mrvae_models.checkpoint import RunCheckpoint, read_checkpoint
 from mrvae_models.cli import main
-from mrvae_models.lightning_module import Averages, TrainingModule
-from mrvae_models.training import train
-from training_cases import small
+from mrvae_models.lightning_module import AVERAGES, TrainingModule
+from mrvae_models.run import LAST
+from mrvae_models.running_averages import Averages
+from mrvae_models.training import TrainingInterrupted, train
+from training_cases import rows_of, small
 
 
 class Logged(TrainingModule):
@@ -73,8 +79,7 @@ def test_the_warning_reaches_the_user_after_the_line_and_through_a_resume(images
 
     def jumping(self, trainer, module):
         loss = next(losses)
-        averages = SimpleNamespace(means=lambda: Averages(loss, loss, 0.0))
-        monkeypatch.setattr(module, "epoch_averages", averages)
+        monkeypatch.setattr(module.epoch_averages, "means", lambda: Averages(loss, loss, 0.0))
         epoch_end(self, trainer, module)
 
     monkeypatch.setattr(progress.JumpWarning, "on_train_epoch_end", jumping)
@@ -87,6 +92,49 @@ def test_the_warning_reaches_the_user_after_the_line_and_through_a_resume(images
     lines = capsys.readouterr().err.splitlines()
     (told,) = [line for line in lines if "thrown off" in line]
     assert told.startswith(f"mrvae: warning: {run}: training was thrown off") and "in epoch 2" in told
+
+
+def metrics(config):
+    """metrics.csv of a run, without its times."""
+    rows = rows_of(config.directory / progress.METRICS)
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
+
+
+@pytest.mark.parametrize("steps", [1, 3, 4])  # of 4 an epoch
+def test_a_run_that_was_stopped_within_epochs_has_the_same_numbers(images, tmp_path, monkeypatch, steps):
+    config = replace(small(images, tmp_path, epochs=3, batch_size=24, validate_every=2), log_to=("csv",))
+    whole = replace(config, out=str(tmp_path / "whole"))
+    assert train(whole, progress=False).steps == 12
+    wants_stop, done = RunCheckpoint._wants_stop, []
+
+    def stop(self):
+        done.append(1)
+        self._reason = "stopped" if len(done) % steps == 0 else None
+        return wants_stop(self)
+
+    monkeypatch.setattr(RunCheckpoint, "_wants_stop", stop)
+    resume = False
+    for _ in range(20):
+        with contextlib.suppress(TrainingInterrupted):
+            train(config, resume=resume, progress=False)
+            break
+        resume = True
+    assert resume and metrics(config) == metrics(whole)
+
+
+def test_a_checkpoint_without_averages_goes_on(images, tmp_path, monkeypatch):
+    """Those of the epoch are of the steps after it then."""
+    config = replace(small(images, tmp_path, epochs=2, batch_size=24), log_to=("csv",), checkpoint_every_steps=1)
+    whole = replace(config, out=str(tmp_path / "whole"))
+    train(whole, progress=False)
+    with pytest.raises(TrainingInterrupted):
+        train(replace(config, max_time=1e-6), progress=False)
+    saved = read_checkpoint(config.directory / LAST)
+    del saved[AVERAGES]
+    torch.save(saved, config.directory / LAST)
+    train(config, resume=True, progress=False)
+    (first, second), (other, same) = metrics(config), metrics(whole)
+    assert first["train/loss"] != other["train/loss"] and second == same
 
 
 def test_a_line_is_of_the_epoch_just_done_and_the_last_comes_once(images, tmp_path, monkeypatch):

@@ -6,9 +6,13 @@ import errno
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
-from mrvae_models.checkpoint import CheckpointError, read_checkpoint
+from mrvae_models.checkpoint import KEY, CheckpointError, read_checkpoint
+from mrvae_models.cli import main
+from mrvae_models.data import load
+from mrvae_models.data.fingerprint import fingerprint
 from mrvae_models.lightning_module import TrainingModule
 from mrvae_models.operating import landing
 from mrvae_models.run import CONFIG, LAST, MODEL, load_model
@@ -151,3 +155,76 @@ def test_resuming_a_finished_run_in_float64_leaves_its_weights(config):
     weights = (config.directory / MODEL).read_bytes()
     assert run(config, resume=True).steps == 12
     assert (config.directory / MODEL).read_bytes() == weights
+
+
+@pytest.fixture
+def undivided(images, tmp_path):
+    """102 images in one array, and a run of them."""
+    path = tmp_path / "set.npz"
+    with np.load(images) as arrays:
+        np.savez(path, images=np.concatenate([arrays["train_images"], arrays["test_images"]]))
+    return path
+
+
+def write(path, images):
+    np.savez(path, images=images)
+
+
+def images_of(path):
+    with np.load(path) as arrays:
+        return arrays["images"]
+
+
+def test_data_that_have_moved_are_found_again_and_changed_ones_are_refused(config, undivided, tmp_path, capsys):
+    config = replace(config, data=str(undivided))
+    run(replace(config, out=str(tmp_path / "whole")))
+    with pytest.raises(TrainingInterrupted):
+        run(replace(config, max_time=1e-6))
+    moved = undivided.rename(tmp_path / "moved.npz")
+    assert main(["train", "--resume", config.out, "--data", str(moved), "--max-time", "1h", "--quiet"]) == 0
+    assert (config.directory / MODEL).read_bytes() == (tmp_path / "whole" / MODEL).read_bytes()
+    assert json.loads((config.directory / CONFIG).read_text())["config"]["data"] == str(moved)
+    more = replace(config, data=str(moved), epochs=6)
+    there, kept = images_of(moved), files(config.directory)
+    for images, changed in (
+        (np.concatenate([there, there[:1]]), "103 examples in place of 102"),
+        (there[::-1], "others among its 102 examples, or another order"),
+    ):
+        write(moved, images)
+        with pytest.raises(CheckpointError, match=f"have changed since: .* has {changed}, so that its splits are oth"):
+            run(more, resume=True)
+        assert main(["curve", "--run", config.out, "--no-images", "--out", str(tmp_path / "curve")]) == 0
+        assert f"{changed}, so that its splits are others, and the test split may hold" in capsys.readouterr().err
+    assert files(config.directory) == kept
+    write(moved, there)
+    run(more, resume=True)
+
+
+def test_a_checkpoint_of_before_data_were_recorded_goes_on_with_data_of_its_name(config, undivided, tmp_path):
+    config = replace(config, data=str(undivided))
+    run(config)
+    saved = read_checkpoint(config.directory / LAST)
+    del saved[KEY]["data"]
+    torch.save(saved, config.directory / LAST)
+    assert run(replace(config, epochs=3), resume=True).steps == 3 * 6
+    torch.save(saved, config.directory / LAST)
+    moved = undivided.rename(tmp_path / "moved.npz")
+    with pytest.raises(CheckpointError, match="of before data were recorded: data is '.*set.npz' there and"):
+        run(replace(config, data=str(moved), epochs=3), resume=True)
+
+
+def test_a_relative_path_that_is_not_there_says_where_it_was_looked_for(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=rf"none.npz: no such file or folder in {tmp_path}; expected"):
+        load("none.npz")
+
+
+def test_fingerprints_are_of_what_was_read():
+    images = np.random.default_rng(0).integers(0, 256, (300, 4, 4), dtype=np.uint8)
+    first = fingerprint("all", images)
+    assert first == fingerprint("all", images.copy()) and first.examples == 300
+    for other in (images.astype(np.int64), images.reshape(300, 2, 8), images[1:], np.roll(images, 1, 0)):
+        assert fingerprint("all", other) != first
+    documents = np.array([["a", "b"], ["c"]], dtype=object)
+    assert fingerprint("all", documents) != fingerprint("all", documents[::-1])
+    assert load(images).source == load(images, "test").source == first

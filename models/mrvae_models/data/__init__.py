@@ -44,6 +44,7 @@ from . import (
 from .checks import DataError, Factors, Raw, checked
 from .clips import VideoDataset, clips_first
 from .dataset import Batches, ImageDataset, InMemory, batches, in_turn
+from .fingerprint import fingerprint
 from .mapped import Mapped
 from .splits import SPLITS, Sets, check_seed, choose
 from .storage import Chunks, Compact, Rows, turns
@@ -135,7 +136,7 @@ def load(
     sets = _sets(source, resize, seed, of_clips=frames is not None)
     if layout is not None and layout.startswith("TN"):
         sets, layout = clips_first(sets), f"NT{layout[2:]}"
-    raw, kept = choose(sets, split, seed, named)
+    raw, kept, part = choose(sets, split, seed, named)
     images, labels = checked(raw, kept, layout)
     factors = raw.factors
     if factors is not None:
@@ -150,6 +151,7 @@ def load(
     else:
         made = ImageDataset(images, labels, binarize, seed, factors)
     made.test = raw.test and raw.test._replace(layout=layout or raw.test.layout)
+    made.source = fingerprint(part, raw.images)
     return made
 
 
@@ -184,9 +186,10 @@ def _refuse_resize(resize: int | tuple[int, int] | None) -> None:
 
 def _sets_of_path(path: Path, resize: int | tuple[int, int] | None, of_clips: bool) -> Sets:
     if not path.exists():
+        where = "" if path.is_absolute() else f" in {Path.cwd()}"
         raise DataError(
-            f"{path}: no such file or folder; expected 'digits', {', '.join(public.PUBLIC)}, 'hf:NAME', a .npz, .npy, "
-            "IDX or .txt file, or a folder of IDX files, images or text (train.txt, valid.txt, test.txt)"
+            f"{path}: no such file or folder{where}; expected 'digits', {', '.join(public.PUBLIC)}, 'hf:NAME', a .npz, "
+            ".npy, IDX or .txt file, or a folder of IDX files, images or text (train.txt, valid.txt, test.txt)"
         )
     for published in (celeba, omniglot, bair):
         if published.found(path):

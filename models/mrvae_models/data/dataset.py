@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .checks import DataError, Factors, Header
+from .fingerprint import Fingerprint
 from .mapped import Mapped
 from .splits import check_seed
 from .storage import PACKING, Chunks, Compact, at_once, pack, turns
@@ -31,6 +32,7 @@ class InMemory(Protocol):
     examples: Any  # Rows, (N, ...); a trainer may exchange it for the same on another device
     binarize: str
     draws: bool  # whether `take` draws anything
+    source: Fingerprint | None  # of what it was loaded from
 
     @property
     def lengths(self) -> Tensor | None:
@@ -59,6 +61,7 @@ class ImageDataset(Dataset[Tensor]):
     """
 
     lengths = None
+    source: Fingerprint | None = None
     test: Header | None = None
     """Of the test set of the source that `load` took these images from, as Raw has it."""
     shape_of_one: tuple[str, ...] = ("C", "H", "W")

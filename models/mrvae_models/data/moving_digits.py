@@ -70,7 +70,7 @@ def sets(
 
 
 def _raw(split: str, clips: int, frames: int, stochastic: bool, resize: int | tuple[int, int] | None, seed: int) -> Raw:
-    digits, kept = choose(arrays.sets(arrays.DIGITS), split, seed, "digits")
+    digits, kept, _ = choose(arrays.sets(arrays.DIGITS), split, seed, "digits")
     random = np.random.RandomState([seed, SPLITS.index(split)])
     which = kept[random.randint(len(kept), size=(clips, DIGITS_A_CLIP))]
     positions = trajectories(random, (clips, DIGITS_A_CLIP), frames, stochastic)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,8 +19,16 @@ Sets = dict[str, Callable[[], Raw]]
 """The sets of a source, read when called: some of "train", "validation", "test", or "all" for one undivided set."""
 
 
-def choose(sets: Sets, split: str, seed: int, origin: str) -> tuple[Raw, np.ndarray]:
-    """The raw set that holds `split`, and the indices of `split` in it, shuffled.
+class Chosen(NamedTuple):
+    """The raw set that holds a split, the indices of the split in it, shuffled, and what the set is called."""
+
+    raw: Raw
+    kept: np.ndarray
+    part: str
+
+
+def choose(sets: Sets, split: str, seed: int, origin: str) -> Chosen:
+    """Where a split is taken from.
 
     A set of that name is taken whole. A missing validation set is a tenth of train. A source of one set gives a tenth
     each to validation and test; "all" is that set, undivided and in its own order. Where examples come in groups, no
@@ -29,18 +38,18 @@ def choose(sets: Sets, split: str, seed: int, origin: str) -> tuple[Raw, np.ndar
         if set(sets) != {"all"}:
             raise DataError(f"{origin}: holds {', '.join(sorted(sets))}; split 'all' is for a set that is not divided")
         raw = sets["all"]()
-        return raw, np.arange(len(raw.images))
+        return Chosen(raw, np.arange(len(raw.images)), "all")
     if len(sets) == 1:
-        raw = next(iter(sets.values()))()
-        parts = _parts(raw, seed, {"test": 1, "validation": 1})
-        return raw, parts[split]
+        ((part, read),) = sets.items()
+        raw = read()
+        return Chosen(raw, _parts(raw, seed, {"test": 1, "validation": 1})[split], part)
     if split in ("train", "validation") and "validation" not in sets and "train" in sets:
         raw = sets["train"]()
-        return raw, _parts(raw, seed, {"validation": 1})[split]
+        return Chosen(raw, _parts(raw, seed, {"validation": 1})[split], "train")
     if split not in sets:
         raise DataError(f"{origin}: no {split} set, only {', '.join(sorted(sets))}; expected one, or one undivided set")
     raw = sets[split]()
-    return raw, _parts(raw, seed, {})["train"]
+    return Chosen(raw, _parts(raw, seed, {})["train"], split)
 
 
 def check_seed(seed: int) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .checks import DataError, Raw
+from .fingerprint import Fingerprint, fingerprint
 from .splits import NAMES, Sets, choose
 from .vocabulary import END, MOST_UNKNOWN, PAD, SPECIALS, UNKNOWN, Vocabulary, padded, read_lines
 
@@ -49,6 +50,7 @@ class TextDataset(Dataset[Tensor]):
 
     binarize = "none"
     draws = False
+    source: Fingerprint | None = None
 
     def __init__(
         self, examples: Tensor, vocabulary: Vocabulary, labels: Tensor | None = None, longest: int | None = None
@@ -124,10 +126,10 @@ def load_text(paths: dict[str, Path], split: str, seed: int, options: TextOption
         raise DataError(f"max_length is {options.max_length}; expected at least 2: a token and </s>")
     contents = {name: _read(path) for name, path in paths.items()}
     sets: Sets = {name: functools.partial(_given, raw) for name, raw in contents.items()}
-    raw, kept = choose(sets, split, seed, origin)
+    raw, kept, part = choose(sets, split, seed, origin)
     vocabulary = options.vocabulary
     if vocabulary is None:
-        train, of_training = choose(sets, "train", seed, origin)
+        train, of_training, _ = choose(sets, "train", seed, origin)
         vocabulary = Vocabulary.build(train.images[of_training], options.size, options.min_count, train.origin)
     elif not isinstance(vocabulary, Vocabulary):
         vocabulary = Vocabulary.read(vocabulary)
@@ -135,7 +137,9 @@ def load_text(paths: dict[str, Path], split: str, seed: int, options: TextOption
     documents = [vocabulary.numbers(document[:limit]) for document in raw.images[kept]]
     _check_known(documents, vocabulary, raw.origin)
     longest = 1 + max(len(document[:limit]) for part in contents.values() for document in part.images)
-    return TextDataset(padded(documents), vocabulary, _labels(raw, kept, contents), longest)
+    made = TextDataset(padded(documents), vocabulary, _labels(raw, kept, contents), longest)
+    made.source = fingerprint(part, raw.images)
+    return made
 
 
 def _read(path: Path) -> Raw:

@@ -26,12 +26,16 @@ Result = dict[str, Any]
 
 
 def configured(directory: Path, options: Any) -> TrainConfig:
-    """A run's options, in that directory: no logs, next to no validation, one thread unless told otherwise.
+    """A run's options, in that directory: no logs, one thread, and next to no validation where nothing goes by it,
+    unless told otherwise.
 
     ValueError for an option that TrainConfig has not, and for a value that makes no sense.
     """
-    defaults = {"out": str(directory), "threads": 1, "log_to": (), "validate_every": 1000}
+    defaults = {"out": str(directory), "threads": 1, "log_to": ()}
     config = TrainConfig.from_dict({**defaults, **options}, "the options of the run")
+    goes_by_it = config.keep == "best" or config.patience is not None or config.schedule == "plateau"
+    if "validate_every" not in options and not goes_by_it:
+        config.validate_every = 1000
     config.check()
     return config
 

@@ -34,25 +34,34 @@ SCALES = ("shared", "value")
 class Discretized(Likelihood):
     """Each value's level by the mass of its bin, [(i - 1/2) / 255, (i + 1/2) / 255], the ends taking the tails.
 
-    scale "shared": one number for all values, learned from `sigma` on, as in sigma-VAE's Table 4, `parameters` being
-    the locations; in a multi-rate network it is a function of beta. "value": one a value, `parameters` being C
-    channels of locations and C of logarithms of scales, soft_clip(raw, min_log_scale, 6).
+    scale "shared": one number for all values, learned from `sigma` on (default: 1), as in sigma-VAE's Table 4,
+    `parameters` being the locations; in a multi-rate network it is a function of beta, with `knots` numbers. "value":
+    one a value, `parameters` being C channels of locations and C of logarithms of scales, soft_clip(raw, min_log_scale,
+    6); ValueError for a sigma or knots, which nothing would start from or have.
     """
 
     measure = LEVELS_256
     least: float
 
     def __init__(
-        self, scale: str = "shared", sigma: float = 1.0, min_log_scale: float | None = None, knots: int = KNOTS,
-        beta_range: Sequence[float] | None = None,
+        self, scale: str = "shared", sigma: float | None = None, min_log_scale: float | None = None,
+        knots: int | None = None, beta_range: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
         if scale not in SCALES:
             raise ValueError(f"scale is {scale!r}; expected one of {', '.join(SCALES)}")
+        for name, value in (("sigma", sigma), ("knots", knots)):
+            if scale == "value" and value is not None:
+                raise ValueError(
+                    f"{name} is {value!r}; expected none with scale='value', where the decoder gives every value a "
+                    f"scale of its own: leave out {name}, or choose scale='shared'"
+                )
         self.min_log_scale = check_minimum("min_log_scale", self.least if min_log_scale is None else min_log_scale)
-        self.knots = Knots(beta_range, knots)
+        self.knots = Knots(beta_range, KNOTS if knots is None else knots)
         self.numbers = 2 if scale == "value" else 1
-        self.shared = LearnedLogSigma(self.knots, sigma, self.min_log_scale) if scale == "shared" else None
+        self.shared = None
+        if scale == "shared":
+            self.shared = LearnedLogSigma(self.knots, 1.0 if sigma is None else sigma, self.min_log_scale)
 
     @abc.abstractmethod
     def _log_mass(self, levels: Tensor, location: Tensor, log_scale: Tensor) -> Tensor: ...
