@@ -6,6 +6,7 @@ Nothing heavy is imported before the arguments are read, so that --help and a mi
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -145,7 +146,7 @@ def _train(options: argparse.Namespace) -> int:
             speed = f", {1000 * result.seconds_per_step:.2f} ms a step"
         best = "" if result.objective is None else f"; best validation objective {result.objective:.2f} nats"
         print(f"{result.steps} steps{speed}{best}\nwrote {result.directory / 'model.safetensors'}", file=sys.stderr)
-        print(f"next: mrvae curve --run {result.directory}", file=sys.stderr)
+        print(f"next: mrvae curve --run {shlex.quote(str(result.directory))}", file=sys.stderr)
     return 0
 
 

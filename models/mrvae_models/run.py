@@ -15,6 +15,7 @@ import inspect
 import json
 import os
 import platform
+import shlex
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -341,7 +342,7 @@ def _read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
     if not path.exists():
         raise FileNotFoundError(
-            f"{path} does not exist: the run has not finished; continue it with mrvae train --resume {path.parent}"
+            f"{path} does not exist: the run has not finished; continue it with mrvae train --resume {shlex.quote(str(path.parent))}"
         )
     try:
         with safe_open(path, framework="pt") as file:
