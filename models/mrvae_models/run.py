@@ -342,7 +342,8 @@ def _read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
     if not path.exists():
         raise FileNotFoundError(
-            f"{path} does not exist: the run has not finished; continue it with mrvae train --resume {shlex.quote(str(path.parent))}"
+            f"{path} does not exist: the run has not finished; continue it with mrvae train --resume "
+            f"{shlex.quote(str(path.parent))}"
         )
     try:
         with safe_open(path, framework="pt") as file:

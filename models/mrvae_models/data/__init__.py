@@ -189,8 +189,8 @@ def _sets_of_path(path: Path, resize: int | tuple[int, int] | None, of_clips: bo
         where = "" if path.is_absolute() else f" in {Path.cwd()}"
         raise DataError(
             f"{path}: no such file or folder{where}; expected 'digits', {', '.join(public.PUBLIC)}, 'hf:NAME', a .npz, "
-            ".npy, IDX or .txt file, or a folder of IDX files, images or text (train.txt, valid.txt, test.txt); of a run "
-            "whose data have moved: mrvae train --resume RUN --data PATH"
+            ".npy, IDX or .txt file, or a folder of IDX files, images or text (train.txt, valid.txt, test.txt); of a "
+            "run whose data have moved: mrvae train --resume RUN --data PATH"
         )
     for published in (celeba, omniglot, bair):
         if published.found(path):
