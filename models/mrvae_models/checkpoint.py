@@ -17,7 +17,7 @@ import threading
 import time
 import warnings
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from types import FrameType
@@ -62,12 +62,15 @@ class SafeCheckpointIO(CheckpointIO):
         path = Path(path)
         try:
             replace_file(path, lambda temporary: torch.save(checkpoint, temporary))
-        except (OSError, RuntimeError) as error:  # of a full disk torch says that a position is unexpected
+        except (OSError, RuntimeError) as error:
+            if not isinstance(error, OSError) and "unexpected pos" not in str(error):  # what torch says of a full disk
+                raise
             free = shutil.disk_usage(path.parent).free
-            kept = "the one before is kept, and " if path.exists() else ""
+            resumes = (path.parent / LAST).exists()
+            advice = f"make room, and mrvae train --resume {shlex.quote(str(path.parent))} goes on from the one before"
             raise CheckpointError(
-                f"{path} cannot be written, with {free / 1e6:.0f} MB free on its disk ({first_lines(error, 1)}): {kept}"
-                f"mrvae train --resume {shlex.quote(str(path.parent))} goes on from the last one, once there is room"
+                f"{path} cannot be written, with {free / 1e6:.0f} MB free on its disk ({first_lines(error, 1)}): "
+                f"{advice if resumes else 'make room, and train again'}"
             ) from error
 
     def load_checkpoint(
@@ -112,8 +115,7 @@ def _refused(error: pickle.UnpicklingError) -> str:
 def check_checkpoint(
     checkpoint: Mapping[str, Any], description: Mapping[str, Any], config: TrainConfig, path: Path
 ) -> None:
-    """CheckpointError unless the checkpoint was saved by a run of this model and of these options, and by as many
-    processes.
+    """CheckpointError unless the checkpoint was saved by a run of this model and of these options.
 
     An option that did not exist yet when it was saved had its default.
     """
@@ -129,7 +131,11 @@ def check_checkpoint(
             f"{path} is of another run: "
             + "; ".join(f"{key} is {held.get(key)!r} there and {wanted.get(key)!r} here" for key in different)
         )
-    before, now = len(saved["random"]), config.devices * config.num_nodes
+
+
+def check_processes(checkpoint: Mapping[str, Any], config: TrainConfig) -> None:
+    """CheckpointError unless as many processes go on with the run as have saved it."""
+    before, now = len(checkpoint[KEY]["random"]), config.devices * config.num_nodes
     if before != now:
         raise CheckpointError(
             f"the run was saved by {before} processes and resumes with {now}; exact resume needs the same number: give "
@@ -137,10 +143,13 @@ def check_checkpoint(
         )
 
 
-def check_data(checkpoint: Mapping[str, Any], config: TrainConfig, sets: Sequence[InMemory], path: Path) -> None:
-    """CheckpointError unless the data are those that the run was trained on: --resume may name another place of them.
+def check_data(
+    checkpoint: Mapping[str, Any], config: TrainConfig, sets: Mapping[str, InMemory], path: Path
+) -> None:
+    """CheckpointError where data are others than the run was trained on: --resume may name another place of them.
 
-    A checkpoint of before data were recorded goes on with data of the same name.
+    sets: by split, train and validation. What is compared is how they are divided, their number and a hash of some
+    (data/fingerprint.py). A checkpoint of before data were recorded goes on with data of the same name.
     """
     saved = checkpoint[KEY]
     if "data" not in saved:
@@ -151,8 +160,8 @@ def check_data(checkpoint: Mapping[str, Any], config: TrainConfig, sets: Sequenc
                 "the same, so that they are known to be those it was trained on"
             )
         return
-    for data in sets:
-        if changed := change(saved["data"], data.source):
+    for split, data in sets.items():
+        if changed := change(saved["data"], data.source, split):
             raise CheckpointError(
                 f"the data of {path} have changed since: {config.data} has {changed}, so that its splits are others; "
                 "restore them, or start another run"

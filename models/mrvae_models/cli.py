@@ -107,7 +107,7 @@ def config_of(options: argparse.Namespace) -> TrainConfig:
                 )
             if "out" in given and Path(given["out"]) != options.resume:
                 raise ValueError(f"--resume continues in {options.resume}; leave out --out")
-        config.check()
+        config.check() if options.resume is not None else config.check_new()
     except ValueError as error:
         raise UsageError(str(error)) from None
     return config

@@ -463,18 +463,6 @@ class TrainConfig:
         for name in ("latent", "patience", "checkpoint_every_steps", "threads", "resize", "frames"):
             value = getattr(self, name)
             expect(value is None or value >= 1, name, value, "a positive integer")
-        for name, goes_by_it in (
-            ("keep", self.keep == "best"),
-            ("patience", self.patience is not None),
-            ("schedule", self.schedule == "plateau"),
-        ):
-            expect(
-                not goes_by_it or self.validate_every <= self.epochs,
-                "validate_every",
-                self.validate_every,
-                f"at most epochs, {self.epochs}, with {name} = {getattr(self, name)!r}, which goes by validations: "
-                "there would be none",
-            )
         for name in ("lr", "gate_lr_factor", "sigma_lr_factor"):
             expect(getattr(self, name) > 0, name, getattr(self, name), "a positive number")
         for name in ("clip", "max_time", "sigma"):
@@ -499,6 +487,26 @@ class TrainConfig:
         )
         for log in self.log_to:
             expect(log in LOGS, "log_to", log, f"one of {', '.join(LOGS)}, or none alone")
+
+    def check_new(self) -> None:
+        """check(), and ValueError for options that a run which is there may have, and that never act."""
+        self.check()
+        for name, goes_by_it in (
+            ("keep", self.keep == "best"),
+            ("patience", self.patience is not None),
+            ("schedule", self.schedule == "plateau"),
+        ):
+            expect(
+                not goes_by_it or self.validate_every <= self.epochs,
+                "validate_every",
+                self.validate_every,
+                f"at most epochs, {self.epochs}, with {name} = {getattr(self, name)!r}, which goes by validations: "
+                "there would be none",
+            )
+        if self.likelihood_options.get("scale") == "value":
+            idle = {"sigma": self.sigma, "knots": self.likelihood_options.get("knots")}
+            for name, value in idle.items():
+                expect(value is None, name, value, "none with scale=value, where every value has a scale of its own")
 
     def to_dict(self) -> dict[str, Any]:
         """The options as plain JSON types; from_dict() reads them back."""

@@ -45,10 +45,14 @@ def check_splits(train_set: InMemory, validation_set: InMemory, data: str) -> No
     if isinstance(train_set, ImageDataset) and train_set.test_shape is not None:
         shapes["test"] = train_set.test_shape
     for split, shape in shapes.items():
-        if shape != train_set.input_shape:
+        own = train_set.input_shape
+        if shape != own:
+            advice = "resize the images (--resize for image files)"
+            if len(shape) == 4 and shape[1:] == own[1:]:
+                advice = f"take as many frames of each (--frames {min(shape[0], own[0])})"
             raise DataError(
-                f"{data}: training images have shape {train_set.input_shape} and {split} images {shape}; expected one "
-                "shape in all splits: resize the images (--resize for image files), or give data whose splits agree"
+                f"{data}: training images have shape {own} and {split} images {shape}; expected one shape in all "
+                f"splits: {advice}, or give data whose splits agree"
             )
 
 

@@ -206,7 +206,7 @@ def dataset_for(model: nn.Module, config: TrainConfig, split: str, run: Path) ->
     """
     dataset = load_split(config, split, run)
     document = read_json(run / CONFIG) if (run / CONFIG).exists() else {}
-    if changed := change(document.get("data", {}), dataset.source):
+    if changed := change(document.get("data", {}), dataset.source, split):
         of_training = "" if split == "train" else f", and the {split} split may hold examples that were trained on"
         warnings.warn(
             f"the data have changed since {run} was trained: {config.data} has {changed}, so that its splits are "

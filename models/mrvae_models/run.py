@@ -98,13 +98,17 @@ def describe(config: TrainConfig, input_shape: tuple[int, ...]) -> dict[str, Any
 def build_model(description: Mapping[str, Any]) -> nn.Module:
     """The model that describe() describes, freshly initialised: a MultiRate, or the plain VAE where it has no gates."""
     sigma_of_beta = {"beta_range": description["sigma_range"]} if "sigma_range" in description else {}
+    sigma, of_likelihood = description["sigma"], dict(description.get("likelihood_options", {}))
+    if of_likelihood.get("scale") == "value":  # earlier runs may have these, of which nothing came
+        sigma = None
+        of_likelihood.pop("knots", None)
     network = build(
         description["network"],
         tuple(description["input_shape"]),
         description["latent"],
         likelihood=description["likelihood"],
-        sigma=description["sigma"],
-        likelihood_options=dict(description.get("likelihood_options", {})) | sigma_of_beta,
+        sigma=sigma,
+        likelihood_options=of_likelihood | sigma_of_beta,
         **_fit_options(description["network"], description["options"]),
     )
     if "gates" not in description:
@@ -119,6 +123,20 @@ def build_model(description: Mapping[str, Any]) -> nn.Module:
         include=description.get("include", include),
         norms=chosen["norms"],
     )
+
+
+def with_gates_of(model: nn.Module, description: Mapping[str, Any], state: Mapping[str, Tensor]) -> nn.Module:
+    """The model, or one with the gates of those layers that a state_dict has them of, where these are others: of a run
+    that was made when other layers were left to the norms after them."""
+    record = state.get("_extra_state")
+    if not isinstance(model, mk.MultiRate) or record is None or torch.equal(record, model.get_extra_state()):
+        return model
+    try:
+        saved = json.loads(bytes(record.tolist()))
+        layers = {*(entry.split()[0] for entry in saved["gates"]), *saved.get("conditional", ())}
+        return build_model({**description, "include": sorted(layers)})
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError):
+        return model  # which says what does not fit when it is to hold this state
 
 
 def _choice(network: nn.Module, name: str, gated: str) -> tuple[tuple[str, ...] | None, tuple[str, ...]]:
@@ -297,6 +315,7 @@ def load_model(directory: str | Path) -> tuple[nn.Module, dict[str, Any]]:
         raise ValueError(
             f"{directory / CONFIG}: its entry 'model' describes no network that can be built: {first_lines(error)}"
         ) from None
+    model = with_gates_of(model, description, tensors)
     _add_biases(model, tensors)
     try:
         model.load_state_dict(tensors)

@@ -24,8 +24,9 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.profilers import PassThroughProfiler
-from torch import nn
+from torch import Tensor, nn
 
+from .averaging import KEY as AVERAGE
 from .averaging import WeightAverage
 from .checkpoint import (
     KEY,
@@ -35,6 +36,7 @@ from .checkpoint import (
     StopTraining,
     check_checkpoint,
     check_data,
+    check_processes,
     read_checkpoint,
 )
 from .config import TrainConfig
@@ -68,6 +70,7 @@ from .run import (
     read_description,
     save_model,
     save_vocabulary,
+    with_gates_of,
     write_config,
 )
 from .scored import likeliest_sigma
@@ -101,7 +104,7 @@ def train(config: TrainConfig, resume: bool = False, force: bool = False, progre
     RuntimeError, when the loss or the weights are no longer finite.
     A resumed run ends with the same bits as one that was never stopped, on the CPU and, with `deterministic`, on a GPU.
     """
-    config.check()
+    config.check() if resume else config.check_new()
     directory = config.directory
     first = is_first_process()
     if first and not resume:
@@ -127,7 +130,8 @@ def train(config: TrainConfig, resume: bool = False, force: bool = False, progre
     if resume:
         checkpoint = read_checkpoint(last)
         check_checkpoint(checkpoint, description, config, last)
-        check_data(checkpoint, config, (train_set, validation_set), last)
+        check_data(checkpoint, config, {"train": train_set, "validation": validation_set}, last)
+        model = with_gates_of(model, description, _state_of(checkpoint))
         _load_weights(model, checkpoint, last)
         done, under_way = _epochs_done(checkpoint)
         if config.epochs < done + under_way:
@@ -139,6 +143,7 @@ def train(config: TrainConfig, resume: bool = False, force: bool = False, progre
         no_more = saved["stopped_early"] and config.patience == saved["config"].get("patience")
         if no_more or config.epochs == done:
             return _finish(config, description, data, model, checkpoint, validation_set, None)
+        check_processes(checkpoint, config)
         del checkpoint
         of_finished = _entries_of_finished(directory)
     with _quiet():
@@ -259,7 +264,8 @@ def _finish(
             checkpoint = read_checkpoint(directory / BEST)
     model = model.cpu()
     if seconds is None:  # nothing was trained, in whose precision the model would be
-        model.to(next(value.dtype for value in checkpoint["state_dict"].values() if value.is_floating_point()))
+        own = checkpoint[AVERAGE]["weights"] if AVERAGE in checkpoint else checkpoint["state_dict"]
+        model.to(next(value.dtype for value in own.values() if value.is_floating_point()))
     _load_weights(model, checkpoint, directory)
     if is_first_process():
         learned = learned_values(config, plain_network(model), checkpoint["state_dict"])
@@ -284,13 +290,17 @@ def _take_sigma(config: TrainConfig, model: nn.Module, validation_set: InMemory)
 
 
 def _load_weights(model: nn.Module, checkpoint: dict[str, Any], path: Path) -> None:
-    prefix = "model."
-    whole = checkpoint["state_dict"].items()  # with what the objective learns
-    state = {name.removeprefix(prefix): value for name, value in whole if name.startswith(prefix)}
     try:
-        model.load_state_dict(state)
+        model.load_state_dict(_state_of(checkpoint))
     except (RuntimeError, ValueError) as error:
         raise CheckpointError(f"{path} does not fit the network of {CONFIG}: {first_lines(error)}") from None
+
+
+def _state_of(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
+    """The model's, without what the objective learns."""
+    prefix = "model."
+    whole = checkpoint["state_dict"].items()
+    return {name.removeprefix(prefix): value for name, value in whole if name.startswith(prefix)}
 
 
 def _epochs_done(checkpoint: dict[str, Any]) -> tuple[int, bool]:

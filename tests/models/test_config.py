@@ -80,7 +80,20 @@ def test_options_that_make_no_sense_are_named_before_training(config, change, me
 
 @pytest.mark.parametrize("options", [{"validate_every": 9}, {"keep": "best"}, {"patience": 1}, {"network": "lstm"}])
 def test_validations_are_asked_for_only_where_something_goes_by_them(options):
-    TrainConfig(**{"epochs": 5, **options}).check()
+    TrainConfig(**{"epochs": 5, **options}).check_new()
+
+
+def test_a_run_that_is_there_may_have_options_that_never_act():
+    """--resume cannot change them."""
+    for options in (
+        {"keep": "best", "epochs": 1},
+        {"likelihood": "discretized-logistic", "likelihood_options": {"scale": "value"}, "sigma": 0.5},
+        {"likelihood": "discretized-logistic", "likelihood_options": {"scale": "value", "knots": 3}},
+    ):
+        config = TrainConfig(**options)
+        config.check()
+        with pytest.raises(ValueError, match="expected (at most epochs|none with scale=value)"):
+            config.check_new()
 
 
 def test_experiments_validate_where_something_goes_by_it(tmp_path):

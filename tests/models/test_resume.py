@@ -11,6 +11,7 @@ import pytest
 import torch
 from mrvae_models.checkpoint import KEY, CheckpointError, read_checkpoint
 from mrvae_models.cli import main
+from mrvae_models.config import TrainConfig
 from mrvae_models.data import load
 from mrvae_models.data.fingerprint import fingerprint
 from mrvae_models.lightning_module import TrainingModule
@@ -142,15 +143,26 @@ def test_a_full_disk_is_named_and_the_checkpoint_before_is_kept(config, monkeypa
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("mrvae_models.checkpoint.torch.save", full)
-    with pytest.raises(CheckpointError, match=r"t.ckpt cannot be written, with \d+ MB free .*the one before is kept"):
+    with pytest.raises(CheckpointError, match=r"t.ckpt cannot be written, with \d+ MB free .* --resume .*/run goes on"):
+        run(replace(config, epochs=4), resume=True)
+    with pytest.raises(CheckpointError, match="make room, and train again"):
+        run(replace(config, out=config.out + "-fresh"))
+
+    def broken(checkpoint, path):
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr("mrvae_models.checkpoint.torch.save", broken)
+    with pytest.raises(RuntimeError, match="^something else$"):
         run(replace(config, epochs=4), resume=True)
     monkeypatch.undo()
     assert read_checkpoint(config.directory / LAST)["global_step"] == before
     assert run(replace(config, epochs=4), resume=True).steps == 24
 
 
-def test_resuming_a_finished_run_in_float64_leaves_its_weights(config):
-    config = replace(config, precision="64-true")
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true", "32-true"])
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_resuming_a_finished_run_leaves_its_weights_in_any_precision(config, precision, ema):
+    config = replace(config, precision=precision, ema=ema)
     run(config)
     weights = (config.directory / MODEL).read_bytes()
     assert run(config, resume=True).steps == 12
@@ -228,3 +240,55 @@ def test_fingerprints_are_of_what_was_read():
     documents = np.array([["a", "b"], ["c"]], dtype=object)
     assert fingerprint("all", documents) != fingerprint("all", documents[::-1])
     assert load(images).source == load(images, "test").source == first
+
+
+@pytest.mark.parametrize(("before", "after"), [("all", "two"), ("two", "all"), ("two", "three"), ("three", "two")])
+def test_data_that_are_divided_otherwise_are_refused(config, undivided, tmp_path, capsys, before, after):
+    images, paths = images_of(undivided), {name: tmp_path / f"{name}.npz" for name in ("all", "two", "three")}
+    write(paths["all"], images)
+    np.savez(paths["two"], train_images=images[:90], test_images=images[90:])
+    np.savez(paths["three"], train_images=images[:90], validation_images=images[80:90], test_images=images[90:])
+    config = replace(config, data=str(paths[before]))
+    run(config)
+    with pytest.raises(CheckpointError, match=f"{after}.npz has another division into sets, its .* examples being of"):
+        run(replace(config, data=str(paths[after]), epochs=3), resume=True)
+    paths[after].replace(paths[before])
+    for split in ("validation", "test"):
+        assert main(["curve", "--run", config.out, "--no-images", "--split", split, "--out", str(tmp_path / "c")]) == 0
+        told = "another division into sets" in capsys.readouterr().err
+        assert told == (split == "validation" or "all" in (before, after)), "a test set of its own is not recorded"
+
+
+def test_a_run_of_two_processes_that_is_done_is_finished_by_one(config):
+    run(config)
+    saved = read_checkpoint(config.directory / LAST)
+    saved[KEY]["random"] *= 2
+    torch.save(saved, config.directory / LAST)
+    (config.directory / MODEL).unlink()
+    assert run(config, resume=True).steps == 12
+    assert (config.directory / MODEL).exists()
+
+
+def test_a_run_from_when_other_layers_were_gated_is_read_and_goes_on(config, monkeypatch):
+    """Layers before norms that divide their gate out had one once."""
+    config = replace(config, network="cnn", network_options={"channels": (8, 16), "norm": "group"})
+    with monkeypatch.context() as earlier:
+        earlier.setattr("mrvae_kernels.selection._before_norm", lambda network, norms: {})
+        whole = run(replace(config, out=config.out + "-whole"))
+        with pytest.raises(TrainingInterrupted):
+            run(replace(config, max_time=1e-6))
+    result = run(config, resume=True)
+    assert "encoder.body.0" in whole.model.gated and set(result.model.gated) == set(whole.model.gated)
+    names = [(replace(config, out=out).directory / MODEL).read_bytes() for out in (config.out, config.out + "-whole")]
+    assert names[0] == names[1]
+    assert set(load_model(config.directory)[0].gated) == set(whole.model.gated)
+    assert "encoder.body.0" not in run(replace(config, out=config.out + "-now")).model.gated
+
+
+def test_a_run_with_an_idle_sigma_is_read(config, monkeypatch):
+    config = replace(config, likelihood="discretized-gaussian", likelihood_options={"scale": "value"}, sigma=0.5)
+    with monkeypatch.context() as earlier:
+        earlier.setattr(TrainConfig, "check_new", TrainConfig.check)
+        run(config)
+    assert load_model(config.directory)[0].network.likelihood.numbers == 2
+    assert run(replace(config, epochs=3), resume=True).steps == 18

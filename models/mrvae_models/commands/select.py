@@ -64,7 +64,8 @@ def add(command: argparse.ArgumentParser) -> None:
         "--resamples",
         metavar="N",
         type=int,
-        help="resampled sets of examples behind the interval (default: 200; for --metric 0, each costs as many "
+        help="resampled sets of examples behind the interval, of a metric halves of them (default: 200; for --metric "
+        "0, each costs as many "
         "evaluations of the metric as betas are looked at)",
     )
     command.add_argument("--samples", metavar="N", type=int, default=1, help="draws of z an example (default: 1)")

@@ -1,4 +1,4 @@
-"""Whether data are those that a run was trained on: their number, and a hash of some of them.
+"""Whether data are those that a run was trained on: their number, and a hash of some of them (not of every one).
 
 A split is a permutation of as many examples as there are. Of a set with one image more all splits are others, and the
 test split of now holds images that the run was trained on.
@@ -44,10 +44,16 @@ def recorded(sources: Iterable[Fingerprint | None]) -> Fingerprints:
     return {source.part: {"examples": source.examples, "sha256": source.sha256} for source in sources if source}
 
 
-def change(before: Mapping[str, Any], now: Fingerprint | None) -> str | None:
-    """What has changed since, in words; None where nothing has, or where it was not recorded."""
-    found = None if now is None else before.get(now.part)
-    if now is None or found is None or (found["examples"], found["sha256"]) == (now.examples, now.sha256):
+def change(before: Mapping[str, Any], now: Fingerprint | None, split: str) -> str | None:
+    """What has changed since of the data that a split is of, in words; None where nothing has, or where nothing was
+    recorded. Of a test set of its own nothing is."""
+    if now is None or not before:
+        return None
+    found = before.get(now.part)
+    divided = found is None and (split != "test" or "all" in before or now.part == "all")
+    if divided or (split == "validation" and split in before and now.part != split):
+        return f"another division into sets, its {split} examples being of {now.part!r}"
+    if found is None or (found["examples"], found["sha256"]) == (now.examples, now.sha256):
         return None
     if found["examples"] != now.examples:
         return f"{now.examples} examples in place of {found['examples']}"

@@ -51,6 +51,7 @@ def check_runs(runs: Sequence[Run], out: Path) -> list[TrainConfig]:
         taken[run.name] = run
         try:
             configs.append(configured(out / "runs" / run.name, run.options))
+            configs[-1].check_new()
         except ValueError as error:
             raise ValueError(f"run {run.name}: {error}") from None
     return configs
