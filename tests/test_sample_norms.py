@@ -106,7 +106,7 @@ def test_gradcheck(of_batch, given):
         assert torch.autograd.gradcheck(function, inputs)
     y = function(*inputs)
     (grad,) = torch.autograd.grad(y.sum(), inputs[0], create_graph=True)
-    with pytest.raises(RuntimeError, match="is differentiable once.*call the layer or the model within .*override.backend=.reference"):
+    with pytest.raises(RuntimeError, match="differentiable once.*the layer or the model within .*override"):
         grad.square().sum().backward()
 
 
