@@ -10,7 +10,6 @@ layer for which that is cheaper in one more, and hands each layer its share for 
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -398,18 +397,4 @@ def multirate(
         raise TypeError(f"network is {network!r}; expected an nn.Module, whose layers get gates")
     if isinstance(network, MultiRate):
         raise ValueError("the network is a MultiRate already; call it with beta, or gate a fresh network")
-    _refuse_own_beta(network)
     return MultiRate(network, gates, beta_range, include, exclude, norms)
-
-
-def _refuse_own_beta(network: nn.Module) -> None:
-    """ValueError where forward has an argument of the name that goes to the gates, and would be left at its default."""
-    try:
-        beta = inspect.signature(network.forward).parameters.get("beta")
-    except (TypeError, ValueError):  # of a forward that is no Python function
-        return
-    if beta is not None and beta.kind in (beta.POSITIONAL_OR_KEYWORD, beta.KEYWORD_ONLY):
-        raise ValueError(
-            f"{type(network).__name__}.forward has an argument beta of its own, which model(x, beta=...) would not "
-            "reach: that beta goes to the gates; rename the argument, to kl_weight say"
-        )

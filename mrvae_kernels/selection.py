@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections.abc import Mapping, Sequence, Set
 from fnmatch import fnmatchcase
 from typing import NamedTuple
@@ -11,6 +12,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.parameter import is_lazy
 
 from .adapters import ADAPTERS, Adapter, refusal
 from .conditional import ConditionalBatchNorm
@@ -50,6 +52,7 @@ def select(
     if norms not in NORMS:
         raise ValueError(f"norms is {norms!r}; expected one of {', '.join(NORMS)}")
     _refuse_gated(network)
+    _refuse_own_beta(network)
     specs = _resolve(network, gates)
     names = dict(network.named_modules())
     for option, patterns in (("exclude", exclude), ("include", include or ())):
@@ -188,7 +191,8 @@ def _computed(module: nn.Module, adapter: Adapter) -> str | None:
 
 def _is_lazy(module: nn.Module) -> bool:
     """Whether the layer waits for a first input, which gives it its sizes and its class."""
-    return isinstance(module, LazyModuleMixin) and module.has_uninitialized_params()  # type: ignore[misc]
+    own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+    return isinstance(module, LazyModuleMixin) and any(map(is_lazy, own))
 
 
 def _inside_opaque(network: nn.Module) -> dict[str, str]:
@@ -241,6 +245,19 @@ def _cancels(norm: nn.Module, width: int) -> bool:
     if isinstance(norm, (_BatchNorm, _InstanceNorm)):
         return norm.num_features == width
     return isinstance(norm, nn.GroupNorm) and norm.num_groups == norm.num_channels == width
+
+
+def _refuse_own_beta(network: nn.Module) -> None:
+    """ValueError where forward has an argument of the name that goes to the gates, and would be left at its default."""
+    try:
+        beta = inspect.signature(network.forward).parameters.get("beta")
+    except (TypeError, ValueError):  # of a forward that is no Python function
+        return
+    if beta is not None and beta.kind in (beta.POSITIONAL_OR_KEYWORD, beta.KEYWORD_ONLY):
+        raise ValueError(
+            f"{type(network).__name__}.forward has an argument beta of its own, which model(x, beta=...) would not "
+            "reach: that beta goes to the gates; rename the argument, to kl_weight say"
+        )
 
 
 def _refuse_sharing(network: nn.Module, gated: Set[str]) -> None:
