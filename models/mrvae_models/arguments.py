@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from .commands import data, experiment, metrics, select
-from .config import CHANGEABLE, FROM_RECIPE, TrainConfig
+from .config import FROM_RECIPE, TrainConfig
+from .option_changes import CHANGEABLE
 from .options import parse_setting
 from .recipes import RECIPES
 

@@ -26,11 +26,12 @@ from torch import Tensor, nn
 
 import mrvae_kernels as mk
 
-from .config import TrainConfig, as_now
+from .config import TrainConfig
 from .curve import at, calibrated, calibration_batches, recalibration_noise
 from .networks.hierarchy import Hierarchy
 from .networks.lstm import SentenceVAE
 from .networks.svg import SVG
+from .option_changes import as_now
 from .run import CONFIG, LAST, MODEL, OF_RANGE, VOCABULARY, load_model, replace_file, save_model, write_config
 from .text_programs import NextToken, TeacherForced, example_inputs
 from .vae import VAE

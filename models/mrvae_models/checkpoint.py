@@ -29,10 +29,11 @@ import torch
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 
-from .config import CHANGEABLE, TrainConfig, as_now
+from .config import TrainConfig
 from .data import Batches, InMemory
 from .data.fingerprint import Fingerprints, change
 from .lightning_module import OBJECTIVE, TrainingModule
+from .option_changes import CHANGEABLE, as_now
 from .run import BEST, LAST, first_lines, replace_file
 
 KEY = "mrvae"

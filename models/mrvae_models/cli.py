@@ -16,8 +16,9 @@ from typing import Any
 
 from .arguments import parser
 from .commands import MODULES
-from .config import OF_MANY_BETAS, TrainConfig, changes_of_resume
+from .config import TrainConfig
 from .objective_options import OF_ONE_BETA
+from .option_changes import OF_MANY_BETAS, changes_of_resume
 from .options import UsageError, config_file
 from .recipes import recipe_options
 

@@ -13,27 +13,21 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from .likelihood_names import LIKELIHOOD_NAMES, check_likelihood_options
+from .likelihood_names import LIKELIHOOD_NAMES
 from .network_names import DEFAULT_LIKELIHOODS, NETWORK_NAMES
-from .objective_options import LVAE_FORMS, OBJECTIVES, SIGMAS, TCVAE_SAMPLING, check_objective, chosen_together
-from .options import check_format, check_type, expect, parse_duration, parse_gate, parse_setting, read_json
-from .recipes import RECIPES, default_recipe, gate_fields, recipe_options
+from .objective_options import LVAE_FORMS, OBJECTIVES, SIGMAS, TCVAE_SAMPLING, chosen_together
+from .option_changes import as_now
+from .option_checks import GATE_KINDS, LOGS, check_acting, check_together
+from .options import check_format, check_type, parse_duration, parse_gate, parse_setting, read_json
+from .recipes import RECIPES, default_recipe, recipe_options
 
 FORMAT = "mrvae-run/1"
 """Written to config.json of a run; another format is refused."""
 
-FORMERLY: dict[str, Any] = {"gate_degree": 1}
-"""What an option was in runs from before there was a choice."""
-
-GONE: dict[str, Any] = {"ends": 0.0}
-"""Options that there are no more, and the value that did nothing."""
-
 FROM_RECIPE: Any = object()
 """Default of the options that a recipe sets together."""
 
-GATE_KINDS = ("sigmoid", "sqrt", "softplus")
 PRECISIONS = ("32-true", "64-true", "bf16-mixed", "16-mixed", "bf16-true")
-LOGS = ("csv", "tensorboard")
 LAYOUTS = ("NCHW", "NHWC", "NTHW", "TNHW", "NTCHW", "TNCHW", "NTHWC", "TNHWC")
 OPTIMIZERS = ("adam", "adamax", "adamw")
 
@@ -444,69 +438,12 @@ class TrainConfig:
             if value is not None and "choices" in metadata and value not in metadata["choices"]:
                 choices = ", ".join(map(str, metadata["choices"]))
                 raise ValueError(f"{entry.name} is {value!r}; expected one of {choices}")
-        low, high = self.beta_range
-        expect(0 < low < high, "beta_range", self.beta_range, "0 < LOW < HIGH")
-        expect(self.beta is None or self.beta > 0, "beta", self.beta, "a positive KL weight")
-        check_objective(self)
-        expect(min(self.margin) >= 1, "margin", self.margin, "two factors of at least 1")
-        for name, gate in self.gates.items():
-            kind = gate_fields(gate, self.gate_init, self.gate_degree)["kind"]
-            expect(kind in GATE_KINDS, f"the gate of {name}", gate, f"one of {', '.join(GATE_KINDS)}")
-        expect(self.vocabulary_size > 4, "vocabulary_size", self.vocabulary_size, "at least 5, four of them specials")
-        expect(self.max_length is None or self.max_length > 1, "max_length", self.max_length, "at least 2")
-        expect(
-            self.warmup == 0 or self.schedule != "plateau", "warmup", self.warmup, "0 with schedule = 'plateau'"
-        )
-        at_least_one = ("epochs", "batch_size", "validate_every", "validation_betas", "devices", "num_nodes")
-        for name in ("min_count", "frame_stride", *at_least_one):
-            expect(getattr(self, name) >= 1, name, getattr(self, name), "a positive integer")
-        for name in ("latent", "patience", "checkpoint_every_steps", "threads", "resize", "frames"):
-            value = getattr(self, name)
-            expect(value is None or value >= 1, name, value, "a positive integer")
-        for name in ("lr", "gate_lr_factor", "sigma_lr_factor"):
-            expect(getattr(self, name) > 0, name, getattr(self, name), "a positive number")
-        for name in ("clip", "max_time", "sigma"):
-            value = getattr(self, name)
-            expect(value is None or value > 0, name, value, "a positive number")
-        check_likelihood_options(self.likelihood, self.sigma, self.likelihood_options)
-        expect(0 <= self.ema < 1, "ema", self.ema, "0 for none, or a decay below 1, e.g. 0.999")
-        for name in ("warmup", "range_warmup"):
-            expect(0 <= getattr(self, name) < 1, name, getattr(self, name), "a part of the run: from 0 to less than 1")
-        expect(self.final_lr >= 0, "final_lr", self.final_lr, "zero or more")
-        for name in ("seed", "data_seed"):
-            expect(0 <= getattr(self, name) < 2**32, name, getattr(self, name), "a whole number from 0 to 2**32 - 1")
-        expect(
-            self.schedule == "constant" or self.final_lr <= self.lr, "final_lr", self.final_lr, f"at most lr, {self.lr}"
-        )
-        processes = self.devices * self.num_nodes
-        expect(
-            self.batch_size % processes == 0,
-            "batch_size",
-            self.batch_size,
-            f"a multiple of {processes}, the number of devices that share a batch",
-        )
-        for log in self.log_to:
-            expect(log in LOGS, "log_to", log, f"one of {', '.join(LOGS)}, or none alone")
+        check_together(self)
 
     def check_new(self) -> None:
         """check(), and ValueError for options that a run which is there may have, and that never act."""
         self.check()
-        for name, goes_by_it in (
-            ("keep", self.keep == "best"),
-            ("patience", self.patience is not None),
-            ("schedule", self.schedule == "plateau"),
-        ):
-            expect(
-                not goes_by_it or self.validate_every <= self.epochs,
-                "validate_every",
-                self.validate_every,
-                f"at most epochs, {self.epochs}, with {name} = {getattr(self, name)!r}, which goes by validations: "
-                "there would be none",
-            )
-        if self.likelihood_options.get("scale") == "value":
-            idle = {"sigma": self.sigma, "knots": self.likelihood_options.get("knots")}
-            for name, value in idle.items():
-                expect(value is None, name, value, "none with scale=value, where every value has a scale of its own")
+        check_acting(self)
 
     def to_dict(self) -> dict[str, Any]:
         """The options as plain JSON types; from_dict() reads them back."""
@@ -534,32 +471,3 @@ class TrainConfig:
                 raise ValueError(f"{path}: entry 'config' is {document!r}; expected an object of options")
             document = as_now(document)
         return cls.from_dict(document, str(path))
-
-
-OF_MANY_BETAS = frozenset(
-    ("beta_range", "validation_betas", "sample", "stratified", "margin", "range_warmup", "weight_power")
-    + ("gates", "gate_degree", "gate_init", "gate_lr_factor", "exclude", "include", "gated", "norms")
-)
-"""Options that say nothing to a run at one beta."""
-
-def as_now(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """Options as an earlier version may have saved them: later ones as they were then, without idle ones now gone."""
-    options = {**FORMERLY, **saved}
-    return {name: value for name, value in options.items() if name not in GONE or value != GONE[name]}
-
-
-CHANGEABLE = frozenset(
-    ("out", "data", "epochs", "max_time", "patience", "checkpoint_every_steps", "keep", "log_to")
-    + ("accelerator", "devices", "num_nodes", "strategy", "threads")
-)
-"""Options that --resume may change: none of them changes what a step computes, except that another number of epochs
-stretches the cosine and other devices round differently. Data may have moved; that they are the same is checked."""
-
-
-def changes_of_resume(saved: TrainConfig, wanted: TrainConfig) -> list[str]:
-    """Names of the options in which `wanted` differs from `saved` though --resume cannot change them."""
-    return [
-        entry.name
-        for entry in fields(saved)
-        if entry.name not in CHANGEABLE and getattr(saved, entry.name) != getattr(wanted, entry.name)
-    ]

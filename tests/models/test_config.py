@@ -7,10 +7,11 @@ import math
 from dataclasses import replace
 
 import pytest
-from mrvae_models.config import TrainConfig, changes_of_resume
+from mrvae_models.config import TrainConfig
 from mrvae_models.experiments.catalogue import EXPERIMENTS, options_of
 from mrvae_models.experiments.execution import check_runs, configured
 from mrvae_models.experiments.plan import Settings
+from mrvae_models.option_changes import changes_of_resume
 from mrvae_models.options import parse_duration, parse_setting
 from mrvae_models.run import build_model, describe
 from training_cases import run

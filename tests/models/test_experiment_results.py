@@ -15,10 +15,11 @@ import pytest
 from mrvae_models import training
 from mrvae_models.baking import source_config
 from mrvae_models.cli import main
-from mrvae_models.config import OF_MANY_BETAS, TrainConfig
+from mrvae_models.config import TrainConfig
 from mrvae_models.experiments import execution
 from mrvae_models.experiments.execution import configured, execute_one
 from mrvae_models.experiments.plan import Evaluation, Run
+from mrvae_models.option_changes import OF_MANY_BETAS
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "OMP_NUM_THREADS": "1"}
 OPTIONS = {field.name for field in dataclasses.fields(TrainConfig)}

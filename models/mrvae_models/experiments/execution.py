@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..config import OF_MANY_BETAS, TrainConfig, as_now
+from ..config import TrainConfig
+from ..option_changes import OF_MANY_BETAS, as_now
 from ..options import read_json
 from .plan import Evaluation, Run
 
