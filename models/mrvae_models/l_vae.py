@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from .config import TrainConfig
-from .likelihoods import Gaussian, Likelihood
+from .likelihoods import Gaussian, Likelihood, TextCategorical
 from .objective_options import LVAE_FORMS as FORMS
+from .precision import AtLeastFloat32
 from .vae import dimensions_of
 
 BOUND = 10.0
@@ -49,6 +50,11 @@ class Scale:
     def __init__(self, likelihood: Likelihood, dimensions: int, form: str) -> None:
         if form not in FORMS:
             raise ValueError(f"the form of L_R is {form!r}; expected one of {', '.join(FORMS)}")
+        if form == "mean" and getattr(likelihood, "measure", None) == TextCategorical.measure:
+            raise ValueError(
+                "lvae_form is 'mean' and the data are sentences, which differ in length: D has no number of dimensions "
+                "to be a mean over; use lvae_form = 'sum'"
+            )
         if isinstance(likelihood, Gaussian):
             variance = likelihood.sigma**2
             self.least = 0.5 * dimensions * math.log(2 * math.pi * variance)
@@ -73,8 +79,10 @@ def is_probability(likelihood: Likelihood) -> bool:
     return getattr(likelihood, "measure", None) != "continuous"
 
 
-class LearnedWeights(nn.Module):
+class LearnedWeights(AtLeastFloat32):
     """s0 and s1 of L-VAE, s = exp(parameter): positive by construction, and within exp(+-BOUND), so never 0 or inf.
+
+    At least float32, whatever the network is: bfloat16 has no room for an optimiser's small steps.
 
     beta: s0^2 / s1^2 to start from, with s1 = 1; the paper starts with s0 = s1 = 1.
     regulariser: without s0^2 + s1^2 both weights shrink for ever (the paper's ablation); `trouble()` says when.

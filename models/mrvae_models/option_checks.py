@@ -11,6 +11,8 @@ from .recipes import gate_fields
 
 GATE_KINDS = ("sigmoid", "sqrt", "softplus")
 LOGS = ("csv", "tensorboard")
+OWN_OPTIONS = frozenset(("network", "latent", "likelihood", "sigma"))
+"""Options of a run that are no `--set` of a network's."""
 
 
 def check_together(config: Any) -> None:
@@ -40,6 +42,9 @@ def check_together(config: Any) -> None:
     for name in ("clip", "max_time", "sigma"):
         value = getattr(config, name)
         expect(value is None or value > 0, name, value, "a positive number")
+    for name in OWN_OPTIONS & {*config.network_options}:
+        expected = f"none of that name: it is no option of the network's alone, use --{name.replace('_', '-')}"
+        expect(False, f"network_options: {name}", config.network_options[name], expected)
     check_likelihood_options(config.likelihood, config.sigma, config.likelihood_options)
     expect(0 <= config.ema < 1, "ema", config.ema, "0 for none, or a decay below 1, e.g. 0.999")
     for name in ("warmup", "range_warmup"):

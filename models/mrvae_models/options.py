@@ -33,6 +33,8 @@ def parse_setting(text: str) -> tuple[str, Any]:
     key, sign, value = text.partition("=")
     if not sign or not key.isidentifier():
         raise ValueError(f"{text!r} is no setting; expected NAME=VALUE, such as hidden=600")
+    if value in ("True", "False", "None"):  # as Python spells them
+        return key, {"True": True, "False": False, "None": None}[value]
     for reading in (value, f"[{value}]" if "," in value else value):
         try:
             return key, json.loads(reading)

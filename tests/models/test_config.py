@@ -151,6 +151,11 @@ def test_no_durations(text):
 def test_settings_of_networks():
     assert parse_setting("hidden=600,300") == ("hidden", [600, 300])
     assert parse_setting("activation=silu") == ("activation", "silu")
+    for text, value in (("False", False), ("false", False), ("True", True), ("None", None), ("no", "no")):
+        assert parse_setting(f"skips={text}") == ("skips", value)
+    for name in ("latent", "likelihood", "sigma", "network"):
+        with pytest.raises(ValueError, match=f"network_options: {name} is 4; expected none of that name.*use --{name}"):
+            TrainConfig(network_options={name: 4}).check()
     with pytest.raises(ValueError, match="expected NAME=VALUE"):
         parse_setting("hidden")
     one = build_model(describe(TrainConfig(network_options=dict([parse_setting("hidden=7")])), (1, 4, 4)))

@@ -224,6 +224,33 @@ def test_a_short_training_lowers_the_loss(multi_rate):
     assert np.isfinite(losses).all() and np.mean(losses[-5:]) < losses[0] - 20, losses
 
 
+def test_rates_at_the_means_are_divergences_there():
+    """log q - log p at the mean itself lacks (r^2 - 1) / 2 a latent variable: 833 nats where the rate was 615."""
+    torch.manual_seed(0)
+    network = build("hvae", (1, 16, 16), latents=(4, 3), channels=8, halve=(1,), blocks=1, head_kernel=3).double().eval()
+    with torch.no_grad():
+        for stage in network.encoder:
+            bias = stage.head[1].bias
+            bias[len(bias) // 2 :] -= 2  # posteriors that know something
+    x = torch.rand(2, 1, 16, 16).double()
+    zeros = torch.zeros(2, network.latent).double()
+    _, pairs = network.descend(network.ascend(x), network._by_group(zeros))
+    expected = [
+        torch.distributions.kl_divergence(torch.distributions.Normal(*q), torch.distributions.Normal(*p)) for q, p in pairs
+    ]
+    found = network.at_means(x)
+    torch.testing.assert_close(found.rates, torch.stack([kl.flatten(1).sum(1) for kl in expected], 1))
+    drawn = torch.stack([network(x).rates.sum(1) for _ in range(200)]).mean(0)
+    torch.testing.assert_close(found.rates.sum(1), drawn, rtol=0.05, atol=0)
+    torch.testing.assert_close(found.parameters, network(x, zeros).parameters)
+
+
+def test_noise_of_another_batch_is_refused():
+    network = build("hvae", (1, 8, 8), latents=(3, 2), channels=4, halve=(1,), blocks=1, head_kernel=3)
+    with pytest.raises(ValueError, match="noise has 1 rows and x has 5 examples"):
+        network(torch.rand(5, 1, 8, 8), torch.randn(1, network.latent))
+
+
 @pytest.mark.slow
 def test_a_run_from_the_command_line_to_the_programs(tmp_path):
     """train, curve and bake; what is baked has one sigma, that of its beta."""

@@ -246,6 +246,17 @@ def test_validation_of_a_rate_of_single_draws_below_zero_is_finite(config, monke
     assert logged["validation/objective"] == 6.0 and logged["validation/rate/beta=learned"] == pytest.approx(-0.1)
 
 
+def test_a_network_in_half_precision_learns_its_weights_in_float32():
+    weights = LearnedWeights(Scale(Gaussian(), 4, "sum")).bfloat16()
+    assert weights.log_s.dtype == torch.float32
+    optimizer = torch.optim.Adam(weights.parameters(), lr=1e-3)
+    for _ in range(4000):
+        optimizer.zero_grad()
+        weights(torch.tensor(40.0), torch.tensor(8.0)).backward()
+        optimizer.step()
+    assert weights.values()["beta"] == pytest.approx(math.sqrt(5), rel=1e-2)
+
+
 def test_options_go_together(config, tmp_path, capsys):
     chosen = TrainConfig(objective="l-vae", network="sigma-cnn")
     assert (chosen.beta, chosen.likelihood) == (1.0, "gaussian")
@@ -267,6 +278,10 @@ def test_options_go_together(config, tmp_path, capsys):
     plain = build("mlp", (4,), 2, likelihood="gaussian-optimal")
     with pytest.raises(ValueError, match="no least distortion"):
         learned_weights(TrainConfig(objective="l-vae"), plain)
+    sentences = build("lstm", (9, 14), latent=2, embedding=3, hidden=4)
+    with pytest.raises(ValueError, match="lvae_form is 'mean' and the data are sentences, which differ in length"):
+        learned_weights(TrainConfig(objective="l-vae", lvae_form="mean"), sentences)
+    assert learned_weights(TrainConfig(objective="l-vae"), sentences).scale.unit == 1
     arguments = ["train", "--data", config.data, "--out", str(tmp_path / "new"), "--objective", "l-vae"]
     assert main([*arguments, "--beta-range", "0.1", "1"]) == 2
     assert "of which a multi-rate network has no single one" in capsys.readouterr().err

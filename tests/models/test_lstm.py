@@ -236,6 +236,20 @@ def test_wrong_options_are_named(arguments, message):
         build("lstm", arguments.pop("input_shape", (7, 24)), **arguments)
 
 
+def test_sentences_of_what_cannot_be_are_refused():
+    network = build("lstm", (9, 30), latent=3, embedding=5, hidden=6).eval()
+    z = torch.randn(2, 3)
+    for options, message in (
+        ({"greedy": False, "temperature": math.inf}, "temperature is inf; expected a positive, finite"),
+        ({"longest": 0}, "longest is 0; expected"),
+        ({"z": torch.randn(2, 4)}, r"z has shape \(2, 4\); expected \(N, 3\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            network.generate(**{"z": z, **options})
+    nearly_greedy = network.generate(z, greedy=False, temperature=1e-45)
+    assert torch.equal(nearly_greedy, network.generate(z))
+
+
 def test_wrong_inputs_are_named():
     network = small()
     for wrong in (torch.zeros(2, 3), torch.zeros(2, 0, dtype=torch.int64), torch.zeros(2, 3, 4, dtype=torch.int64)):

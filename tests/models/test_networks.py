@@ -198,11 +198,23 @@ def test_likelihood_by_name_or_instance():
         (lambda: build("tcvae-conv", (1, 28, 28)), r"\(1, 28, 28\).*64x64.*--resize 64"),
         (lambda: build("tcvae-mlp", (4,), width=0), "width holds 0"),
         (lambda: build("resnet", (1, 4, 4)), "4x4 cannot be halved 3 times.*at most 2"),
+        (lambda: build("sigma-cnn", (1, 3, 4)), "3x4 cannot be halved 2 times; expected sides of at least 4: .*'mlp'"),
+        (lambda: build("mlp", (4,), hidden="300"), "hidden is '300'; expected whole numbers"),
+        (lambda: build("hvae", (1, 16, 16), skips="no"), "skips is 'no'; expected true or false"),
+        (lambda: build("nvae", (1, 16, 16), adaptive="no"), "adaptive is 'no'; expected true or false"),
+        (lambda: build("nvae", (1, 16, 16), regularisation="abc"), "regularisation is 'abc'; expected a finite number"),
+        (lambda: build("lstm", (9, 30), deep_heads="no"), "deep_heads is 'no'; expected true or false"),
+        (lambda: build("lstm", (9, 30), dropout="a"), "dropout is 'a'; expected a part"),
     ],
 )
 def test_what_cannot_work_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_one_size_may_stand_alone():
+    assert parameters(build("mlp", (4,), hidden=7)) == parameters(build("mlp", (4,), hidden=(7,)))
+    assert parameters(build("cnn", (1, 8, 8), channels=4)) == parameters(build("cnn", (1, 8, 8), channels=(4,)))
 
 
 # The linear VAE

@@ -13,7 +13,7 @@ from torch import Tensor
 from .base import Beta
 from .gaussian import Continuous, check_minimum, squared_errors, standard_normal
 from .numerics import MIN_LOG_SIGMA, full_precision
-from .sigma_of_beta import DECAY, KNOTS, Knots, LearnedLogSigma, RunningVariance, best_variances
+from .sigma_of_beta import DECAY, KNOTS, Knots, LearnedLogSigma, RunningVariance, at_knots, best_variances
 
 
 class CalibratedGaussian(Continuous):
@@ -184,7 +184,7 @@ class GaussianOptimal(_Analytic):
         if self.training and len(x):
             mse, weights = squared_error / dimensions, self.knots.weights(beta, squared_error)
             self.running.update(mse.detach(), weights)
-            variance = torch.exp(weights @ best_variances(mse, weights, self.least_variance).log())
+            variance = torch.exp(at_knots(weights, best_variances(mse, weights, self.least_variance).log()))
         else:
             variance = self.running.at(beta, squared_error)
         return nats(squared_error, dimensions, variance)

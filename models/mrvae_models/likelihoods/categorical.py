@@ -58,7 +58,7 @@ class Categorical256(Likelihood):
     def mean(self, parameters: Tensor) -> Tensor:
         probabilities = full_precision(parameters).unflatten(1, (LEVELS, -1)).softmax(1)
         levels = torch.arange(LEVELS, device=probabilities.device).to(probabilities.dtype) / HIGHEST
-        return torch.tensordot(probabilities, levels, dims=([1], [0]))
+        return (probabilities * levels.view(-1, *[1] * (probabilities.dim() - 2))).sum(1)  # autocast leaves sums alone
 
     def sample(
         self, parameters: Tensor, generator: torch.Generator | None = None, beta: Beta | None = None

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..data.storage import Rows
 from .base import CONTINUOUS, Beta, Likelihood
 from .data_checks import check_scaled
-from .numerics import MAX_LOG_SIGMA, MIN_LOG_SIGMA, full_precision, is_number, soft_clip
+from .numerics import LEAST_LOG_SIGMA, MAX_LOG_SIGMA, MIN_LOG_SIGMA, full_precision, is_number, soft_clip
 
 
 class Continuous(Likelihood):
@@ -116,7 +116,10 @@ def standard_normal(like: Tensor, generator: torch.Generator | None) -> Tensor:
 
 
 def check_minimum(name: str, value: float) -> float:
-    """The least logarithm of a scale as a float; ValueError where it is not below MAX_LOG_SIGMA, or not finite."""
-    if not (is_number(value) and value < MAX_LOG_SIGMA):
-        raise ValueError(f"{name} is {value!r}; expected a finite number below {MAX_LOG_SIGMA}, e.g. {MIN_LOG_SIGMA}")
+    """The least logarithm of a scale as a float; ValueError where it is not from LEAST_LOG_SIGMA to MAX_LOG_SIGMA."""
+    if not (is_number(value) and LEAST_LOG_SIGMA <= value < MAX_LOG_SIGMA):
+        raise ValueError(
+            f"{name} is {value!r}; expected a number from {LEAST_LOG_SIGMA} to less than {MAX_LOG_SIGMA}, e.g. "
+            f"{MIN_LOG_SIGMA}"
+        )
     return float(value)

@@ -17,6 +17,8 @@ MIN_LOG_SIGMA = -6.0
 (sigma-VAE, Section 3.1)."""
 MIN_LOG_SCALE = -7.0
 """Of a logistic distribution, whose standard deviation is pi / sqrt(3) = 1.8 times its scale."""
+LEAST_LOG_SIGMA = -40.0
+"""Of what may be given as the least: e^-80, the variance, is a float32, and e^-104 would be 0."""
 MAX_LOG_SIGMA = 6.0
 """e^6 = 403 times the range of x: nothing learned gets there; it keeps what an untrained decoder gives finite."""
 

@@ -68,12 +68,17 @@ class TextCategorical(Likelihood):
 
 Categorical = TextCategorical
 
+MOST_NATS = 709.0
+"""e^709 is near the largest float64."""
+
 
 def perplexity(nats: float, tokens: float) -> float:
     """exp(nats / tokens) of sentences that cost `nats` altogether and have so many tokens, their ends counted in.
 
+    inf above e^MOST_NATS, and nan of nan.
     With nats = rate + distortion, an upper bound of a VAE's perplexity. ValueError without a token.
     """
     if not tokens > 0:
         raise ValueError(f"tokens is {tokens}; expected the number of tokens, at least 1")
-    return math.exp(nats / tokens)
+    each = nats / tokens
+    return math.inf if each > MOST_NATS else math.exp(each)

@@ -32,7 +32,7 @@ def bs_vae(
     large = min(shape[1:]) >= LARGE
     if channels is None:
         channels = CHANNELS if large else SMALL_CHANNELS
-    channels = check_sizes("channels", [channels] if isinstance(channels, int) else channels)
+    channels = check_sizes("channels", channels)
     if not channels:
         raise ValueError("channels is empty; expected one number a stage, e.g. (32, 64)")
     (latent,) = check_sizes("latent", [(64 if large else 32) if latent is None else latent])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -82,7 +82,7 @@ class HierarchicalOutput(NamedTuple):
 
     parameters: Tensor  # (N, *likelihood.parameter_shape(input_shape))
     mean: Tensor  # (N, k), of the posterior less the prior's, given the draws above, groups from the top
-    rates: Tensor  # (N, groups), KL of each group in nats, or what has it for a mean (see `divergence`)
+    rates: Tensor  # (N, groups), KL of each group in nats, or what has it for a mean (see `divergence`, `at_means`)
     noise: Tensor  # (N, k), standard normal, of which z = mean + sigma * noise was drawn
 
 
@@ -117,6 +117,11 @@ class Hierarchy(nn.Module, abc.ABC):
 
         Without noise it is drawn by torch's global generator, in train and in eval mode alike.
         """
+        return self._output(x, noise, self.divergence)
+
+    def _output(
+        self, x: Tensor, noise: Tensor | None, divergence: Callable[[Normal, Normal, Tensor], Tensor]
+    ) -> HierarchicalOutput:
         if x.shape[1:] != self.input_shape:
             expected = ", ".join(["N", *map(str, self.input_shape)])
             raise ValueError(
@@ -125,9 +130,11 @@ class Hierarchy(nn.Module, abc.ABC):
             )
         if noise is None:
             noise = torch.randn(x.shape[0], self.latent, dtype=x.dtype, device=x.device)
+        if len(noise) != len(x):
+            raise ValueError(f"noise has {len(noise)} rows and x has {len(x)} examples; expected one row an example")
         parts = self._by_group(noise)
         parameters, pairs = self.descend(self.ascend(x), parts)
-        divergences = [self.divergence(q, p, part) for (q, p), part in zip(pairs, parts, strict=True)]
+        divergences = [divergence(q, p, part) for (q, p), part in zip(pairs, parts, strict=True)]
         return HierarchicalOutput(
             parameters,
             torch.cat([(q.mean - p.mean).flatten(1) for q, p in pairs], 1),
@@ -143,8 +150,13 @@ class Hierarchy(nn.Module, abc.ABC):
         return posterior.kl_from(prior)
 
     def at_means(self, x: Tensor) -> HierarchicalOutput:
-        """The same with every z the mean of its posterior: no noise."""
-        return self.forward(x, x.new_zeros(x.shape[0], self.latent))
+        """The same with every z the mean of its posterior: no noise.
+
+        rates are KL(q(z_l | .) || p(z_l | .)) of each group, both given means for the other draws, in every network:
+        log q - log p at the mean has no KL divergence for a mean.
+        """
+        zeros = x.new_zeros(x.shape[0], self.latent)
+        return self._output(x, zeros, lambda posterior, prior, noise: posterior.kl_from(prior))
 
     def reconstruct(self, x: Tensor) -> Tensor:
         """E[x | z] with every z the mean of its posterior, (N, *input_shape), in data space."""

@@ -22,7 +22,7 @@ import mrvae_kernels as mk
 from ..likelihoods import GaussianOptimal, Likelihood
 from .gated_resnet import GatedBlock, centred_convolution
 from .hierarchy import Hierarchy, Normal, Raw
-from .parts import check_shape, check_sizes, margins
+from .parts import check_flag, check_shape, check_sizes, margins
 
 LATENTS = tuple(range(38, 8, -2))
 HALVE = (1, 11, 15)
@@ -189,6 +189,7 @@ def hvae(
     shape = check_shape(input_shape, dimensions=3)
     latents, halve = ((sizes,) if isinstance(sizes, int) else tuple(sizes) for sizes in (latents, halve))
     latents = check_sizes("latents", latents)
+    check_flag("skips", skips)
     if not latents:
         raise ValueError("latents is empty; expected the latent channels of each stage, e.g. (8, 6, 4)")
     if latent is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from ..data.vocabulary import END, PAD, SPECIALS, START, UNKNOWN
 from ..likelihoods import Likelihood, TextCategorical
 from ..vae import VAEOutput, reparameterise
-from .parts import check_shape, check_sizes
+from .parts import check_flag, check_part, check_shape, check_sizes
 
 UNGATED = ("encoder.mean.0", "encoder.log_variance.0", "decoder.output")
 """With deep heads, as the paper has them; gates on all other layers give Table 1's count."""
@@ -123,11 +124,16 @@ class SentenceVAE(nn.Module):
         """Sentences for z (N, latent), token by token: (N, t) int64, ended by END, padded; t at most `longest`.
 
         greedy: the likeliest token each time, else a draw from softmax(logits / temperature). <unk> may come out, <pad>
-        and <s> not. longest: the network's own unless given; what has not ended there stays without END.
+        and <s> not. longest: the network's own unless given; what has not ended there stays without END. In train mode
+        dropout acts. ValueError for a z of another shape, and for a temperature or length that cannot be.
         """
-        if not temperature > 0:
-            raise ValueError(f"temperature is {temperature}; expected a positive number")
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"temperature is {temperature}; expected a positive, finite number")
         longest = self.input_shape[0] if longest is None else longest
+        if longest < 1:
+            raise ValueError(f"longest is {longest}; expected the most tokens of a sentence, at least 1")
+        if z.dim() != 2 or z.shape[1] != self.latent:
+            raise ValueError(f"z has shape {tuple(z.shape)}; expected (N, {self.latent}), one latent vector a row")
         token = torch.full((len(z), 1), START, device=z.device)
         ended = torch.zeros_like(token, dtype=torch.bool)
         state, made = self.decoder.start(z), []
@@ -138,7 +144,8 @@ class SentenceVAE(nn.Module):
             if greedy:
                 token = logits.argmax(1, keepdim=True)
             else:
-                token = torch.multinomial((logits / temperature).softmax(1), 1, generator=generator)
+                below = logits - logits.max(1, keepdim=True).values  # 0 for the likeliest, whatever it is divided by
+                token = torch.multinomial((below / temperature).softmax(1), 1, generator=generator)
             made.append(token.masked_fill(ended, PAD))
             ended |= token == END
             if ended.all():
@@ -146,7 +153,7 @@ class SentenceVAE(nn.Module):
         return torch.cat(made, 1)
 
     def reconstruct(self, x: Tensor) -> Tensor:
-        """The greedy sentence at the mean of q(z | x), (N, t): no noise."""
+        """The greedy sentence at the mean of q(z | x), (N, t): no noise, in eval mode."""
         return self.generate(self.encode(x)[0])
 
     def sample(
@@ -195,9 +202,9 @@ def lstm(
             "the network 'cnn' or 'mlp'"
         )
     latent, embedding, hidden = check_sizes("latent, embedding, hidden", [latent, embedding, hidden])
-    for name, part in (("dropout", dropout), ("word_dropout", word_dropout)):
-        if not 0 <= part < 1:
-            raise ValueError(f"{name} is {part!r}; expected a part, from 0 to less than 1")
+    check_part("dropout", dropout)
+    check_part("word_dropout", word_dropout)
+    check_flag("deep_heads", deep_heads)
     if likelihood is not None and not isinstance(likelihood, TextCategorical):
         raise ValueError(f"likelihood is {likelihood!r}; tokens have a categorical one, which is the default")
     return SentenceVAE(

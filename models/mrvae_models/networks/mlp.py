@@ -34,7 +34,7 @@ def mlp(
     act = activation_called(activation)
     down = [layer for a, b in pairwise(sizes) for layer in (nn.Linear(a, b), act())]
     up = [layer for a, b in pairwise((latent, *sizes[:0:-1])) for layer in (nn.Linear(a, b), act())]
-    last = sizes[1] if hidden else latent
+    last = sizes[1] if len(sizes) > 1 else latent
     encoder = Encoder(nn.Sequential(nn.Flatten(), *down), sizes[-1], latent)
     decoder = nn.Sequential(*up, nn.Linear(last, math.prod(parameters)), nn.Unflatten(1, parameters))
     return VAE(encoder, decoder, likelihood, latent, shape, ends(decoder))

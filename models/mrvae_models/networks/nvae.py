@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,9 +18,10 @@ from torch import Tensor, nn
 import mrvae_kernels as mk
 
 from ..likelihoods import Bernoulli, Likelihood
+from ..likelihoods.numerics import is_number
 from .cells import DecoderCell, EncoderCell
 from .hierarchy import Hierarchy, Normal, Raw
-from .parts import check_shape, check_sizes, margins
+from .parts import check_flag, check_shape, check_sizes, margins
 from .regularisers import SpectralNorms, convolution_weights, norm_scales
 
 EXPANSION = 6
@@ -210,8 +210,9 @@ def nvae(
         check_sizes(name, [size])
     if channels % 2:
         raise ValueError(f"channels is {channels}; expected an even number, as a halving skip has four parts of C / 2")
-    if not (math.isfinite(regularisation) and regularisation >= 0):
-        raise ValueError(f"regularisation is {regularisation}; expected a finite number of at least 0, e.g. 0.01")
+    check_flag("adaptive", adaptive)
+    if not (is_number(regularisation) and regularisation >= 0):
+        raise ValueError(f"regularisation is {regularisation!r}; expected a finite number of at least 0, e.g. 0.01")
     multiple = 2 ** (process_blocks + scales - 1)
     around = margins(shape, multiple)
     height, width = shape[1] + around[2] + around[3], shape[2] + around[0] + around[1]

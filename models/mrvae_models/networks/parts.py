@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 import math
 import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from torch import nn
 
 from ..likelihoods import Bernoulli, Likelihood
+from ..likelihoods.numerics import is_number
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
@@ -48,12 +49,28 @@ def ends(decoder: nn.Sequential) -> tuple[str, ...]:
     return "encoder.mean", "encoder.log_variance", f"decoder.{layers[0]}", f"decoder.{layers[-1]}"
 
 
-def check_sizes(what: str, sizes: Sequence[int]) -> tuple[int, ...]:
-    """`sizes` as a tuple, after making sure that each is a whole number above 0."""
+def check_sizes(what: str, sizes: int | Sequence[int]) -> tuple[int, ...]:
+    """`sizes`, or one size, as a tuple, after making sure that each is a whole number above 0; else ValueError."""
+    if isinstance(sizes, numbers.Integral):
+        sizes = (int(sizes),)
+    if isinstance(sizes, str) or not isinstance(sizes, Iterable):
+        raise ValueError(f"{what} is {sizes!r}; expected whole numbers of at least 1")
     for size in sizes:
         if isinstance(size, bool) or not isinstance(size, numbers.Integral) or size < 1:
             raise ValueError(f"{what} holds {size!r}; expected whole numbers of at least 1")
     return tuple(int(size) for size in sizes)
+
+
+def check_flag(name: str, value: bool) -> None:
+    """ValueError unless the value is True or False: a text such as "no" counts as true in Python."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} is {value!r}; expected true or false")
+
+
+def check_part(name: str, value: float) -> None:
+    """ValueError unless the value is a number from 0 to less than 1."""
+    if not (is_number(value) and 0 <= value < 1):
+        raise ValueError(f"{name} is {value!r}; expected a part, from 0 to less than 1")
 
 
 def check_shape(input_shape: Sequence[int], dimensions: int | None = None) -> tuple[int, ...]:

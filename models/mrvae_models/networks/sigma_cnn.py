@@ -27,7 +27,7 @@ def sigma_cnn(
     shape = check_shape(input_shape, dimensions=3)
     latent, channels = check_sizes("latent and channels", [latent, channels])
     likelihood = GaussianOptimal() if likelihood is None else likelihood
-    sides = halved(shape, 2)
+    sides = halved(shape, 2, by_channels=False)
     even = "x".join(str(2 - side % 2) for side in sides[1])  # padding of 1 makes a kernel of 5 round an odd side down
     lost = ["x".join(str(a - 2 * b) for a, b in zip(*pair, strict=True)) for pair in (sides[:2], sides[1:])]
     height, width = sides[2]

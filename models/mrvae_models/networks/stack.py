@@ -285,10 +285,18 @@ def doublings(shape: Shape, channels: Sequence[int]) -> list[str]:
     return stages
 
 
-def halved(shape: Shape, times: int) -> list[tuple[int, int]]:
-    """Height and width of images before the first halving and after each; ValueError where a side is used up."""
+def halved(shape: Shape, times: int, by_channels: bool = True) -> list[tuple[int, int]]:
+    """Height and width of images before the first halving and after each; ValueError where a side is used up.
+
+    by_channels: whether the network halves once for each of its `channels`, so that fewer of them are the way out.
+    """
     sides = [(shape[1] >> i, shape[2] >> i) for i in range(times + 1)]
     if min(sides[-1]) < 1:
+        if not by_channels:
+            raise ValueError(
+                f"images of {shape[1]}x{shape[2]} cannot be halved {times} times; expected sides of at least "
+                f"{2**times}: use the network 'mlp'"
+            )
         possible = min(shape[1:]).bit_length() - 1
         sizes = ",".join(map(str, (32, 64, 128, 256, 512)[:possible]))
         raise ValueError(
