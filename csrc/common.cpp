@@ -13,6 +13,7 @@
 #include <ATen/ops/tanh.h>
 #include <ATen/ops/tanh_backward.h>
 #include <ATen/ops/threshold_backward.h>
+#include <ATen/ops/zeros.h>
 #include <c10/core/GradMode.h>
 #include <c10/core/InferenceMode.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
@@ -43,6 +44,19 @@ bool eager(std::initializer_list<const Tensor*> tensors) {
     if (tensor != nullptr && tensor->defined() && !ordinary(*tensor)) return false;
   }
   return true;
+}
+
+Tensor incoming(const char* op, const Tensor& grad) {
+  if (ordinary(grad)) return grad;
+  const auto keys = grad.key_set();
+  const bool batched = keys.has(c10::DispatchKey::FuncTorchBatched) || keys.has(c10::DispatchKey::Batched);
+  Tensor plain = grad;
+  if (!batched && plain._is_zerotensor()) plain = at::zeros(plain.sizes(), plain.options());
+  if (!batched && plain.is_neg()) plain = plain.resolve_neg();
+  TORCH_CHECK_NOT_IMPLEMENTED(ordinary(plain), op, ": the gradient of its result is no ordinary tensor, as with "
+                              "is_grads_batched=True; call the layer or the model within "
+                              "`with mrvae_kernels.override(backend=\"reference\"):`");
+  return plain;
 }
 
 bool ours(const Tensor& grad) {

@@ -35,6 +35,10 @@ using torch::autograd::variable_list;
 // True when every defined tensor is an ordinary dense tensor of a real device and no tracing or dispatch mode is active:
 // then kernels may be called without the dispatcher, and fresh buffers may be overwritten.
 bool eager(std::initializer_list<const Tensor*> tensors);
+// A gradient that a backward pass may read as it lies in memory: its values written out where a view negates them lazily
+// or they are known to be zero. NotImplementedError for one of no ordinary tensor. A dispatch mode may be on, as one is
+// that counts what a backward pass alone does.
+Tensor incoming(const char* op, const Tensor& grad);
 // eager(), and this build has kernels for the tensors' device, the first one's.
 inline bool direct(std::initializer_list<const Tensor*> tensors) {
   return has_kernels(**tensors.begin()) && eager(tensors);

@@ -175,8 +175,9 @@ struct ProductNode final : Node {
     node->inert_ = gate.inert;
     node->made_ = gate.made;
     const Tensor* tensors[] = {&x, &weight, pointer(bias), &gate.values, &shift.values};
+    const auto read = reads(*node, activation);
     for (std::size_t i = 0; i < count; ++i) {
-      if (tensors[i] != nullptr && tensors[i]->defined()) node->inputs_[i] = SavedVariable(*tensors[i], false);
+      if (read[i] && tensors[i] != nullptr && tensors[i]->defined()) node->inputs_[i] = SavedVariable(*tensors[i], false);
     }
     torch::autograd::set_history(y, node);
     return y;
@@ -206,9 +207,7 @@ struct ProductNode final : Node {
     variable_list gradients(count);
     if (!grads[0].defined()) return gradients;
     refuse_tangents(Product::name, {&grads[0]});
-    TORCH_CHECK_NOT_IMPLEMENTED(eager({&grads[0]}), Product::name, ": the gradient of its result is no ordinary tensor, as "
-                                "with is_grads_batched=True; call the layer or the model within "
-                                "`with mrvae_kernels.override(backend=\"reference\"):`");
+    if (!eager({&grads[0]})) grads[0] = incoming(Product::name, grads[0]);
     variable_list inputs(count);
     for (std::size_t i = 0; i < count; ++i) inputs[i] = inputs_[i].unpack();
     {
@@ -223,6 +222,14 @@ struct ProductNode final : Node {
  private:
   enum Input : std::size_t { X, Weight, Bias, Gate, Shift, count };
   using Wanted = std::array<bool, count>;
+
+  // Which inputs the backward pass reads: what is frozen is not kept, and may change meanwhile. Where there is an
+  // activation, whose argument may be computed again, or a gradient of the gate, all of them.
+  static Wanted reads(const ProductNode& node, Activation activation) {
+    const auto asked = [&](std::size_t i) { return node.next_edge(i).is_valid(); };
+    const bool all = activation != Activation::None || asked(Gate) || !Product::reads_one_side;
+    return {all || asked(Weight), all || asked(X) || asked(Weight), all || asked(Bias) || asked(Shift), true, true};
+  }
 
   variable_list through_epilogue(Tensor& grad, const variable_list& in, const Wanted& wanted) {
     EpilogueBackward how;

@@ -30,6 +30,7 @@ inline Tensor transpose(const Tensor& matrix) {
 struct LinearProduct {
   static constexpr const char* name = "gated_linear";
   static constexpr std::int64_t channel_axis = -1, fold_groups = 0;
+  static constexpr bool reads_one_side = true;  // backward: x for the weight's gradient alone, the weight for that of x
 
   FusedLayer fused() const { return {}; }
 
@@ -78,6 +79,7 @@ struct LinearProduct {
 struct ConvolutionProduct {
   static constexpr const char* name = "gated_convolution";
   static constexpr std::int64_t channel_axis = 1;
+  static constexpr bool reads_one_side = false;  // torch's convolution_backward takes both
   std::vector<std::int64_t> stride, padding, dilation, output_padding;
   bool transposed = false;
   std::int64_t groups = 1, fold_groups = 0;

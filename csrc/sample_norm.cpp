@@ -191,9 +191,7 @@ struct SampleNormNode : torch::autograd::Function<SampleNormNode> {
     variable_list gradients(8);
     if (!grads[0].defined()) return gradients;
     refuse_tangents(name, {&grads[0]});
-    TORCH_CHECK_NOT_IMPLEMENTED(eager({&grads[0]}), name, ": the gradient of its result is no ordinary tensor, as with "
-                                "is_grads_batched=True; call the layer or the model within "
-                                "`with mrvae_kernels.override(backend=\"reference\"):`");
+    const Tensor grad = incoming(name, grads[0]);
     const auto list = ctx->get_saved_variables();
     const Saved saved{list[0], list[1], list[2], list[3], list[4], list[5], ctx->saved_data["of_batch"].toBool()};
     // edges exist for the tensors that were given, in order
@@ -203,8 +201,8 @@ struct SampleNormNode : torch::autograd::Function<SampleNormNode> {
     Gradients found;
     {
       at::AutoDispatchBelowADInplaceOrView below;
-      found = saved.x.scalar_type() == at::kDouble ? mrvae::backward<double>(grads[0], saved, wanted)
-                                                   : mrvae::backward<float>(grads[0], saved, wanted);
+      found = saved.x.scalar_type() == at::kDouble ? mrvae::backward<double>(grad, saved, wanted)
+                                                   : mrvae::backward<float>(grad, saved, wanted);
     }
     std::copy(found.begin(), found.end(), gradients.begin());
     return once_differentiable(name, std::move(gradients));

@@ -7,7 +7,8 @@ row (LSTM, GRU: 4 H or 3 H for each layer and direction). Everything that differ
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -114,13 +115,8 @@ class Adapter:
         self, layer: Any, plain: type, folded: Mapping[str, Tensor | None], *args: Any, **kwargs: Any
     ) -> Any:
         """The plain layer's output with `folded` in place of its parameters."""
-        parameters = layer._parameters
-        before = {name: parameters[name] for name in folded}
-        parameters.update(folded)
-        try:
-            return plain.forward(layer, *args, **kwargs)  # type: ignore[attr-defined]
-        finally:
-            parameters.update(before)
+        with holding(layer, folded) as holder:
+            return plain.forward(holder, *args, **kwargs)  # type: ignore[attr-defined]
 
 
 class ConvolutionAdapter(Adapter):
@@ -313,13 +309,43 @@ class RecurrentAdapter(Adapter):
         self, layer: Any, plain: type, folded: Mapping[str, Tensor | None], *args: Any, **kwargs: Any
     ) -> Any:
         layer._update_flat_weights()  # or forward does, after a parameter was exchanged, and loses the folded ones
-        flat = layer._flat_weights
+        holder = _shadow(layer)
         names = layer._flat_weights_names
-        layer._flat_weights = [folded[name] if name in folded else getattr(layer, name) for name in names]
-        try:
-            return plain.forward(layer, *args, **kwargs)  # type: ignore[attr-defined]
-        finally:
-            layer._flat_weights = flat
+        vars(holder)["_flat_weights"] = [folded[name] if name in folded else getattr(layer, name) for name in names]
+        return plain.forward(holder, *args, **kwargs)  # type: ignore[attr-defined]
+
+
+def _shadow(layer: nn.Module) -> Any:
+    """The layer again for one call: other attributes may be put in place of its own, which other threads read.
+
+    Its buffers are the same ones, so that a norm's running statistics are counted.
+    """
+    shadow = object.__new__(type(layer))
+    vars(shadow).update(vars(layer))
+    return shadow
+
+
+@contextlib.contextmanager
+def holding(layer: nn.Module, parameters: Mapping[str, Tensor | None]) -> Iterator[Any]:
+    """Something with the layer's forward that has these in place of its parameters, for the length of the block.
+
+    Not the layer itself: a state_dict or a copy that another thread takes meanwhile, and a call of its own, would have
+    them too. torch.compile, whose graph is traced in one thread, does not follow a second object.
+    """
+    if not torch.compiler.is_compiling():
+        shadow = _shadow(layer)
+        for name in parameters:
+            vars(shadow).pop(name, None)  # where a replica of nn.DataParallel has it
+        vars(shadow)["_parameters"] = {**layer._parameters, **parameters}
+        yield shadow
+        return
+    own = layer._parameters
+    before = {name: own[name] for name in parameters}
+    own.update(parameters)  # type: ignore[arg-type]
+    try:
+        yield layer
+    finally:
+        own.update(before)
 
 
 ADAPTERS: dict[type[nn.Module], Adapter] = {
@@ -354,10 +380,33 @@ def _scaled(x: Tensor, gate: Tensor, dim: int) -> Tensor:
     return (x * along(gate, dim, x.dim())).to(x.dtype)
 
 
+def _computed(layer: nn.Module, adapter: Adapter) -> str | None:
+    """The first weight or bias that the layer makes of other parameters, or None. A bias may also be missing."""
+    own = layer._parameters
+    for entry in adapter.entries(layer):
+        if entry.weight not in own:
+            return entry.weight
+        if entry.bias not in own and getattr(layer, entry.bias, None) is not None:
+            return entry.bias
+    return None
+
+
+def altered(layer: nn.Module, adapter: Adapter) -> str | None:
+    """Why this layer does not compute as its class says, from real parameters of its own, or None."""
+    if own := {"forward", "_conv_forward"} & vars(layer).keys():
+        return f"its {own.pop()} was replaced on this one layer, and may differ from that of its class"
+    if computed := _computed(layer, adapter):
+        return f"its {computed} is not a parameter of its own but computed (weight_norm, spectral_norm, pruning)"
+    if any(parameter.is_complex() for parameter in layer.parameters(recurse=False)):
+        return "its parameters are complex"
+    return None
+
+
 def refusal(layer: nn.Module, spec: GateSpec) -> str | None:
     """Why this layer cannot have this gate, or None."""
     adapter = ADAPTERS[type(layer)] if type(layer) in ADAPTERS else ADAPTERS[layer.plain]  # type: ignore[index]
-    if reason := adapter.refusal(layer) or (adapter.shift_refusal(layer) if spec.shift else None):
+    reason = altered(layer, adapter) or adapter.refusal(layer)
+    if reason := reason or (adapter.shift_refusal(layer) if spec.shift else None):
         return reason
     if spec.inputs is not None and not adapter.inputs(layer):
         return "it cannot have a gate on its inputs, only Linear and convolutions can"
@@ -376,9 +425,12 @@ class FoldJob(NamedTuple):
 def lost(layer: nn.Module, name: str) -> RuntimeError:
     """The error for a gated layer whose parameter of that name is gone."""
     plain = getattr(layer, "plain", type(layer))  # of a layer within a MultiRate
+    alone = hasattr(layer, "gate_spec")
     return RuntimeError(
-        f"a gated {plain.__name__} has no parameter {name!r} any more: it was pruned or parametrized after multirate, "
-        "or the parameter was deleted; change the network first (weight norm, pruning), then call multirate()"
+        f"a gated {plain.__name__} has no parameter {name!r} any more: it was pruned or parametrized after "
+        f"{'it was gated' if alone else 'multirate'}, or the parameter was deleted; "
+        + ("a gated layer computes with parameters of its own" if alone else
+           "change the network first (weight norm, pruning), then call multirate()")
     )
 
 
@@ -386,7 +438,8 @@ def fold_layers(jobs: list[FoldJob]) -> list[dict[str, Tensor | None]]:
     """Fold all the layers in one operator; for each, its folded tensors by parameter name, shaped as the parameters."""
     weights, biases, gates, shifts, groups, names = [], [], [], [], [], []
     for job, (layer, adapter, gate, shift) in enumerate(jobs):
-        parameters = layer._parameters
+        # torch.nn.DataParallel's replicas hold tensors as plain attributes
+        parameters = vars(layer) if getattr(layer, "_is_replica", False) else layer._parameters
         for entry in adapter.entries(layer):
             weight: Tensor | None = parameters.get(entry.weight)
             bias = parameters.get(entry.bias)
@@ -401,12 +454,12 @@ def fold_layers(jobs: list[FoldJob]) -> list[dict[str, Tensor | None]]:
             gates.append(gate if entry.rows == slice(None) else gate[entry.rows])
             shifts.append(shift[entry.rows] if shift is not None and entry.shifted else None)
             groups.append(entry.groups)
-            names.append((job, entry, weight.shape))
+            names.append((job, entry, weight.shape, entry.bias in parameters))
     folded: list[dict[str, Tensor | None]] = [{} for _ in jobs]
     results = functional.fold(weights, biases, gates, shifts, groups)
-    for (job, entry, shape), w, b in zip(names, *results, strict=True):
+    for (job, entry, shape, biased), w, b in zip(names, *results, strict=True):
         folded[job][entry.weight] = w.view(shape) if entry.flat else w
-        if entry.bias in jobs[job].layer._parameters:
+        if biased:
             folded[job][entry.bias] = b.view(shape) if entry.flat and b is not None else b
     return folded
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 import warnings
 from collections.abc import Iterable
 from typing import Any
@@ -48,6 +49,11 @@ def bake(model: MultiRate, beta: Beta, batches: Iterable[Any] | None = None) -> 
         for layer, job, g, folded in zip(layers, jobs, gates, fold_layers(jobs), strict=True):
             if g.inputs is not None:
                 folded["weight"] = job.adapter.fold_inputs(layer, _present(folded["weight"]), g.inputs)
+            if "forward" in vars(layer):
+                raise ValueError(
+                    f"the forward of a gated {layer.plain.__name__} was replaced after multirate(), by a hook of "
+                    "accelerate's, say, and still calls the gated layer; take it off, then bake"
+                )
             layer.release()
             write_folded(layer, folded)
         if model.conditional is not None:
@@ -57,7 +63,16 @@ def bake(model: MultiRate, beta: Beta, batches: Iterable[Any] | None = None) -> 
                 own = norm._parameters
                 write_folded(norm, {"weight": _present(own["weight"]) + s, "bias": _present(own["bias"]) + t})
     release_sequentials(model.network)
+    _compile_anew(model.network)
     return model.network
+
+
+def _compile_anew(network: nn.Module) -> None:
+    """What torch.compile made of a layer alone calls it as the class that it had: bound again to that which it has."""
+    if "torch._dynamo" in sys.modules:  # else there is none
+        for module in network.modules():
+            if isinstance(module, torch._dynamo.OptimizedModule):
+                module._initialize()
 
 
 def _refuse_others(model: MultiRate) -> None:

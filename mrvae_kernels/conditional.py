@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import functional, reference, sample_norms
+from .adapters import holding
 from .gates import DEFAULT_BETA_RANGE, Beta, BetaRange, GateNetwork, standardize
 from .layers import Recorded, _one
 
@@ -22,14 +23,9 @@ def conditional_norm(layer: Any, weight: Tensor, bias: Tensor, x: Tensor) -> Ten
     """weight x_hat + bias, x_hat as the batch norm `layer` normalises x; weight and bias are (C,), or (N, C)."""
     if sample_norms.takes(layer, x, weight, bias):
         return sample_norms.batch_norm(layer, x, weight, bias, None, None)
-    parameters = layer._parameters
-    before = {"weight": parameters["weight"], "bias": parameters["bias"]}
     shared = weight.dim() == 1
-    parameters.update({"weight": weight, "bias": bias} if shared else {"weight": None, "bias": None})
-    try:
-        y = layer.plain.forward(layer, x)
-    finally:
-        parameters.update(before)
+    with holding(layer, {"weight": weight, "bias": bias} if shared else {"weight": None, "bias": None}) as holder:
+        y = layer.plain.forward(holder, x)
     if shared:
         return y
     dtype = reference.gate_dtype(y.dtype)

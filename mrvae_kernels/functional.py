@@ -88,6 +88,8 @@ def fold(
     groups: 0 where the output channel is axis 0 of the weight, the number of groups for a transposed convolution.
     A layer with neither bias nor shift gets None.
     """
+    if any(weight.is_complex() for weight in weights):
+        raise TypeError("a weight is complex; gated operators take real numbers")
     backend = choose_backend(weights[0].device, weights[0].dtype, "fold") if weights else "reference"
     if backend != "reference":
         folded, folded_biases = _operators(backend).fold(weights, biases, gates, shifts, groups)
@@ -384,7 +386,9 @@ def _pad(
 def _check_gate(
     gate: Tensor, shift: Tensor | None, bias: Tensor | None, features: int, like: Tensor, batch: int | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Shapes against silent broadcasting; the gates' own dtype."""
+    """Shapes against silent broadcasting, complex numbers against a lost imaginary part; the gates' own dtype."""
+    if like.is_complex():
+        raise TypeError(f"x has dtype {like.dtype}; gated operators take real numbers")
     dtype = reference.gate_dtype(like.dtype)
     if getattr(gate, "dtype", None) != dtype:
         gate = _converted("gate", gate, dtype)

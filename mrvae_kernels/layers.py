@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from . import functional, reference
-from .adapters import ADAPTERS, FoldJob, fold_layers
+from .adapters import ADAPTERS, FoldJob, fold_layers, refusal
 from .gates import DEFAULT_BETA_RANGE, Beta, BetaRange, GateNetwork, GateSpec, init_gates_, standardize
 
 
@@ -39,6 +39,8 @@ def encode_state(state: dict[str, Any]) -> Tensor:
 
 def check_state(own: dict[str, Any], loaded: object, owner: str) -> None:
     """Compare what a checkpoint says of the gates with what this module has; ValueError names the difference."""
+    if isinstance(loaded, Tensor) and loaded.is_floating_point():  # of an average of state_dicts, or after .half()
+        loaded = loaded.round().to(torch.uint8)
     try:
         state = json.loads(bytes(loaded.tolist()).decode()) if isinstance(loaded, Tensor) else None
     except (ValueError, TypeError, RecursionError):
@@ -91,10 +93,6 @@ class GatedLayer(Recorded):
     def _add_gate(self, gate: str | GateSpec, beta_range: Sequence[float], activation: str | None) -> None:
         adapter, name = ADAPTERS[self.plain], type(self).__name__
         spec = GateSpec.of(gate)
-        if refusal := adapter.refusal(self):
-            raise ValueError(f"{name} cannot be gated: {refusal}")
-        if spec.shift and (refusal := adapter.shift_refusal(self)):
-            raise ValueError(f"{name} cannot take a shift: {refusal}")
         if isinstance(spec.inputs, GateSpec):
             kind = spec.inputs.kind
             raise ValueError(f"{name}: inputs={kind!r} gates the inputs of a network's layer; use multirate()")
@@ -105,6 +103,8 @@ class GatedLayer(Recorded):
         if activation is not None and (not adapter.product or activation not in reference.ACTIVATIONS):
             known = ", ".join(reference.ACTIVATIONS) if adapter.product else "None for this kind of layer"
             raise ValueError(f"activation is {activation!r}; expected {known}")
+        if reason := refusal(self, spec):
+            raise ValueError(f"{name} cannot be gated: {reason}")
         self.gate_spec, self.beta_range, self.activation = spec, BetaRange.of(beta_range), activation
         features = adapter.features(self)
         like = next(self.parameters())

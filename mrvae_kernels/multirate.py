@@ -95,7 +95,7 @@ class MultiRate(Recorded):
         self.beta_range = BetaRange.of(beta_range)
         selection = select(network, gates, include, exclude, norms)
         self.left = selection.left
-        modules = dict(network.named_modules())
+        modules = dict(network.named_modules(remove_duplicate=False))
         self._entries = [
             GatedEntry(name, ADAPTERS[type(modules[name])], spec, ADAPTERS[type(modules[name])].features(modules[name]))
             for name, spec in selection.gated.items()
@@ -168,6 +168,13 @@ class MultiRate(Recorded):
                 return self._run(beta, args, kwargs)
         return self._run(beta, args, kwargs)
 
+    def _replicate_for_data_parallel(self) -> Any:
+        """nn.DataParallel's replicas would take the gates from one another."""
+        raise RuntimeError(
+            "nn.DataParallel runs several copies of a network in one process, of which a MultiRate has one set of "
+            "gates; use torch.nn.parallel.DistributedDataParallel, a process for each GPU"
+        )
+
     def _run(self, beta: Beta, args: Any, kwargs: Any) -> Any:
         with self._turn.lock:  # while another thread's call runs, the layers hold that call's gates
             plans, under = self._plans, (strategy.current(), measurements.generation)
@@ -211,7 +218,8 @@ class MultiRate(Recorded):
         """Within the block the network's layers are gated for beta: `with model.at(0.5): z = model.network.encode(x)`.
 
         For one beta, give a number or a 0-d tensor; for one a sample, every call in the block takes that batch size.
-        Other threads that call the model wait for the block's end.
+        Other threads that call the model wait for the block's end. The gates are those of the block's beginning: after
+        an optimiser's step or load_state_dict() within it, begin another.
         """
         with self._turn.lock, self._lend_norms(beta), self._lend(self._plans.shares(self._gates(beta), None)):
             yield self
@@ -293,7 +301,7 @@ class MultiRate(Recorded):
     def _bank(self, beta: Beta) -> list[Tensor]:
         """All gates, shifts and input gates at beta, in the order of `_rows`."""
         if self.gate_networks is None:
-            weight, bias = self._parameters["gate_weight"], self._parameters["gate_bias"]
+            weight, bias = self.gate_weight, self.gate_bias  # which torch's parametrizations may compute
             assert weight is not None and bias is not None
             if isinstance(beta, float):
                 return functional.gate_bank_at(weight, bias, beta, self.beta_range, self._sizes, self._kinds)
@@ -391,7 +399,10 @@ def multirate(
     for a beta, so call the MultiRate. ValueError for names that are not there, for shared layers, for lazy ones that
     have not run yet, and for a network whose forward has an argument beta of its own.
     A layer's gate acts where the layer is called: code that computes with its weight itself (F.linear(x, layer.weight))
-    goes past the gate, and `bake` would differ there.
+    goes past the gate, and `bake` would differ there. With one beta a sample, axis 0 of what a layer gets is the
+    samples, of an LSTM or GRU the axis that its batch_first says: in a network of sequences, (T, N, C), give one beta.
+    The backward pass may read a layer's result again: change it in place by torch's operators, which autograd sees, not
+    through `.data` or a NumPy array.
     """
     if not isinstance(network, nn.Module):
         raise TypeError(f"network is {network!r}; expected an nn.Module, whose layers get gates")

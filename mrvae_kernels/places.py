@@ -16,9 +16,9 @@ Modules = dict[str, nn.Module | None]
 class Places:
     """The gated layers of `owner.network`, a MultiRate's, which have one of the classes `types`.
 
-    layers: the layers, in the order of their names when they were gated. locations: (modules, name, layer) of each.
-    holders: (modules, name, module, its modules) of what they are in, from the network itself downwards. The compiled
-    core asks both lists whether everything is there still.
+    network: the one that was gated. layers: the layers, in the order of their names then. locations: (modules, name,
+    layer) of each. holders: (modules, name, module, its modules) of what they are in, from the network itself
+    downwards. The compiled core asks both lists whether everything is there still.
     """
 
     def __init__(
@@ -26,13 +26,13 @@ class Places:
     ) -> None:
         self._root: Modules = owner._modules  # not the owner, which would hold itself
         self._types = types
-        self._network, self._names = owner.get_submodule("network"), tuple(names)
-        self.layers: list[nn.Module] = [self._network.get_submodule(name) for name in names]
+        self.network, self._names = owner.get_submodule("network"), tuple(names)
+        self.layers: list[nn.Module] = [self.network.get_submodule(name) for name in names]
         self._locate()
 
     def network_stays(self) -> bool:
         """Whether `owner.network` is the network that was gated."""
-        return self._root["network"] is self._network
+        return self._root["network"] is self.network
 
     def hosted(self) -> list[Hosted]:
         """The gated layers, as the network holds them now. RuntimeError where one is gone or not gated any more."""
@@ -57,7 +57,7 @@ class Places:
         return cast(list[Hosted], layers)
 
     def _locate(self) -> None:
-        network, root = self._network, self._root
+        network, root = self.network, self._root
         names = {id(module): name for name, module in network.named_modules()}
         self.locations: list[tuple[Modules, str, nn.Module]] = []
         self.holders: list[tuple[Modules, str, nn.Module, Modules]] = [(root, "network", network, network._modules)]
@@ -77,10 +77,10 @@ class Places:
                 self.holders.append((network.get_submodule(path)._modules, name, holder, holder._modules))
 
     def _refuse_changed(self) -> None:
-        inside = {id(module) for module in self._network.modules()}
+        inside = {id(module) for module in self.network.modules()}
         for name, own in zip(self._names, self.layers, strict=True):
             try:
-                layer = self._network.get_submodule(name)
+                layer = self.network.get_submodule(name)
             except AttributeError:
                 layer = None
             if id(own) not in inside or type(own) not in self._types:

@@ -6,6 +6,7 @@ keep what the core needs of it until another takes its place.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -138,7 +139,7 @@ class Plans:
                 for layer, adapter in zip(layers, self._adapters, strict=True)
             )
         self.made[key] = plan
-        if self._runs_compiled("gates", "fold", "epilogue") and can_prepare(layers, plan):
+        if self._runs_compiled("gates", "fold", "epilogue") and can_prepare(layers, plan) and not self._traces_parts():
             kinds = tuple(map(KINDS.index, self._kinds))
             self.prepared[key] = Prepared(
                 self.stage, per_sample, shapes, beta_range, layers, plan, self._layout, self._sizes, kinds
@@ -156,8 +157,16 @@ class Plans:
         known = not torch.compiler.is_compiling() and device.type == "cpu" and self._runs_compiled("epilogue")
         return (strategy.choose_strategy(0, 0, True) if known else None,) * len(self._adapters)
 
+    def _traces_parts(self) -> bool:
+        """Whether torch.compile made a part of the network faster, which cannot trace the core's layers in a plan."""
+        optimized = torch._dynamo.OptimizedModule if "torch._dynamo" in sys.modules else ()
+        return any(
+            isinstance(module, optimized) or module._compiled_call_impl is not None
+            for module in self._places.network.modules()
+        )
+
     def _runs_compiled(self, *operators: str) -> bool:
-        weight = self._parameters["gate_weight"]
+        weight = self._parameters.get("gate_weight")  # gone where it is parametrized
         return weight is not None and all(
             strategy.choose_backend(weight.device, weight.dtype, operator) == "cpp" for operator in operators
         )

@@ -14,7 +14,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 
-from .adapters import ADAPTERS, Adapter, refusal
+from .adapters import ADAPTERS, altered, refusal
 from .conditional import ConditionalBatchNorm
 from .gates import GateNetwork, GateSpec
 from .hosted_norms import ADAPTER as CONDITIONAL_ADAPTER
@@ -44,8 +44,8 @@ def select(
 
     gates maps module names to gates; the longest name that is the layer's own or a parent's counts, "" is the whole
     network. include and exclude are names (of layers or parents) or patterns with *; a layer named in include that
-    cannot be gated, a name that matches nothing, a lazy layer that has not run yet, and a layer or parameter used twice
-    are ValueErrors.
+    cannot be gated, a name that matches nothing, a lazy layer that has not run yet, a layer that gates cover by two of
+    its names, and a parameter of two layers are ValueErrors.
     norms: "gated", or "conditional": batch norms that a gate is chosen for become conditional instead, and the products
     before them are gated, as in the authors' networks.
     """
@@ -54,7 +54,7 @@ def select(
     _refuse_gated(network)
     _refuse_own_beta(network)
     specs = _resolve(network, gates)
-    names = dict(network.named_modules())
+    names = dict(network.named_modules(remove_duplicate=False))
     for option, patterns in (("exclude", exclude), ("include", include or ())):
         for pattern in patterns:
             if not any(_matches(name, pattern) for name in names):
@@ -66,14 +66,18 @@ def select(
     conditional: list[str] = []
     before_norm = _before_norm(network, norms)
     inside = _inside_opaque(network)
+    aliases: dict[nn.Module, list[str]] = {}
     for name, module in names.items():
+        aliases.setdefault(module, []).append(name)
+    for module, known_as in aliases.items():
+        name = _covered(known_as, specs)
         lazy = _is_lazy(module)
         if next(module.parameters(recurse=False), None) is None and not lazy:
             continue
         spec = specs.get(max((key for key in specs if _matches(name, key)), key=len, default=None))  # type: ignore[arg-type]
-        asked = include is not None and any(_matches(name, pattern) for pattern in include)
-        exact = include is not None and name in include
-        if any(_matches(name, pattern) for pattern in exclude):
+        asked = include is not None and any(_matches(each, pattern) for pattern in include for each in known_as)
+        exact = include is not None and any(each in include for each in known_as)
+        if any(_matches(each, pattern) for pattern in exclude for each in known_as):
             left[name] = "excluded"
         elif include is not None and not asked:
             left[name] = "not in include"
@@ -90,10 +94,12 @@ def select(
             left[name] = reason
         elif name in before_norm and not asked:
             left[name] = before_norm[name]
-        elif norms == "conditional" and type(module) in CONDITIONAL:
-            conditional.append(name)
         else:
-            gated[name] = spec
+            _refuse_names(known_as, specs)
+            if norms == "conditional" and type(module) in CONDITIONAL:
+                conditional.append(name)
+            else:
+                gated[name] = spec
     for pattern in include or ():
         if not any(_matches(name, pattern) for name in (*gated, *conditional)):
             reasons = "; ".join(f"{name}: {reason}" for name, reason in left.items() if _matches(name, pattern))
@@ -124,7 +130,7 @@ def _refuse_gated(network: nn.Module) -> None:
 
 def _resolve(network: nn.Module, gates: Gates | None) -> dict[str, GateSpec]:
     if gates is None:
-        names = dict(network.named_children())
+        names = network._modules
         if "encoder" not in names or "decoder" not in names:
             raise ValueError(
                 f"{type(network).__name__} has no children named encoder and decoder, so the gates must be said: "
@@ -133,7 +139,7 @@ def _resolve(network: nn.Module, gates: Gates | None) -> dict[str, GateSpec]:
         gates = {"encoder": "sigmoid", "decoder": "sqrt"}
     if not isinstance(gates, Mapping):
         return {"": GateSpec.of(gates)}
-    modules = dict(network.named_modules())
+    modules = dict(network.named_modules(remove_duplicate=False))
     theirs = {layer for module in modules.values() if isinstance(module, Recorded) for layer in module.modules()}
     for name in gates:
         if name not in modules:
@@ -171,22 +177,9 @@ def _refusal(module: nn.Module, spec: GateSpec, norms: str) -> str | None:
         if base is not None:
             return f"a {type(module).__name__}, a subclass of nn.{base} whose forward may differ"
         return f"a {type(module).__name__}, not a kind of layer that can be gated"
-    if computed := _computed(module, adapter):
-        return f"its {computed} is not a parameter of its own but computed (weight_norm, spectral_norm, pruning)"
     if norms == "conditional" and type(module) in CONDITIONAL:
-        return CONDITIONAL_ADAPTER.refusal(module)  # s and t take no part in the spec
+        return altered(module, adapter) or CONDITIONAL_ADAPTER.refusal(module)  # s and t take no part in the spec
     return refusal(module, spec)
-
-
-def _computed(module: nn.Module, adapter: Adapter) -> str | None:
-    """The first weight or bias that the layer makes of other parameters, or None. A bias may also be missing."""
-    own = module._parameters
-    for entry in adapter.entries(module):
-        if entry.weight not in own:
-            return entry.weight
-        if entry.bias not in own and getattr(module, entry.bias, None) is not None:
-            return entry.bias
-    return None
 
 
 def _is_lazy(module: nn.Module) -> bool:
@@ -205,7 +198,7 @@ def _inside_opaque(network: nn.Module) -> dict[str, str]:
     reasons |= dict.fromkeys((Recorded, GateNetwork, ConditionalNorms), "part of another multi-rate network")
     return {
         child: reason
-        for name, module in network.named_modules()
+        for name, module in network.named_modules(remove_duplicate=False)
         for kind, reason in reasons.items() if isinstance(module, kind)
         for child, _ in module.named_modules(prefix=name) if child != name
     }
@@ -218,7 +211,7 @@ def _before_norm(network: nn.Module, norms: str) -> dict[str, str]:
     norms="conditional", for the batch norms that can be: the authors gate what is before them too.
     """
     found = {}
-    for parent, module in network.named_modules():
+    for parent, module in network.named_modules(remove_duplicate=False):
         children = list(module.named_children())
         for (name, layer), (norm_name, norm) in zip(children[:-1], children[1:], strict=True):
             adapter = ADAPTERS.get(type(layer))
@@ -260,20 +253,35 @@ def _refuse_own_beta(network: nn.Module) -> None:
         )
 
 
+def _covered(known_as: Sequence[str], specs: Mapping[str, GateSpec]) -> str:
+    """The name of a module that counts: the first that gates cover, of one that the network holds under several."""
+    return next((name for name in known_as if any(_matches(name, key) for key in specs)), known_as[0])
+
+
+def _refuse_names(known_as: Sequence[str], specs: Mapping[str, GateSpec]) -> None:
+    """A layer under two names may be used twice, or once under either, as self.net = Sequential(self.encoder, ...)."""
+    covered = [name for name in known_as if any(_matches(name, key) for key in specs)]
+    if len(covered) > 1:
+        first, second, *_ = covered
+        raise ValueError(
+            f"{first!r} and {second!r} are one and the same layer, and gates cover both names; a shared layer cannot "
+            f"have a gate for each use: give gates by one of the names only, gates={{{first!r}: ...}}, exclude "
+            f"{first!r}, or copy it"
+        )
+
+
 def _refuse_sharing(network: nn.Module, gated: Set[str]) -> None:
-    modules: dict[int, str] = {}
-    for name, module in network.named_modules(remove_duplicate=False):
-        if id(module) in modules and modules[id(module)] in gated:
-            raise ValueError(
-                f"{modules[id(module)]!r} and {name!r} are one and the same layer; a shared layer cannot have a gate "
-                f"for each use: exclude {modules[id(module)]!r}, or copy it"
-            )
-        modules.setdefault(id(module), name)
+    named = {name: module for name, module in network.named_modules(remove_duplicate=False) if name in gated}
+    names = {module: name for name, module in named.items()}
     parameters: dict[int, str] = {}
-    for name, parameter in network.named_parameters(remove_duplicate=False):
-        other = parameters.setdefault(id(parameter), name)
-        owners = {other.rpartition(".")[0], name.rpartition(".")[0]}
-        if other != name and owners & gated:
+    for path, module in network.named_modules():
+        path = names.get(module, path)
+        for own, parameter in module.named_parameters(recurse=False):
+            name = f"{path}.{own}" if path else own
+            other = parameters.setdefault(id(parameter), name)
+            owners = {other.rpartition(".")[0], path}
+            if other == name or not owners & gated:
+                continue
             raise ValueError(
                 f"{other!r} and {name!r} are one and the same parameter; "
                 f"exclude {' and '.join(sorted(map(repr, owners)))}, or untie them"

@@ -244,6 +244,21 @@ def test_under_a_dispatch_mode_forward_and_backward_pass_are_operators():
         y.square().sum().backward()
     assert not in_one_pass(y) and int(gated.num_batches_tracked) == batches + 1
     torch.testing.assert_close([parameter.grad for parameter in parameters], list(expected))
+    loss = gated(x, BETA).square().sum()
+    with FlopCounterMode(display=False):
+        found = torch.autograd.grad(loss, parameters)
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_gradient_of_a_conjugate_s_imaginary_part():
+    _, gated, x = made(2)
+    parameters, y = [x, *gated.parameters()], gated(x, BETA)
+    assert in_one_pass(y)
+    grad = torch.randn_like(y)
+    negative = torch.complex(torch.zeros_like(grad), -grad).conj().imag
+    assert negative.is_neg()
+    expected = torch.autograd.grad(y, parameters, grad, retain_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(y, parameters, negative), expected, rtol=0, atol=0)
 
 
 def test_a_trace_replays_with_its_own_gates_and_statistics():

@@ -227,7 +227,8 @@ def test_a_short_training_lowers_the_loss(multi_rate):
 def test_rates_at_the_means_are_divergences_there():
     """log q - log p at the mean itself lacks (r^2 - 1) / 2 a latent variable: 833 nats where the rate was 615."""
     torch.manual_seed(0)
-    network = build("hvae", (1, 16, 16), latents=(4, 3), channels=8, halve=(1,), blocks=1, head_kernel=3).double().eval()
+    network = build("hvae", (1, 16, 16), latents=(4, 3), channels=8, halve=(1,), blocks=1, head_kernel=3)
+    network = network.double().eval()
     with torch.no_grad():
         for stage in network.encoder:
             bias = stage.head[1].bias
@@ -235,9 +236,8 @@ def test_rates_at_the_means_are_divergences_there():
     x = torch.rand(2, 1, 16, 16).double()
     zeros = torch.zeros(2, network.latent).double()
     _, pairs = network.descend(network.ascend(x), network._by_group(zeros))
-    expected = [
-        torch.distributions.kl_divergence(torch.distributions.Normal(*q), torch.distributions.Normal(*p)) for q, p in pairs
-    ]
+    normal = torch.distributions.Normal
+    expected = [torch.distributions.kl_divergence(normal(*q), normal(*p)) for q, p in pairs]
     found = network.at_means(x)
     torch.testing.assert_close(found.rates, torch.stack([kl.flatten(1).sum(1) for kl in expected], 1))
     drawn = torch.stack([network(x).rates.sum(1) for _ in range(200)]).mean(0)

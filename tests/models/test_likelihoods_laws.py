@@ -385,7 +385,8 @@ def test_autocast_leaves_the_numbers_alone(name, ranged):
     shape, beta = (3, 8, 8), torch.logspace(-2, 1, 16)
     model = likelihood(name, **CASES[name], **({"beta_range": (0.01, 10.0)} if ranged else {}))
     parameters = parameters_for(model, shape, 16).float()
-    x = (model.mean(parameters) + 0.05 * torch.randn(16, *shape, generator=torch.Generator().manual_seed(1))).clamp(0, 1)
+    noise = torch.randn(16, *shape, generator=torch.Generator().manual_seed(1))
+    x = (model.mean(parameters) + 0.05 * noise).clamp(0, 1)
     x = x.round() if model.measure == "2 levels" else (255 * x).round() / 255
     for mode in (True, False):
         plain, inside = copy.deepcopy(model).train(mode), copy.deepcopy(model).train(mode)

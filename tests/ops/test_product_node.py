@@ -12,6 +12,7 @@ from op_checks import leaf, requires_extension
 from product_cases import LINEAR, PRODUCTS, WAYS, grads_of, layer, same, tensors_for
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 pytestmark = requires_extension
 
@@ -203,6 +204,72 @@ def test_what_it_does_not_differentiate_is_refused(strategy, per_sample):
             given[i] = torch.autograd.forward_ad.make_dual(given[i], torch.ones_like(given[i]))
             with pytest.raises(NotImplementedError, match="forward AD with gated_linear"):
                 run(*given)
+
+
+def lazily_negative(grad: Tensor) -> Tensor:
+    """grad as the imaginary part of a conjugate, whose memory holds -grad: what losses of complex spectra send back."""
+    negative = torch.complex(torch.zeros_like(grad), -grad).conj().imag
+    assert negative.is_neg() and torch.equal(negative, grad)
+    return negative
+
+
+GRADIENTS = {
+    "negative bit": lazily_negative,
+    "zeros without memory": lambda grad: torch._efficientzerotensor(grad.shape, dtype=grad.dtype),
+}
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+@pytest.mark.parametrize(("strategy", "per_sample"), WAYS)
+@pytest.mark.parametrize("kind", GRADIENTS)
+def test_gradients_that_are_not_what_their_memory_says(kind, strategy, per_sample, product):
+    for activation in ("none", "relu"):
+        leaves = [None if t is None else leaf(t) for t in tensors_for(product, per_sample)]
+        run, _ = layer(product, activation, strategy)
+        given = [t for t in leaves if t is not None]
+        y = run(*leaves)
+        grad = torch.randn_like(y)
+        sent = GRADIENTS[kind](grad)
+        found = torch.autograd.grad(y, given, sent)
+        torch.testing.assert_close(found, torch.autograd.grad(run(*leaves), given, sent.clone()), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+@pytest.mark.parametrize(("strategy", "per_sample"), WAYS)
+def test_a_backward_pass_alone_may_be_counted(strategy, per_sample, product):
+    leaves = [None if t is None else leaf(t) for t in tensors_for(product, per_sample)]
+    run, _ = layer(product, "relu", strategy)
+    given = [t for t in leaves if t is not None]
+    expected = torch.autograd.grad(run(*leaves).square().sum(), given)
+    loss = run(*leaves).square().sum()
+    with FlopCounterMode(display=False) as counter:
+        found = torch.autograd.grad(loss, given)
+    torch.testing.assert_close(found, expected)
+    assert counter.get_total_flops() > 0
+
+
+@pytest.mark.parametrize(("strategy", "per_sample"), WAYS)
+def test_what_is_frozen_is_not_kept_and_may_change(strategy, per_sample):
+    """As torch's own linear has it: without a gradient of the weight x is not read again, and the other way round."""
+    tensors = tensors_for("linear", per_sample)
+    run, formula = layer("linear", "none", strategy)
+    x = leaf(tensors[0]) * 1
+    before = leaf(x.detach())
+    (expected,) = torch.autograd.grad(formula(before, *tensors[1:]).square().sum(), before)
+    y = run(x, *tensors[1:])
+    loss = y.square().sum()
+    tensors[2].zero_()
+    with torch.no_grad():
+        x.mul_(3)
+    (found,) = torch.autograd.grad(loss, x)
+    torch.testing.assert_close(found, expected)
+    tensors = tensors_for("linear", per_sample)
+    weight, bias = leaf(tensors[1]), leaf(tensors[2])
+    rest = [None if t is None else t.clone() for t in tensors[3:]]
+    (expected,) = torch.autograd.grad(formula(tensors[0], weight, bias, *rest).square().sum(), weight)
+    loss = run(tensors[0], weight, bias, *rest).square().sum()
+    (found,) = torch.autograd.grad(loss, weight)
+    torch.testing.assert_close(found, expected)
 
 
 def test_an_input_changed_before_backward_is_an_error():

@@ -195,6 +195,22 @@ def test_a_frozen_gate_keeps_no_product():
     torch.testing.assert_close(torch.autograd.grad(y.sum(), u)[0], gate.expand(4, 5))
 
 
+def test_no_gradient_is_filled_with_zeros_for_what_is_kept():
+    """One of y's size, a launch and the memory, for a second output that no one differentiates."""
+    x, w = torch.randn(64, 8, requires_grad=True), torch.randn(16, 8, requires_grad=True)
+    images, kernel = torch.randn(4, 16, 6, 6, requires_grad=True), torch.randn(16, 16, 3, 3, requires_grad=True)
+    geometry = ([1, 1], [1, 1], [1, 1], False, [0, 0], 1)
+    for gate, activation in ((torch.rand(64, 16), "relu"), (torch.rand(16), "gelu")):
+        y = operators.gated_linear(x, w, None, gate.requires_grad_(), None, activation, "fused")
+        each = gate[:4].detach().requires_grad_() if gate.dim() == 2 else gate
+        z = operators.gated_convolution(images, kernel, None, each, None, *geometry, activation, "fused")
+        for result in (y, z):
+            with torch.profiler.profile(record_shapes=True) as profile:
+                result.backward(torch.ones_like(result))
+            filled = [e.input_shapes for e in profile.events() if e.name == "aten::zero_"]
+            assert [list(result.shape)] not in [shapes[:1] for shapes in filled]
+
+
 def test_nothing_is_kept_for_a_backward_pass_that_needs_nothing():
     saved: list[Tensor] = []
     x, weight, bias, gate, _ = layer(False, "linear")

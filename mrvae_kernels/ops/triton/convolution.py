@@ -75,10 +75,13 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
     ctx.geometry, ctx.activation = inputs[5:11], inputs[11]
     y, kept = output
     ctx.mark_non_differentiable(kept)
+    ctx.set_materialize_grads(False)  # else each backward pass fills a tensor of kept's size with zeros
     ctx.save_for_backward(*inputs[:5], result_for_backward(y, inputs[3], ctx.activation), kept)
 
 
 def _backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+    if grads[0] is None:
+        return (None,) * 13
     mask = list(ctx.needs_input_grad[:5])
     run = CONVOLUTION_BACKWARD if traced() else _convolution_backward
     results = run(*(grads[0], *ctx.saved_tensors, *ctx.geometry, ctx.activation, mask))

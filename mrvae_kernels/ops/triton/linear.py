@@ -41,10 +41,13 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
     x, weight, bias, gate, shift, ctx.activation, _ = inputs
     y, kept = output
     ctx.mark_non_differentiable(kept)
+    ctx.set_materialize_grads(False)  # else each backward pass fills a tensor of kept's size with zeros
     ctx.save_for_backward(x, weight, bias, gate, shift, result_for_backward(y, gate, ctx.activation), kept)
 
 
 def _backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+    if grads[0] is None:
+        return (None,) * 7
     mask = list(ctx.needs_input_grad[:5])
     run = LINEAR_BACKWARD if traced() else kernels.linear_backward
     results = run(*(grads[0], *ctx.saved_tensors, ctx.activation, mask))
