@@ -40,6 +40,16 @@ struct ByOperator {
   }
 };
 
+// g_in x, the gate (K,) or (N, K) along this axis of x, in x's dtype
+Tensor scaled(const Tensor& x, const Tensor& gate, std::int64_t axis) {
+  TORCH_CHECK_VALUE(gate.dim() < 2 || (axis > 0 && gate.size(0) == x.size(0)), "gate has shape ", gate.sizes(),
+                    "; expected one row a sample of x, ", x.sizes(), ", or one beta");
+  std::vector<std::int64_t> sizes(std::size_t(x.dim()), 1);
+  sizes[std::size_t(axis)] = gate.size(-1);
+  if (gate.dim() == 2) sizes[0] = gate.size(0);
+  return x.mul(gate.sizes() == sizes ? gate : gate.view(sizes)).to(x.scalar_type());
+}
+
 bool batched(const LinearProduct&, const Tensor&) { return true; }
 bool batched(const ConvolutionProduct& product, const Tensor& x) {
   return std::size_t(x.dim()) == product.stride.size() + 2;
@@ -52,21 +62,28 @@ OptionalTensor HostedLayer::run(const Tensor& x, const Tensor& weight, const Opt
   const c10::intrusive_ptr<StepGates> step = stage->gates;
   if (!step || version != stage->version) return std::nullopt;
   if (!std::visit([&](const auto& p) { return batched(p, x); }, product)) return std::nullopt;
-  if (OptionalTensor y = run_made(*step, x, weight, bias, activation)) return y;
-  const Tensor& values = step->value(std::size_t(gate));
-  const Tensor shifts = shift < 0 ? Tensor() : step->value(std::size_t(shift));
+  if (inputs < 0) return run_gated(*step, x, weight, bias, activation);
+  const std::int64_t axis = std::holds_alternative<LinearProduct>(product) ? x.dim() - 1 : 1;
+  return run_gated(*step, scaled(x, step->variable(inputs), axis), weight, bias, activation);
+}
+
+OptionalTensor HostedLayer::run_gated(const StepGates& step, const Tensor& x, const Tensor& weight,
+                                      const OptionalTensor& bias, Activation activation) const {
+  if (OptionalTensor y = run_made(step, x, weight, bias, activation)) return y;
+  const Tensor& values = step.value(std::size_t(gate));
+  const Tensor shifts = shift < 0 ? Tensor() : step.value(std::size_t(shift));
   if (!undisturbed(x.device().type()) || !direct({&x, &weight, pointer(bias), &values, &shifts})) {
-    const ByOperator call{x, weight, bias, step->variable(gate), shift < 0 ? std::nullopt : OptionalTensor(step->variable(shift)),
+    const ByOperator call{x, weight, bias, step.variable(gate), shift < 0 ? std::nullopt : OptionalTensor(step.variable(shift)),
                           activation_name(activation), strategy == Strategy::Fold ? "fold" : "epilogue"};
     return std::visit(call, product);
   }
   return std::visit(
       [&](const auto& p) {
-        const bool gated = step->gated || values.requires_grad() || (shifts.defined() && shifts.requires_grad());
+        const bool gated = step.gated || values.requires_grad() || (shifts.defined() && shifts.requires_grad());
         if (records() && (gated || recording({&x, &weight, pointer(bias)}))) {
           // a gate has the slope 0 where its value is 0: no gate of a network is an identity
-          const GateInput g{values, gated ? step->edge(std::size_t(gate)) : Edge(), true};
-          const GateInput t{shifts, shift < 0 || !gated ? Edge() : step->edge(std::size_t(shift))};
+          const GateInput g{values, gated ? step.edge(std::size_t(gate)) : Edge(), true};
+          const GateInput t{shifts, shift < 0 || !gated ? Edge() : step.edge(std::size_t(shift))};
           return ProductNode<std::decay_t<decltype(p)>>::record(p, x, weight, bias, g, t, activation, strategy);
         }
         at::AutoDispatchBelowADInplaceOrView below;
@@ -75,18 +92,19 @@ OptionalTensor HostedLayer::run(const Tensor& x, const Tensor& weight, const Opt
       product);
 }
 
-// A Linear that makes its gates itself. A shift is one number an element as well, and u would have to be kept for it: with
-// one there is nothing to gain.
+// A Linear that makes its gates itself, and its shifts.
 OptionalTensor HostedLayer::run_made(const StepGates& step, const Tensor& x, const Tensor& weight,
                                      const OptionalTensor& bias, Activation activation) const {
   const auto* linear = std::get_if<LinearProduct>(&product);
-  if (!step.source || linear == nullptr || shift >= 0 || strategy != Strategy::Epilogue) return std::nullopt;
-  const SampleGates& made = step.made[std::size_t(gate)];
+  if (!step.source || linear == nullptr || strategy != Strategy::Epilogue) return std::nullopt;
+  SampleGates made = step.made[std::size_t(gate)];
+  if (shift >= 0) made.shift = step.made[std::size_t(shift)].offset;
   if (!made.fit(x, weight, bias) || !undisturbed(x.device().type())) return std::nullopt;
   if (!direct({&x, &weight, pointer(bias)})) return std::nullopt;
   if (records() && (step.gated || recording({&x, &weight, pointer(bias)}))) {
     const GateInput g{Tensor(), step.gated ? step.sums_edge(std::size_t(gate)) : Edge(), true, made};
-    return ProductNode<LinearProduct>::record(*linear, x, weight, bias, g, {}, activation, strategy);
+    const GateInput t{Tensor(), shift >= 0 && step.gated ? step.sums_edge(std::size_t(shift)) : Edge()};
+    return ProductNode<LinearProduct>::record(*linear, x, weight, bias, g, t, activation, strategy);
   }
   at::AutoDispatchBelowADInplaceOrView below;
   return compute(*linear, x, weight, bias, Tensor(), std::nullopt, activation, strategy, nullptr, made);

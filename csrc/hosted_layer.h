@@ -17,20 +17,23 @@ struct Stage : torch::CustomClassHolder {
 struct HostedLayer : torch::CustomClassHolder {
   using Product = std::variant<LinearProduct, ConvolutionProduct>;
   const c10::intrusive_ptr<Stage> stage;
-  const std::int64_t gate, shift;  // slices of the gates; -1 for no shift
+  const std::int64_t gate, shift, inputs;  // slices of the gates; -1 for no shift, and for no gate on the inputs
   const Strategy strategy;         // fold or epilogue
   const Product product;
   const std::int64_t version;  // of the stage when it was made
 
-  HostedLayer(c10::intrusive_ptr<Stage> stage_, std::int64_t gate_, std::int64_t shift_, Strategy strategy_, Product product_)
-      : stage(std::move(stage_)), gate(gate_), shift(shift_), strategy(strategy_), product(std::move(product_)),
-        version(stage->version) {}
+  HostedLayer(c10::intrusive_ptr<Stage> stage_, std::int64_t gate_, std::int64_t shift_, std::int64_t inputs_,
+              Strategy strategy_, Product product_)
+      : stage(std::move(stage_)), gate(gate_), shift(shift_), inputs(inputs_), strategy(strategy_),
+        product(std::move(product_)), version(stage->version) {}
 
-  // y = activation(g (product(x, weight) + bias) + t). None outside a call, for an x without a batch, and where a stride or
+  // y = activation(g (product(g_in x, weight) + bias) + t). None outside a call, for an x without a batch, and where a stride or
   // the like has changed.
   OptionalTensor run(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, Activation activation) const;
 
  private:
+  OptionalTensor run_gated(const StepGates& step, const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                           Activation activation) const;
   OptionalTensor run_made(const StepGates& step, const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                           Activation activation) const;
 };

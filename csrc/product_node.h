@@ -122,7 +122,7 @@ Tensor compute(const Product& product, const Tensor& x, const Tensor& weight, co
   check(product, x, weight, made ? made.source->eta : gate, strategy);
   if (strategy == Strategy::Epilogue) {
     const Tensor u = product.forward(x, weight, Tensor());
-    const bool tells = result_tells(u, shift, activation);
+    const bool tells = result_tells(u, shift, activation) && made.shift < 0;
     const bool u_is_free = kept == nullptr || tells;
     const Tensor y = made ? sample_epilogue(u, bias, made, activation, u_is_free)
                           : call_epilogue(u, bias, gate, shift, channel_axis<Product>(u), activation_name(activation),
@@ -228,7 +228,8 @@ struct ProductNode final : Node {
   static Wanted reads(const ProductNode& node, Activation activation) {
     const auto asked = [&](std::size_t i) { return node.next_edge(i).is_valid(); };
     const bool all = activation != Activation::None || asked(Gate) || !Product::reads_one_side;
-    return {all || asked(Weight), all || asked(X) || asked(Weight), all || asked(Bias) || asked(Shift), true, true};
+    const bool folds = node.strategy_ == Strategy::Fold;  // the weight's shape is that of what is folded
+    return {all || asked(Weight), all || folds || asked(X) || asked(Weight), all || asked(Bias) || asked(Shift), true, true};
   }
 
   variable_list through_epilogue(Tensor& grad, const variable_list& in, const Wanted& wanted) {
@@ -247,7 +248,7 @@ struct ProductNode final : Node {
     const bool of_u = wanted[X] || wanted[Weight] || of_weight;
     auto [grad_u, grad_bias, grad_gate, grad_shift] =
         made_ ? sample_epilogue_backward(grad, u, optional(in[Bias]), made_, activation_,
-                                         {of_u, wanted[Bias], wanted[Gate]}, how)
+                                         {of_u, wanted[Bias], wanted[Gate], wanted[Shift]}, how)
               : call_epilogue_backward(grad, u, optional(in[Bias]), in[Gate], optional(in[Shift]), channel_axis<Product>(u),
                                        activation_name(activation_),
                                        {of_u, wanted[Bias] || (of_weight && in[Bias].defined()),

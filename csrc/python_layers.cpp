@@ -145,10 +145,10 @@ using Numbers = std::vector<std::int64_t>;
 using Geometry = std::tuple<Numbers, Numbers, Numbers, bool, Numbers, std::int64_t>;
 
 c10::intrusive_ptr<HostedLayer> hosted_layer(const c10::intrusive_ptr<Stage>& stage, std::int64_t gate,
-                                             std::int64_t shift, const std::string& strategy,
+                                             std::int64_t shift, std::int64_t inputs, const std::string& strategy,
                                              const std::optional<Geometry>& geometry) {
   return c10::make_intrusive<HostedLayer>(
-      stage, gate, shift, parse_strategy(strategy),
+      stage, gate, shift, inputs, parse_strategy(strategy),
       geometry ? std::apply(convolution, *geometry) : HostedLayer::Product(LinearProduct()));
 }
 
@@ -168,6 +168,7 @@ void define_layers(py::module_& m) {
       .def_readonly("stage", &HostedLayer::stage)
       .def_readonly("gate", &HostedLayer::gate)
       .def_readonly("shift", &HostedLayer::shift)
+      .def_readonly("inputs", &HostedLayer::inputs)
       .def_property_readonly("strategy", [](const HostedLayer& layer) {
         return layer.strategy == Strategy::Fold ? "fold" : "epilogue";
       });

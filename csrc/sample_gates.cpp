@@ -15,8 +15,9 @@ template <class T>
 cpu::SampleEpilogue<T> epilogue_of(const Tensor& u, const Tensor& bias, const SampleGates& gates,
                                    Activation activation) {
   const GateSource& source = *gates.source;
-  return {u.size(0), u.size(1), gate_parameters<T>(source.weight, source.bias).from(gates.offset),
-          source.eta.const_data_ptr<T>(), gates.kind, data<T>(bias), activation};
+  const auto all = gate_parameters<T>(source.weight, source.bias);
+  return {u.size(0), u.size(1), all.from(gates.offset), source.eta.const_data_ptr<T>(), gates.kind, data<T>(bias),
+          activation, gates.shift < 0 ? GateParameters<const T>{} : all.from(gates.shift)};
 }
 
 Tensor bias_operand(const OptionalTensor& bias, const SampleGates& gates) {
@@ -163,7 +164,7 @@ Tensor sample_epilogue(const Tensor& u, const OptionalTensor& bias, const Sample
 }
 
 EpilogueGrads sample_epilogue_backward(const Tensor& grad, const Tensor& u, const OptionalTensor& bias,
-                                       const SampleGates& gates, Activation activation, std::array<bool, 3> mask,
+                                       const SampleGates& gates, Activation activation, std::array<bool, 4> mask,
                                        EpilogueBackward how) {
   TORCH_CHECK_VALUE(grad.sizes() == u.sizes(), "epilogue_backward: grad has shape ", grad.sizes(), "; expected ",
                     u.sizes(), ", that of u");
@@ -171,26 +172,28 @@ EpilogueGrads sample_epilogue_backward(const Tensor& grad, const Tensor& u, cons
   const Tensor values = u.contiguous(), b = how.of_result ? Tensor() : bias_operand(bias, gates);
   Tensor incoming = grad;
   if (!same_layout(grad, values)) incoming = at::empty_like(values).copy_(grad);
-  Tensor grad_u, grad_bias, sums;
+  Tensor grad_u, grad_bias, sums, shift_sums;
   if (mask[0]) grad_u = how.overwrite ? incoming : at::empty_like(values);
   if (mask[1] && given(bias)) grad_bias = at::empty({bias->numel()}, options);
   if (mask[2]) sums = at::empty({gates.sums(), gates.size}, options);
+  if (mask[3] && gates.shift >= 0) shift_sums = at::empty({gates.sums(), gates.size}, options);
   const auto run = [&](auto zero) {
     using T = decltype(zero);
     cpu::SampleEpilogue<T> epilogue = epilogue_of<T>(values, b, gates, activation);
     epilogue.of_result = how.of_result;
-    GateParameters<T> target{};
-    if (sums.defined()) {
-      T* rows = sums.mutable_data_ptr<T>();
-      target = {rows, rows + epilogue.gates.degree * gates.size, gates.size, epilogue.gates.degree};
-    }
+    const auto target = [&](const Tensor& of) -> GateParameters<T> {
+      if (!of.defined()) return {};
+      T* rows = of.mutable_data_ptr<T>();
+      return {rows, rows + epilogue.gates.degree * gates.size, gates.size, epilogue.gates.degree};
+    };
     cpu::sample_epilogue_backward<T>(
         storage_of(values), epilogue, incoming.const_data_ptr(), values.const_data_ptr(),
-        {grad_u.defined() ? grad_u.mutable_data_ptr() : nullptr, target, mutable_data<T>(grad_bias)});
+        {grad_u.defined() ? grad_u.mutable_data_ptr() : nullptr, target(sums), mutable_data<T>(grad_bias),
+         target(shift_sums)});
   };
   options.dtype() == at::kDouble ? run(0.0) : run(0.0f);
   if (grad_bias.defined()) grad_bias = grad_bias.to(bias->scalar_type());
-  return {grad_u, grad_bias, sums, Tensor()};
+  return {grad_u, grad_bias, sums, shift_sums};
 }
 
 }  // namespace mrvae

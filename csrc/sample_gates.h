@@ -34,6 +34,7 @@ struct SampleGates {
   std::shared_ptr<const GateSource> source;
   std::int64_t offset = 0, size = 0;  // of the slice
   Gate kind = Gate::Identity;
+  std::int64_t shift = -1;  // the offset of the layer's shift, which is made likewise; -1 for none
 
   explicit operator bool() const { return source != nullptr; }
   std::int64_t sums() const { return gate_degree(source->weight) + 1; }  // rows: dw_0, dw_1, ..., dc
@@ -49,12 +50,12 @@ std::vector<SampleGates> slices_of(const std::shared_ptr<const GateSource>& sour
 // Adds the sums of the slices that have some to their places in the gradients.
 void add_sums(IntArrayRef sizes, TensorList sums, const Tensor& grad_weight, const Tensor& grad_bias);
 
-// y = activation(g * (u + b)) of u (N, C). u_is_free: as in call_epilogue().
+// y = activation(g * (u + b) + t) of u (N, C). u_is_free: as in call_epilogue().
 Tensor sample_epilogue(const Tensor& u, const OptionalTensor& bias, const SampleGates& gates, Activation activation,
                        bool u_is_free);
-// As call_epilogue_backward(), but the gates' gradient is the sums, (degree + 1, C).
+// As call_epilogue_backward(), but the gradients of gates and shifts are the sums, (degree + 1, C).
 EpilogueGrads sample_epilogue_backward(const Tensor& grad, const Tensor& u, const OptionalTensor& bias,
-                                       const SampleGates& gates, Activation activation, std::array<bool, 3> mask,
+                                       const SampleGates& gates, Activation activation, std::array<bool, 4> mask,
                                        EpilogueBackward how);
 
 }  // namespace mrvae

@@ -292,7 +292,8 @@ def share_of(direct: Any) -> Share | None:
     if gates is None:
         return None
     shift = None if direct.shift < 0 else gates.variable(direct.shift)
-    return Share(gates.variable(direct.gate), shift, None, direct.strategy)
+    inputs = None if direct.inputs < 0 else gates.variable(direct.inputs)
+    return Share(gates.variable(direct.gate), shift, None, direct.strategy, inputs)
 
 
 def hand_out(layers: Sequence[Hosted], shares: Sequence[Any]) -> list[Any]:

@@ -44,8 +44,8 @@ class Prepared:
         self._direct: list[tuple[int, Any]] = []
         self.indirect: list[Indirect] = []
         for i, (layer, how, (shift, inputs)) in enumerate(zip(layers, plan, layout, strict=True)):
-            if inputs is None and _direct(layer, how):
-                slices = (i, -1 if shift is None else shift)
+            if _direct(layer, how):
+                slices = (i, -1 if shift is None else shift, -1 if inputs is None else inputs)
                 self._direct.append((i, core().HostedLayer(stage, *slices, how, layer.adapter.geometry(layer))))
             else:
                 self.indirect.append(Indirect(i, shift, inputs, how))

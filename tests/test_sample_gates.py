@@ -76,7 +76,10 @@ def expected(
 
 def makes_gates(y: Tensor, slices: int = 3) -> bool:
     """Whether the layer that gave y sends sums to the gates' node, behind the gradients of the slices."""
-    node, place = y.grad_fn.next_functions[3]
+    layer = y.grad_fn
+    while layer.name() != "gated_linear_backward":  # an activation of its own
+        layer = layer.next_functions[0][0]
+    node, place = layer.next_functions[3]
     assert node.name() == "gated_fold_backward"
     return place >= slices
 
@@ -223,17 +226,93 @@ def test_betas_changed_after_the_forward_pass_do_not_matter():
         torch.testing.assert_close(value.double(), other, **TOLERANCE[torch.float32])
 
 
-def test_a_shift_has_values():
-    model = gated("sigmoid", nn.Sequential(nn.Linear(7, 20), nn.ReLU(), nn.Linear(20, 30)), shift=True)
+LASTS = {"none": None, "relu": nn.ReLU(), "silu": nn.SiLU(), "tanh": nn.Tanh()}
+
+
+def check_reference(model: mk.MultiRate, x: Tensor, beta: Tensor, slices: int, made: bool = True) -> None:
+    """Two calls, without a plan and with one, against the reference in float64."""
     wide = copy.deepcopy(model).double()
-    x, beta = batch()
+    exact = x.detach().double().requires_grad_(x.requires_grad)
     for _ in range(2):
         y = model(x, beta=beta)
         with mk.override(backend="reference"):
-            other = gradients(wide(x.double(), beta=beta.double()), leaves(wide, x))
+            other = gradients(wide(exact, beta=beta.double()), leaves(wide, exact))
         for value, target in zip(gradients(y, leaves(model, x)), other, strict=True):
-            torch.testing.assert_close(value.double(), target, **TOLERANCE[torch.float32])
-    assert not makes_gates(y, slices=4)
+            if x.dtype == torch.bfloat16:  # a sign that rounding turns is a gradient lost: as a whole
+                assert (value.double() - target).norm() < 0.1 * target.norm()
+            else:
+                torch.testing.assert_close(value.double(), target, **TOLERANCE[x.dtype])
+    assert makes_gates(y, slices) == made
+
+
+@pytest.mark.parametrize("last", LASTS)
+@pytest.mark.parametrize("degree", [1, 2, 3])
+@pytest.mark.parametrize("kind", KINDS)
+def test_shifts_are_made_with_the_gates(kind, degree, last):
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        network = nn.Sequential(nn.Linear(7, 20), nn.ReLU(), nn.Linear(20, 530, bias=degree != 2))
+        if LASTS[last] is not None:
+            network.append(LASTS[last])
+        model = gated(kind, network, shift=True, degree=degree)
+        if dtype == torch.float64:
+            model.double()
+        if dtype == torch.bfloat16:
+            model.network.to(dtype)
+        x, beta = batch(dtype=dtype)
+        check_reference(model, x.requires_grad_(), beta, slices=4)
+
+
+@pytest.mark.parametrize("frozen", ["gate_weight", "network", "x"])
+def test_shifts_of_what_is_frozen(frozen):
+    model = gated("softplus", nn.Sequential(nn.Linear(7, 20), nn.ReLU(), nn.Linear(20, 30)), shift=True, degree=3)
+    x, beta = batch()
+    x.requires_grad_(frozen != "x")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not name.startswith(frozen))
+    check_reference(model, x, beta, slices=4)
+
+
+def test_shifts_in_the_same_bits_for_any_number_of_threads():
+    model = gated("softplus", nn.Sequential(nn.Linear(7, 1200)), shift=True, degree=3)
+    x, beta = batch(90)
+    model(x, beta=beta)
+    found, threads = [], torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            with torch.no_grad():
+                model.network[0].weight.zero_()  # the product's own bits may depend on the threads
+            found.append(gradients(model(x, beta=beta), [model.gate_weight, model.gate_bias]))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize("beta", ["each", "one"])
+@pytest.mark.parametrize("kind", ["linear", "convolution", "transposed"])
+def test_gates_on_inputs_in_a_plan(kind, beta):
+    """The core scales the input; without a plan Python does."""
+    products = {
+        "linear": lambda: nn.Linear(7, 20), "convolution": lambda: nn.Conv2d(7, 5, 3),
+        "transposed": lambda: nn.ConvTranspose2d(7, 5, 3),
+    }
+    for dtype in (torch.float32, torch.float64):
+        network = nn.Sequential(products[kind](), nn.ReLU()).to(dtype)
+        model = gated("softplus", network, shift=True, degree=3, inputs=mk.GateSpec("sigmoid", degree=3))
+        x, betas = batch(12, dtype)
+        x = (x if kind == "linear" else x[:, :, None, None] * torch.rand(12, 7, 4, 5, dtype=dtype)).requires_grad_()
+        given = betas if beta == "each" else 0.3
+        wide = copy.deepcopy(model).double()
+        exact = x.detach().double().requires_grad_()
+        with mk.override(backend="reference"):
+            other = gradients(wide(exact, beta=betas.double() if beta == "each" else 0.3), leaves(wide, exact))
+        for _ in range(2):
+            found = gradients(model(x, beta=given), leaves(model, x))
+            for value, target in zip(found, other, strict=True):
+                torch.testing.assert_close(value.double(), target, **TOLERANCE[dtype])
+        assert not model._plans.installed.indirect
+    with pytest.raises(ValueError, match="expected"):
+        model(x[:5], beta=betas)
 
 
 class Twice(nn.Module):

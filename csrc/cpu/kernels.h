@@ -34,7 +34,7 @@ void epilogue_backward(Storage storage, const EpilogueShape& shape, const void* 
 template <class T>
 bool divisible(const T* gate, std::int64_t n, bool positive, bool zeros);
 
-// ---- epilogue of (samples, channels) with a gate for each element, made of its parameters and eta; no shift ----------
+// ---- epilogue of (samples, channels) with a gate for each element, and a shift, made of their parameters and eta ------
 
 template <class T>
 struct SampleEpilogue {
@@ -44,15 +44,17 @@ struct SampleEpilogue {
   Gate kind;
   const T* bias;  // (channels,) or nullptr
   Activation activation;
-  bool of_result = false;  // as in EpilogueParameters
+  GateParameters<const T> shifts{};  // likewise; weight nullptr for none
+  bool of_result = false;            // as in EpilogueParameters; without a shift
 };
 
-// Any of them may be nullptr, those of the gates together.
+// Any of them may be nullptr, those of the gates together, and those of the shifts.
 template <class T>
 struct SampleEpilogueGradients {
   void* u;
   GateParameters<T> gates;  // of these channels
   T* bias;                  // (channels,)
+  GateParameters<T> shifts{};
 };
 
 template <class T>
