@@ -1,11 +1,14 @@
 """Whether a training step computes what its gates say, in float64: a variant that does not is refused a time.
 
-    y_layer = act(w eta(beta) + c) * layer(x)        hooks on a float64 copy of the plain network
+    y_layer = act(w eta(beta) + c) * layer(x)        hooks on a float64 copy of the plain network; where there are
+                                                     more, + shift, and x times the gate on inputs
     z = mean + exp(log_variance / 2) * noise         noise recovered from the step's own output; a hierarchy gives it
     loss = mean of D + beta R, and its gradients by the network's parameters and by every gate
 
 Held against it are the network's outputs, the loss, all gradients and the running statistics that one step gives, and
-that its optimiser moves what has a gradient. A value a is off from the exact b by |a - b| (Euclidean norms); allowed is
+that its optimiser moves what has a gradient; and the same of a third step, from the same weights, on another batch with
+other betas: the first call of a model prepares what later ones go through, which are those that are timed. A value a is
+off from the exact b by |a - b| (Euclidean norms); allowed is
 
     TOLERANCES[numbers] |b| + 3 |p - b| + 1e-5 max |b'|
 
@@ -20,6 +23,7 @@ gradients, ...): a bias before a batch norm has no gradient but rounding.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 from collections.abc import Callable
@@ -34,7 +38,7 @@ from torch import Tensor, nn
 from mrvae_kernels.reference import along, gate_activation, gate_argument
 
 from .gpu_timing import failure
-from .overhead_networks import Gates, channel_axis, eta_of, kind_of
+from .overhead_networks import Gates, channel_axis, eta_of, kind_of, kinds_of
 from .variants import Draw, Network, NetworkOutput, TrainingStep
 
 
@@ -52,6 +56,7 @@ ROUNDING = {"float32": 2.0**-23, "tf32": 2.0**-10, "bfloat16": 2.0**-8}
 """Relative distance of neighbouring numbers: less may round to the same."""
 
 RUNS = 3
+LATER_RUNS = 1
 RUNS_IN_DOUBT = 12
 ROUNDINGS_IN_DOUBT = {"float32": 4, "tf32": 1, "bfloat16": 1}
 PLAIN_TIMES = 3
@@ -68,6 +73,7 @@ class Before(NamedTuple):
     parameters: Values
     buffers: Values
     gates: Gates
+    kinds: dict[str, str]
 
 
 def before(step: TrainingStep) -> Before:
@@ -76,6 +82,7 @@ def before(step: TrainingStep) -> Before:
         {name: value.detach().clone() for name, value in step.parameters.items()},
         {name: value.detach().clone() for name, value in step.buffers.items()},
         step.gates(lambda parameter: parameter.detach().clone()),
+        kinds_of(step.model),
     )
 
 
@@ -92,16 +99,8 @@ def expected(
     autocast: bool = False,
 ) -> Values:
     """The same from the formula, in plain PyTorch; z is made of this noise."""
-    network = copy.deepcopy(plain).to(dtype)
-    network.load_state_dict({**start.parameters, **start.buffers})
     beta = draw.scalar if shared else draw.each
-    gates = {
-        name: (weight.to(dtype, copy=True).requires_grad_(), bias.to(dtype, copy=True).requires_grad_())
-        for name, (weight, bias) in start.gates.items()
-    }
-    for name, (weight, bias) in gates.items():
-        gate = gate_activation(gate_argument(weight, bias, eta_of(beta.to(dtype))), kind_of(name))
-        network.get_submodule(name).register_forward_hook(_scaling(gate))
+    network, gates = _gated(plain, start, beta, dtype)
     with torch.autocast(draw.x.device.type, torch.bfloat16, enabled=autocast):
         output = _with_noise(network, draw.x.to(dtype), noise.to(dtype))
         loss = beta_vae(output, draw.x.to(dtype), beta.to(dtype), plain.likelihood).loss
@@ -110,6 +109,27 @@ def expected(
     values |= {f"gradient: {name}": _gradient(value) for name, value in network.named_parameters()}
     values |= _by_name({name: (_gradient(weight), _gradient(bias)) for name, (weight, bias) in gates.items()})
     return values | _statistics(dict(network.named_buffers()))
+
+
+def _gated(plain: Network, start: Before, beta: Tensor, dtype: torch.dtype) -> tuple[Network, Gates]:
+    """A copy of the plain network with hooks that gate it at these betas, and the leaves that its gates are made of."""
+    network = copy.deepcopy(plain).to(dtype)
+    network.load_state_dict({**start.parameters, **start.buffers})
+    gates = {
+        name: (weight.to(dtype, copy=True).requires_grad_(), bias.to(dtype, copy=True).requires_grad_())
+        for name, (weight, bias) in start.gates.items()
+    }
+    for name, (weight, bias) in gates.items():
+        kind = start.kinds.get(name) or kind_of(name)
+        value = gate_activation(gate_argument(weight, bias, eta_of(beta.to(dtype))), kind)
+        layer, _, role = name.rpartition(".")
+        if role == "shift":
+            network.get_submodule(layer).register_forward_hook(_adding(value))
+        elif role == "inputs":
+            network.get_submodule(layer).register_forward_pre_hook(_scaling_inputs(value))
+        else:
+            network.get_submodule(name).register_forward_hook(_scaling(value))
+    return network, gates
 
 
 class Reference(NamedTuple):
@@ -145,7 +165,7 @@ class References:
     def __init__(self) -> None:
         self.known: list[Reference] = []
 
-    def get(self, step: TrainingStep, start: Before, draw: Draw, noise: Tensor) -> Reference:
+    def get(self, step: TrainingStep, start: Before, draw: Draw, noise: Tensor, runs: int = RUNS) -> Reference:
         near = 0.05 if step.numbers == "bfloat16" else 1e-3
         for found in self.known:
             if (
@@ -155,12 +175,12 @@ class References:
                 return found
         exact = expected(step.plain, start, draw, step.shared, noise)
         reference = Reference(start, step.shared, noise, exact, dict.fromkeys(exact, 0.0))
-        self.known.append(reference.after(step, draw, RUNS, 1))
+        self.known.append(reference.after(step, draw, runs, 1))
         return self.known[-1]
 
     def in_doubt(self, reference: Reference, step: TrainingStep, draw: Draw) -> Reference:
         """The reference after more runs, unless it has had them."""
-        if reference.runs > RUNS:
+        if reference.runs > RUNS_IN_DOUBT:
             return reference
         self.known = [known for known in self.known if known is not reference]
         self.known.append(reference.after(step, draw, RUNS_IN_DOUBT, ROUNDINGS_IN_DOUBT[step.numbers]))
@@ -170,30 +190,71 @@ class References:
 def refusal(step: TrainingStep, references: References | None = None) -> str | None:
     """Why this step gets no time, or None: it fails, or what it gives is not what its gates say.
 
-    Takes a step and, where it is compiled, a second one with another beta, which must not compile again.
+    Takes three steps, and puts weights, gates and statistics back before the last; where it is compiled, the second and
+    third, with other betas, must not compile again.
     """
     references = references or References()
-    draw = step.inputs[0]
     start = before(step)
+    compiled = step.call is not step.model
     try:
-        torch.manual_seed(SEED)
-        values, output = given(step, draw)
-        if wrong := _wrong_noise(output):
+        if wrong := _wrong_step(step, start, step.inputs[0], SEED, references, RUNS):
             return wrong
-        noise = _noise(output)
-        reference, tolerance = references.get(step, start, draw, noise), TOLERANCES[step.numbers]
-        if _wrong_values(values, reference, tolerance):
-            reference = references.in_doubt(reference, step, draw)
-            if wrong := _wrong_values(values, reference, tolerance):
-                return wrong
-        if wrong := _not_moved(step, start, values):
-            return wrong
-        if step.call is not step.model:
-            with torch.compiler.set_stance("fail_on_recompile"):
-                step.run(step.inputs[-1])
+        with torch.compiler.set_stance("fail_on_recompile") if compiled else contextlib.nullcontext():
+            step.run(step.inputs[1])
+            put_back(step, start)
+            wrong = _wrong_step(step, start, step.inputs[2], SEED + 1, references, LATER_RUNS)
     except Exception as error:
         return failure(error, step.device).strip().partition("\n")[0]
-    return None
+    return wrong and f"in a later step {wrong}"
+
+
+def _wrong_step(
+    step: TrainingStep, start: Before, draw: Draw, seed: int, references: References, runs: int
+) -> str | None:
+    """What is wrong with a step on this batch, or None."""
+    torch.manual_seed(seed)
+    values, output = given(step, draw)
+    if wrong := _wrong_noise(output):
+        return wrong
+    reference, tolerance = references.get(step, start, draw, _noise(output), runs), TOLERANCES[step.numbers]
+    if _wrong_values(values, reference, tolerance):
+        reference = references.in_doubt(reference, step, draw)
+        if wrong := _wrong_values(values, reference, tolerance):
+            return wrong
+    return _not_moved(step, start, values)
+
+
+def baked_refusal(step: TrainingStep, baked: Network, x: Tensor, beta: float) -> str | None:
+    """Why a network that was baked from the step's at this beta gets no time, or None: its outputs in eval mode, with
+    its own statistics, are not those of the plain network with hooks."""
+    start = before(step)._replace(buffers=dict(baked.named_buffers()))
+    values: list[Values] = []
+    noise = torch.Tensor()
+    with torch.no_grad():
+        for dtype in (x.dtype, torch.float32, torch.float64):
+            if not values:
+                torch.manual_seed(SEED)
+                output = copy.deepcopy(baked).eval()(x)
+                noise = _noise(output)
+            else:
+                network, _ = _gated(step.plain, start, torch.tensor(beta, device=x.device), dtype)
+                output = _with_noise(network.eval(), x.to(dtype), noise.to(dtype))
+            values.append(_outputs(output))
+    found, plain, exact = values
+    rounding = {name: _distance(plain[name], value) for name, value in exact.items()}
+    return _wrong_values(found, Reference(start, True, noise, exact, rounding), TOLERANCES["float32"])
+
+
+def put_back(step: TrainingStep, start: Before) -> None:
+    """Have the weights, statistics and gates of the start again; the optimiser's moments stay."""
+    gates = step.gates(lambda parameter: parameter.detach())
+    with torch.no_grad():
+        for here, there in ((step.parameters, start.parameters), (step.buffers, start.buffers)):
+            for name, value in there.items():
+                here[name].copy_(value)
+        for name, pair in start.gates.items():
+            for tensor, value in zip(gates[name], pair, strict=True):
+                tensor.copy_(value)
 
 
 def _with_noise(network: Network, x: Tensor, noise: Tensor) -> NetworkOutput:
@@ -220,6 +281,21 @@ def _gradient(parameter: Tensor) -> Tensor:
 def _scaling(gate: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
     def scale(layer: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> Tensor:
         return y * along(gate, channel_axis(layer, y.dim()), y.dim()).to(y.dtype)
+
+    return scale
+
+
+def _adding(shift: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+    def add(layer: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> Tensor:
+        return y + along(shift, channel_axis(layer, y.dim()), y.dim()).to(y.dtype)
+
+    return add
+
+
+def _scaling_inputs(gate: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor]]:
+    def scale(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
+        (x,) = inputs
+        return (x * along(gate, channel_axis(layer, x.dim()), x.dim()).to(x.dtype),)
 
     return scale
 

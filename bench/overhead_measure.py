@@ -31,9 +31,9 @@ import mrvae_kernels as mk
 
 from .gpu_timing import failure, host_times
 from .overhead_check import References, refusal
-from .overhead_networks import CUBIC
+from .overhead_networks import OURS
 from .timing import LEAST_ROUNDS, Step, interleave, launched, ratio
-from .variants import TrainingStep, parameter_count, step_bytes, training_step
+from .variants import Network, TrainingStep, parameter_count, step_bytes, training_step
 
 BASELINE = "ungated"
 WAITING_LAUNCHES = 512
@@ -132,7 +132,7 @@ def train(
 
 def gate_bytes(steps: Mapping[str, TrainingStep]) -> int:
     """Bytes of a gated variant's gates, their gradients and two moments; 0 where none of ours is there."""
-    for name in ("gated", "per-sample", *CUBIC):
+    for name in OURS:
         if name in steps:
             gates = steps[name].gates(lambda parameter: parameter.detach()).values()
             return 4 * sum(value.numel() * value.element_size() for pair in gates for value in pair)
@@ -142,9 +142,13 @@ def gate_bytes(steps: Mapping[str, TrainingStep]) -> int:
 # ---- inference -------------------------------------------------------------------------------------------------------
 
 
-def baked(step: TrainingStep, beta: float = 0.5) -> nn.Module:
+BAKED_BETA = 0.5
+
+
+def baked(step: TrainingStep, beta: float = BAKED_BETA) -> Network:
     """The gated step's network at one beta, baked, with its statistics from the step's first batches."""
-    return mk.bake(step.model, beta, [draw.x for draw in step.inputs[:2]])  # type: ignore[arg-type]
+    network: Any = mk.bake(step.model, beta, [draw.x for draw in step.inputs[:2]])  # type: ignore[arg-type]
+    return network
 
 
 def infer(

@@ -7,8 +7,13 @@
                    gated layer, one beta an example as in the authors' code
     plain-fold     folding written with plain PyTorch operations, a layer at a time, one beta a step
 
-All gate the layers that `multirate` gates, by the same gates, so that they compute the same function of beta. Two more
-are measured where they are asked for, with gates that are cubic in log beta: "gated-cubic" and "per-sample-cubic".
+All gate the layers that `multirate` gates, by the same gates, so that they compute the same function of beta. Of other
+gates, one beta an example, is
+
+    recipe          what `mrvae train` trains unless told otherwise: for an MLP or a convolutional network gates that
+                    are cubic in log beta, a FiLM shift each, and gates on the decoder's inputs
+
+and, where they are asked for, "gated-cubic" and "per-sample-cubic": the gates of the first two, cubic in log beta.
 """
 
 from __future__ import annotations
@@ -18,6 +23,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from mrvae_models.recipes import gate_fields, recipe_options
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -26,13 +32,16 @@ from mrvae_kernels.reference import along, fold, gate_activation
 
 BETA_RANGE = mk.BetaRange(0.01, 10.0)
 KINDS = {"encoder": "sigmoid", "decoder": "sqrt"}
-VARIANTS = ("ungated", "gated", "per-sample", "listing1", "plain-fold")
+RECIPE = "recipe"
+VARIANTS = ("ungated", "gated", "per-sample", RECIPE, "listing1", "plain-fold")
 CUBIC = ("gated-cubic", "per-sample-cubic")
-ONE_A_SAMPLE = ("per-sample", "listing1", "per-sample-cubic")
+OURS = ("gated", "per-sample", RECIPE, *CUBIC)
+ONE_A_SAMPLE = ("per-sample", RECIPE, "listing1", "per-sample-cubic")
 """The variants that take one beta an example; the others take one a step."""
 
 Gates = dict[str, tuple[Tensor, Tensor]]
-"""Layer name -> (w, c) of its gate act(w eta + c), (C,) each, or w (3, C) of cubic ones."""
+"""Layer name -> (w, c) of its gate act(w eta + c), (C,) each, or w (3, C) of cubic ones. Of its shift under
+"<layer>.shift", of the gate on its inputs under "<layer>.inputs"."""
 
 Of = Callable[[nn.Parameter], Tensor]
 """What is asked of each parameter that holds gates: its value, or its gradient."""
@@ -42,8 +51,16 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTran
 
 
 def kind_of(name: str) -> str:
-    """The gate's activation for the layer of this name."""
+    """The gate's activation for the layer of this name, where KINDS were asked for."""
     return KINDS[name.split(".")[0]]
+
+
+def kinds_of(model: nn.Module) -> dict[str, str]:
+    """The same by the name in Gates, of a MultiRate with other gates; empty for other networks."""
+    if not isinstance(model, mk.MultiRate):
+        return {}
+    suffix = {"gated": "", "shifts": ".shift", "inputs": ".inputs"}
+    return {row.name + suffix[row.role]: row.kind for row in model._rows}
 
 
 def channel_axis(layer: nn.Module, ndim: int) -> int:
@@ -142,28 +159,48 @@ def bank_gates(model: mk.MultiRate, of: Of) -> Gates:
     """The gates in a MultiRate's flat parameters."""
     assert model.gate_weight is not None and model.gate_bias is not None
     weight, bias = of(model.gate_weight), of(model.gate_bias)
-    return {name: (weight[..., rows], bias[rows]) for name, rows in model.gated.items()}
+    slices = dict(model.gated)
+    slices |= {f"{name}.shift": rows for name, rows in model.shifts.items()}
+    slices |= {f"{name}.inputs": rows for name, rows in model.inputs.items()}
+    return {name: (weight[..., rows], bias[rows]) for name, rows in slices.items()}
 
 
-def gated_network(network: nn.Module, variant: str) -> tuple[nn.Module, Callable[[Of], Gates]]:
+def recipe_gates(recipe: str) -> dict[str, mk.GateSpec]:
+    """The gates of one of mrvae_models' recipes."""
+    options = recipe_options(recipe)
+    found = {}
+    for module, text in options["gates"].items():
+        fields = gate_fields(text, options["gate_init"], options["gate_degree"])
+        inputs = fields.pop("inputs", None)
+        found[module] = mk.GateSpec(**fields, inputs=None if inputs is None else mk.GateSpec(**inputs))
+    return found
+
+
+def gated_network(
+    network: nn.Module, variant: str, recipe: str = "ranked"
+) -> tuple[nn.Module, Callable[[Of], Gates]]:
     """The network gated as the variant says, and a function that gives what is asked of its gates.
 
-    The network itself is taken over: its parameters stay the same objects. Gates are the same for every variant.
-    ValueError for a variant that is not known.
+    The network itself is taken over: its parameters stay the same objects. Gates are the same for every variant but
+    "recipe", whose are those of `recipe`, and the cubic ones. ValueError for a variant that is not known.
     """
     if variant == "ungated":
         return network, lambda of: {}
     if variant not in (*VARIANTS, *CUBIC):
         raise ValueError(f"variant is {variant!r}; expected one of {', '.join((*VARIANTS, *CUBIC))}")
-    ours = variant in ("gated", "per-sample", *CUBIC)
-    gates = {part: mk.GateSpec(kind, degree=3 if variant in CUBIC else 1) for part, kind in KINDS.items()}
+    ours = variant in OURS
+    degree = 3 if variant in CUBIC else 1
+    gates = {part: mk.GateSpec(kind, degree=degree) for part, kind in KINDS.items()}
+    if variant == RECIPE:
+        gates = recipe_gates(recipe)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         model = mk.multirate(network if ours else copy.deepcopy(network), gates, BETA_RANGE)
-        if variant in CUBIC:
-            assert model.gate_weight is not None
-            with torch.no_grad():  # they start at 0, where a kernel that leaves them out would be right
-                model.gate_weight[1:].copy_(0.1 * torch.randn_like(model.gate_weight[1:], device="cpu"))
+        if variant in (RECIPE, *CUBIC):
+            # bends and shifts start at 0, where a kernel that leaves them out would be right
+            for parameter in model.gate_parameters():
+                with torch.no_grad():
+                    parameter.add_(0.1 * torch.randn_like(parameter, device="cpu"))
     if ours:
         return model, lambda of: bank_gates(model, of)
     values = bank_gates(model, lambda parameter: parameter.detach().clone())

@@ -16,6 +16,7 @@ import torch
 from mrvae_models.networks import build
 from mrvae_models.networks.hierarchy import HierarchicalOutput, Hierarchy
 from mrvae_models.objectives import beta_vae
+from mrvae_models.recipes import default_recipe
 from mrvae_models.vae import VAE, VAEOutput
 from torch import Tensor, nn
 
@@ -79,7 +80,7 @@ class TrainingStep:
 
     def __init__(
         self, variant: str, vae: Network, inputs: list[Draw], compiled: bool = False, graph: bool = False,
-        numbers: str = "float32",
+        numbers: str = "float32", recipe: str = "ranked",
     ) -> None:
         self.device = inputs[0].x.device
         if graph and self.device.type != "cuda":
@@ -90,7 +91,7 @@ class TrainingStep:
         self.parameters = dict(network.named_parameters())
         self.buffers = dict(network.named_buffers())
         self.likelihood = vae.likelihood
-        self.model, self._gates = gated_network(network, variant)
+        self.model, self._gates = gated_network(network, variant, recipe)
         self.call: Any = torch.compile(self.model, fullgraph=True, dynamic=False) if compiled else self.model
         self.as_tensor = compiled or graph
         self.shared = variant not in ONE_A_SAMPLE
@@ -190,7 +191,8 @@ def training_step(
     """
     torch.manual_seed(0)
     vae = build(network, shape, **options)
-    return TrainingStep(variant, vae, draws(shape, batch, torch.device(device)), compiled, graph, numbers)
+    inputs = draws(shape, batch, torch.device(device))
+    return TrainingStep(variant, vae, inputs, compiled, graph, numbers, default_recipe(network))
 
 
 def step_bytes(step: TrainingStep) -> int:

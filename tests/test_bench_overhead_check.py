@@ -12,9 +12,12 @@ from torch import nn
 
 import mrvae_kernels as mk
 from bench import overhead_check, overhead_networks
-from bench.overhead_check import RUNS, RUNS_IN_DOUBT, References, refusal
-from bench.overhead_networks import CUBIC, VARIANTS
+from bench.overhead_check import RUNS, RUNS_IN_DOUBT, References, baked_refusal, before, refusal
+from bench.overhead_measure import BAKED_BETA, baked
+from bench.overhead_networks import CUBIC, RECIPE, VARIANTS
 from bench.variants import RecordedStep, draws, step_bytes, training_step
+from mrvae_kernels.ops import EXTENSION
+from mrvae_kernels.prepared import Prepared
 
 CPU = torch.device("cpu")
 
@@ -25,10 +28,10 @@ def test_every_variant_computes_what_its_gates_say(case, numbers):
     references = References()
     for variant in VARIANTS:
         assert refusal(step_of(variant, case, numbers=numbers), references) is None, variant
-    assert numbers == "bfloat16" or len(references.known) == 3, "ungated, one beta a step, one an example"
+    assert numbers == "bfloat16" or len(references.known) == 8, "ungated, one beta a step, one an example, the recipe's"
     for variant in CUBIC:
         assert refusal(step_of(variant, case, numbers=numbers), references) is None, variant
-    assert numbers == "bfloat16" or len(references.known) == 5, "of other gates"
+    assert numbers == "bfloat16" or len(references.known) == 12, "of other gates"
 
 
 @pytest.mark.parametrize("variant", CUBIC)
@@ -63,7 +66,7 @@ def test_all_variants_start_from_the_same_gates_and_weights():
             assert torch.equal(value, steps["ungated"].parameters[name])
     expected = steps["gated"].gates(lambda p: p.detach())
     assert "encoder.body.1" in expected, "a batch norm"
-    for variant in VARIANTS[2:]:
+    for variant in ("per-sample", "listing1", "plain-fold"):
         gates = steps[variant].gates(lambda p: p.detach())
         assert gates.keys() == expected.keys()
         assert all(torch.equal(a, b) for name in gates for a, b in zip(gates[name], expected[name], strict=True))
@@ -136,6 +139,18 @@ def give_nan(step, monkeypatch):
     step.model.network.decoder.register_forward_hook(lambda module, inputs, y: y * float("nan"))
 
 
+def prepare_another_beta(step, monkeypatch):
+    """What the first call leaves for later ones is wrong: the first is right."""
+    right = Prepared.__init__
+
+    def prepared(self, *args):
+        right(self, *args)
+        begin = self.begin
+        self.begin = lambda call, beta, *rest: begin(call, 0 * beta + 10.0, *rest)
+
+    monkeypatch.setattr(Prepared, "__init__", prepared)
+
+
 def run_out_of_registers(step, monkeypatch):
     def call(*args, **kwargs):
         raise RuntimeError("out of registers\nand more")
@@ -161,6 +176,7 @@ FAULTS = [
     ("gated", lose_an_output, "ValueError: the decoder's output has shape (15, 1, 6, 6)"),
     ("gated", give_nan, "off by inf"),
     ("gated", run_out_of_registers, "RuntimeError: out of registers"),
+    *((variant, prepare_another_beta, "in a later step") for variant in ("gated", "per-sample", RECIPE) if EXTENSION),
 ]
 
 
@@ -171,6 +187,10 @@ def test_a_wrong_variant_is_refused_with_the_reason(variant, fault, said, monkey
     fault(step, monkeypatch)
     reason = refusal(step)
     assert reason is not None and said in reason and "\n" not in reason
+
+
+def first_step(step, references):
+    return overhead_check._wrong_step(step, before(step), step.inputs[0], overhead_check.SEED, references, RUNS)
 
 
 @pytest.mark.parametrize("seen", [True, False])
@@ -188,13 +208,13 @@ def test_before_a_refusal_more_runs_say_what_rounding_does(seen, monkeypatch):
     monkeypatch.setattr(overhead_check, "expected", expected)
     step, references = step_of("gated"), References()
     step.parameters["encoder.body.1.weight"].register_hook(lambda grad: 1.02 * grad)
-    reason = refusal(step, references)
+    reason = first_step(step, references)
     assert reason is None if seen else name in reason
     assert len(runs) == RUNS + RUNS_IN_DOUBT and len({tuple(x.flatten().tolist()) for x in runs}) == len(runs)
     assert torch.equal(runs[0], step.inputs[0].x) and len(references.known) == 1
     step = step_of("gated")
     step.parameters["encoder.body.1.weight"].register_hook(lambda grad: 1.1 * grad)
-    assert name in refusal(step, references) and len(runs) == RUNS + RUNS_IN_DOUBT, "asked once"
+    assert name in first_step(step, references) and len(runs) == RUNS + RUNS_IN_DOUBT, "asked once"
 
 
 @pytest.mark.parametrize("layer", ["encoder.body.1", "encoder.mean", "decoder.0", "decoder.2"])
@@ -264,7 +284,27 @@ def test_a_recorded_step_trains_on_what_it_is_given_and_not_while_it_is_recorded
     assert step.recorded.peak == 75 and step_bytes(step) > 75
     assert refusal(step) is None, "on another batch and beta than the recorded ones"
     moments = step.optimizer.state[step.parameters["encoder.mean.weight"]]
-    assert moments["step"] == 1 and moments["exp_avg"].any()
+    assert moments["step"] == 3 and moments["exp_avg"].any()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_baked_network_that_is_wrong_is_refused(case):
+    step = step_of("gated", case)
+    network, x = baked(step), step.inputs[-1].x
+    assert baked_refusal(step, network, x, BAKED_BETA) is None
+    assert "is off by" in baked_refusal(step, network, x, 2 * BAKED_BETA)
+    with torch.no_grad():
+        next(iter(network.parameters())).mul_(1.01)
+    assert "is off by" in baked_refusal(step, network, x, BAKED_BETA)
+
+
+def test_the_recipe_is_that_of_training_unless_told_otherwise():
+    model = step_of(RECIPE).model
+    assert len(model.gate_weight) == 3 and set(model.shifts) == set(model.gated) and set(model.inputs) == {"decoder.0"}
+    kinds = overhead_networks.kinds_of(model)
+    assert (kinds["encoder.mean"], kinds["decoder.2"], kinds["decoder.2.shift"]) == ("sigmoid", "softplus", "identity")
+    plain = training_step(RECIPE, "linear", (1, 6, 6), 16, latent=4).model
+    assert plain.gate_weight.dim() == 1 and not plain.shifts
 
 
 def test_betas_cover_the_range_and_differ_within_a_batch():
