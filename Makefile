@@ -24,10 +24,9 @@ GPU_TEST_SECONDS ?= 170
 # remembers for which GPUs was built: another list builds anew
 empty :=
 CUDA_TARGETS := $(CUDA_VENV)/.targets-$(subst $(empty) ,-,$(subst ;,-,$(or $(TORCH_CUDA_ARCH_LIST),default)))
-# where the benchmarks' result files go; make bench-check measures anew, in about as much time, and compares
+# where the benchmarks' result files go; make bench-check measures anew, by the committed file's command, and compares
 RESULTS := bench/results
 CHECK_OUT := build/bench
-CHECK_ROUNDS ?= 15
 # Everything that the compiled extension or the list of dependencies depends on; the Python code is installed in place.
 BUILD_INPUTS := setup.py build_support.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
@@ -59,10 +58,11 @@ bench: $(VENV)/.developed ## what gating costs on this CPU, for some minutes: re
 	$(BIN)/python -m bench.report --results $(RESULTS)
 	$(BIN)/python -m bench.report --results $(RESULTS) --readme
 
-# Ends with an error, code 1, on a slowdown, and code 2, nothing having been compared, on another kind of machine.
+# Ends with an error, of which bench.check says the code: 1, a slowdown; 2, nothing, or not everything, was compared, as
+# on another kind of machine; 3, most of it is too uncertain to say.
 bench-check: $(VENV)/.developed ## measure the train steps again and compare with the committed ones of this machine's kind
 	$(BIN)/python -m bench.check $(RESULTS)/cpu-overhead.json
-	$(BIN)/python -m bench.overhead --rounds $(CHECK_ROUNDS) --seconds 900 --out $(CHECK_OUT)/cpu-overhead.json
+	$(BIN)/python -m bench.overhead --like $(RESULTS)/cpu-overhead.json --out $(CHECK_OUT)/cpu-overhead.json
 	$(BIN)/python -m bench.check $(RESULTS)/cpu-overhead.json $(CHECK_OUT)/cpu-overhead.json
 
 kernels: $(VENV)/.developed ## compile every Triton kernel for every target, list registers and spills (no GPU)

@@ -11,8 +11,14 @@ together hold with 99 % confidence (Bonferroni, Student's t). A slowdown is real
 2 % and an interval above 0. The geometric means over a mode's entries are compared likewise: they show a small slowdown
 of everything that no entry shows by itself.
 
-Exit code 0: no slowdown; 1: a slowdown, or an entry that BEFORE has and AFTER has not; 2: nothing was compared, as when
-the machines are of different kinds.
+How small a slowdown is seen depends on an entry's rounds and their noise: with 20 rounds on a CPU some 5 to 15 % of an
+entry, and less of a mean; with the five rounds that the longest entries get it may take a factor of two, or of five.
+The last lines say what it is for these files. An entry of which a slowdown by 20 % would not be seen is named "too
+uncertain to say": that it is not listed as slower means nothing.
+
+Exit code 0: no slowdown; 1: a slowdown, or an entry that BEFORE has and AFTER has not, without saying why; 2: something
+was not compared: everything, as when the machines are of different kinds, or entries that AFTER left out, as when its
+time was up; 3: most entries are too uncertain to say.
 """
 
 from __future__ import annotations
@@ -29,7 +35,7 @@ import numpy as np
 
 from . import records
 from .check_statistics import Difference, difference, mean, reach, run_to_run
-from .records import Record
+from .records import TIME_UP, Record
 
 IDENTITY = {
     "overhead": ("case", "batch", "mode", "numbers"),
@@ -44,10 +50,12 @@ SIZES = ("case", "batch", "axis", "value", "network", "layer")
 CONFIDENCE = 0.99
 MINIMUM = math.log(1.02)
 """A smaller change of the logarithm fails nothing."""
-CONTROLS = ("listing1", "listing1 compiled", "plain-fold", "separate")
+CONTROLS = ("listing1", "listing1 compiled", "plain-fold", "separate", "separate per-sample")
 """Variants in plain PyTorch: never slower by this package's doing, and so the measure of what a run is by chance."""
 FEWEST = 5
 """Rounds below which nothing is said about an entry."""
+TOO_MUCH = 1.2
+"""An entry of which only a slowdown above this would be seen is too uncertain to say anything about."""
 
 Key = tuple[Any, ...]
 Times = Mapping[str, Sequence[float]]
@@ -65,13 +73,18 @@ class Change(NamedTuple):
     def slower(self) -> bool:
         return math.log(self.ratio) > MINIMUM and self.low > 1
 
+    @property
+    def seen(self) -> float:
+        """The least ratio that would have been called slower."""
+        return max(math.exp(MINIMUM), self.ratio / self.low)
+
     def __str__(self) -> str:
         return f"{self.label}: {self.ratio:.3f} ({self.low:.3f} to {self.high:.3f}) of what it was"
 
 
 class Comparison(NamedTuple):
     """Changes of our entries, of their geometric means and of the controls; the standard deviation between two runs;
-    the labels of what vanished, is new, or has too few rounds."""
+    the labels of what vanished, is new, or has too few rounds, and of what AFTER left out, with its reason."""
 
     entries: list[Change]
     means: list[Change]
@@ -80,10 +93,15 @@ class Comparison(NamedTuple):
     vanished: list[str]
     new: list[str]
     undecided: list[str]
+    left_out: list[str]
 
     @property
     def slower(self) -> list[Change]:
         return [change for change in (*self.means, *self.entries) if change.slower]
+
+    @property
+    def uncertain(self) -> list[Change]:
+        return [change for change in self.entries if change.seen > TOO_MUCH and not change.slower]
 
 
 def baseline(times: Times) -> str:
@@ -107,6 +125,22 @@ def entries_of(record: Record) -> dict[Key, Times]:
                 raise ValueError(f"two entries of {_label(record.what, key)}; expected one")
             found[key] = times
     return found
+
+
+def left_out(record: Record, key: Key) -> str | None:
+    """Why the run had no time or no place for an entry, as its file says; None where it does not, or something broke.
+
+    A series of growth whose time was up had none for the sizes after that either.
+    """
+    place = dict(zip(IDENTITY[record.what], key, strict=True))
+    for result in record.results:
+        differs = {name for name, value in place.items() if result.get(name) != value}
+        if not differs and result.get("left_out") and not result.get("failed") and not result.get("refused"):
+            return str(result["left_out"])
+        ended = result.get("ended")
+        if ended and ended.startswith(TIME_UP) and differs <= {"value"} and place["value"] >= result["value"]:
+            return str(ended)
+    return None
 
 
 def _label(what: str, key: Key) -> str:
@@ -163,12 +197,15 @@ def compare(before: Record, after: Record) -> Comparison:
         ours[label] = difference(a, b)
         kept = tuple(None if name in SIZES else v for name, v in zip(IDENTITY[what], key, strict=True))
         groups.setdefault(f"geometric mean, {_label(what, kept)}: {variant}", []).append(ours[label])
+    gone = _in_order(old, known - here)
+    excused = {key: why for key in dict.fromkeys(key for key, _ in gone) if (why := left_out(after, key))}
     means = {f"{label} ({len(parts)} entries)": mean(parts) for label, parts in groups.items() if len(parts) > 1}
     between, count = run_to_run(list(controls.values())), len(ours) + len(means)
     return Comparison(
         *(_changes(found, between, count) for found in (ours, means, controls)), math.sqrt(between),
-        [f"{_label(what, key)}: {variant}" for key, variant in _in_order(old, known - here)],
+        [f"{_label(what, key)}: {variant}" for key, variant in gone if key not in excused],
         [f"{_label(what, key)}: {variant}" for key, variant in _in_order(new, here - known)], undecided,
+        [f"{_label(what, key)}: {why}" for key, why in excused.items()],
     )
 
 
@@ -194,11 +231,16 @@ def describe(found: Comparison, everything: bool = False) -> str:
     lines += [f"vanished: {label}" for label in found.vanished]
     lines += [f"new, compared with nothing: {label}" for label in found.new]
     lines += [f"too few rounds: {label}" for label in found.undecided]
+    lines += [f"not compared: {label}" for label in found.left_out]
+    lines += [
+        f"too uncertain to say: {change}; a slowdown is seen from {change.seen - 1:.0%} on"
+        for change in found.uncertain
+    ]
     if everything:
         lines += [str(change) for change in (*found.means, *found.entries, *found.controls)]
     for name, changes in (("entries", found.entries), ("geometric means", found.means)):
         if changes:
-            seen = [max(math.exp(MINIMUM), change.ratio / change.low) - 1 for change in changes]
+            seen = [change.seen - 1 for change in changes]
             lines.append(
                 f"{len(changes)} {name}, {sum(change.slower for change in changes)} slower; a slowdown is seen from "
                 f"{statistics.median(seen):.1%} on (median; {max(seen):.1%} at worst)"
@@ -232,10 +274,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, record in (("before", before), ("now", after)):
         print(f"{name}: {record.what}, commit {record.machine.get('commit')}, {record.machine.get('date')}")
     print(*differing_versions(before, after), describe(found, options.all), sep="\n")
-    if not found.entries and not found.vanished:
+    if found.slower or found.vanished:
+        return 1
+    if not found.entries:
         print("bench.check: nothing was compared: the files have no timed entry in common", file=sys.stderr)
         return 2
-    return 1 if found.slower or found.vanished else 0
+    if found.left_out:
+        print(f"bench.check: not everything was compared: AFTER left out {', '.join(found.left_out)}", file=sys.stderr)
+        return 2
+    if 2 * len(found.uncertain) > len(found.entries):
+        print(f"bench.check: {len(found.uncertain)} of {len(found.entries)} entries are too uncertain to say; measure "
+              "with more rounds", file=sys.stderr)
+        return 3
+    return 0
 
 
 def _same_machine(before: Record, kind: str) -> int:

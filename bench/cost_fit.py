@@ -118,6 +118,30 @@ def judged(points: Sequence[Point], model: CostModel) -> dict[str, float]:
     return {"right": right, **{f"regret {name}": statistics.fmean(values) for name, values in regrets.items()}}
 
 
+def held_out(points: Sequence[Point]) -> dict[str, float]:
+    """As `judged`, each layer's picks by the model that all other layers' networks fit.
+
+    ValueError for networks of one layer only.
+    """
+    parts: dict[tuple[str, int], list[Point]] = {}
+    for p in points:
+        parts.setdefault((p.name, p.weights), []).append(p)
+    if len(parts) < 2:
+        raise ValueError("all networks are of one layer; expected two or more, for a fit to be tried on one held out")
+    found = []
+    for own in parts.values():
+        others = [p for p in points if p not in own]
+        found.append((len(own), judged(own, CostModel(*(fit(others, name).extra() for name in STRATEGIES), ""))))
+    return {name: sum(count * of[name] for count, of in found) / len(points) for name in found[0][1]}
+
+
+def always_epilogue(model: CostModel) -> CostModel:
+    """The model with folding at least as dear as the epilogue, for every size of layer."""
+    fold, epilogue = model.fold, model.epilogue
+    dearer = Extra(*(max(pair) for pair in zip(fold, epilogue, strict=True)))
+    return model._replace(fold=dearer._replace(layer=dearer.layer + 1))
+
+
 def fit_all(points: Sequence[Point], where: str) -> tuple[Models, list[dict[str, Any]]]:
     """The cost models by kind and dtype, and a result entry for each with its coefficients and its errors.
 
@@ -139,7 +163,9 @@ def fit_all(points: Sequence[Point], where: str) -> tuple[Models, list[dict[str,
             )
         fits = {name: fit(own, name) for name in STRATEGIES}
         model = CostModel(*(fits[name].extra() for name in STRATEGIES), where)
-        models[kind, NUMBERS[numbers]] = model
+        held, always = held_out(own), judged(own, model)["regret epilogue"]
+        better = held["regret model"] < always
+        models[kind, NUMBERS[numbers]] = model if better else always_epilogue(model)
         error = {
             name: statistics.median(abs(fits[name].at(p) - p.extra(name)) / p.plain for p in own) for name in STRATEGIES
         }
@@ -147,6 +173,7 @@ def fit_all(points: Sequence[Point], where: str) -> tuple[Models, list[dict[str,
             "kind": kind, "numbers": numbers, "networks": len(own), "left_out": len(all_own) - len(own),
             "fit": {name: found._asdict() for name, found in fits.items()},
             "error": error, "picks": judged(own, model), "picks by bytes moved": judged(own, BYTES_MOVED),
+            "picks held out": held, "chosen": "fit" if better else "epilogue",
         })
     return models, entries
 
@@ -165,8 +192,9 @@ def table(entries: Sequence[dict[str, Any]]) -> str:
             )
     lines += [
         "",
-        "| kind | numbers | networks | too noisy | right picks | regret | of the prior | of fold | of epilogue |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| kind | numbers | networks | too noisy | right picks | regret | of the prior | of fold | of epilogue "
+        "| right, held out | regret, held out | chosen |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for e in entries:
         picks = e["picks"]
@@ -174,6 +202,13 @@ def table(entries: Sequence[dict[str, Any]]) -> str:
         regrets += [picks[f"regret {name}"] for name in STRATEGIES]
         lines.append(
             f"| {e['kind']} | {e['numbers']} | {e['networks']} | {e['left_out']} | {picks['right']:.2f} | "
-            f"{' | '.join(f'{regret:.4f}' for regret in regrets)} |"
+            f"{' | '.join(f'{regret:.4f}' for regret in regrets)} | {_held_out(e)} |"
         )
     return "\n".join(lines)
+
+
+def _held_out(entry: dict[str, Any]) -> str:
+    """Cells; of a file from before there were any they say so."""
+    if (held := entry.get("picks held out")) is None:
+        return "not recorded | not recorded | fit"
+    return f"{held['right']:.2f} | {held['regret model']:.4f} | {entry['chosen']}"

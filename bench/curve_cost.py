@@ -26,10 +26,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mrvae_models.config import TrainConfig
 from mrvae_models.experiments.tables import retraining_table
 from mrvae_models.training import TrainingInterrupted
 
 from . import records
+from .arguments import interrupted, out_file, result_file
 from .report_tables import interval
 from .retraining import BETAS, evaluated, trained
 from .timing import Ratio, ratio
@@ -54,7 +56,7 @@ def measure(
 ) -> dict[str, Any]:
     """The result file's entry; `others` are further options of TrainConfig.
 
-    one_run_seconds and retrained_seconds: [seed][beta], the pairs.
+    one_run_seconds and retrained_seconds: [seed][beta], the pairs. config: the options that all runs share.
     """
     options = {"network": network, "epochs": epochs, "threads": threads, **others}
     once: list[list[float]] = []
@@ -82,7 +84,21 @@ def measure(
         "network": network, "seeds": list(seeds), "epochs": epochs, "threads": threads, "betas": list(betas),
         "one_run_seconds": once, "retrained_seconds": again, "objective": runs,
         "ratio": {name: value._asdict() for name, value in ratios(once, again).items()},
+        "config": TrainConfig(**options).to_dict(),
     }
+
+
+def earlier_recipe(result: dict[str, Any]) -> str | None:
+    """A sentence where an entry's runs have other options than `mrvae train` gives them today, or none recorded."""
+    then = result.get("config")
+    if then is None:
+        return "The file does not say which options its runs had: read it as of an earlier recipe than today's."
+    now = TrainConfig(**{name: result[name] for name in ("network", "epochs", "threads")}).to_dict()
+    changed = [
+        f"`{name}` ({then.get(name, 'not there')!r}, today {now.get(name, 'not there')!r})"
+        for name in dict.fromkeys((*then, *now)) if name not in then or name not in now or then[name] != now[name]
+    ]
+    return f"These runs are of an earlier recipe: today's differs in {', '.join(changed)}." if changed else None
 
 
 def ratios(once: Sequence[Sequence[float]], again: Sequence[Sequence[float]]) -> dict[str, Ratio]:
@@ -112,6 +128,8 @@ def summary(result: dict[str, Any]) -> str:
         "",
         retraining_table(result["objective"], result["betas"]),
     ]
+    if earlier := earlier_recipe(result):
+        lines += ["", earlier]
     if result["epochs"] < CONVERGED:
         lines += ["", f"After {result['epochs']} epochs neither is converged: these objectives show that the runs are "
                   f"comparable, not which is better. `--epochs {CONVERGED}` is the recipe's length."]
@@ -128,11 +146,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--epochs", type=int, default=EPOCHS, help=f"passes over the digits a run (default {EPOCHS})")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(),
                         help="of torch, for every run (default: torch's own number)")
-    parser.add_argument("--out", type=Path, help="write a JSON result file there")
-    parser.add_argument("--table", type=Path, metavar="FILE", help="print the Markdown of a result file and stop")
+    parser.add_argument("--out", type=out_file, help="write a JSON result file there")
+    parser.add_argument("--table", type=result_file(WHAT), metavar="FILE",
+                        help="print the Markdown of a result file and stop")
     options = parser.parse_args(arguments)
     if options.table:
-        print(*(summary(result) for result in records.read(options.table, WHAT).results), sep="\n\n")
+        print(*(summary(result) for result in options.table.results), sep="\n\n")
         return 0
     for name in ("epochs", "threads"):
         if getattr(options, name) < 1:
@@ -143,9 +162,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         result = measure(options.network, options.seeds, options.epochs, options.threads)
     except ValueError as error:
         parser.error(str(error))
-    except TrainingInterrupted:
-        print("bench.curve_cost: interrupted; a curve is measured whole or not at all", file=sys.stderr)
-        return 130
+    except (TrainingInterrupted, KeyboardInterrupt):  # a curve is measured whole or not at all
+        return interrupted("curve_cost", None)
     print("\n" + summary(result))
     if options.out:
         records.write(options.out, WHAT, [result])

@@ -12,7 +12,9 @@ once, is the same whatever is chosen and left out of the model. bfloat16 is meas
 float32 weights under autocast.
 
 Printed are the fit's errors, how often the model picks the faster strategy, and the regret: the time lost by its wrong
-picks, over the plain step's. --install writes the coefficients to the user's cache folder, where they win over the
+picks, over the plain step's, on the networks that it was fitted to, and held out: each layer's picks by a fit to all
+other layers. Where the regret held out is no less than that of always taking the epilogue, the model of that kind and
+numbers always takes it. --install writes the coefficients to the user's cache folder, where they win over the
 package's, or into the package itself (mrvae_kernels/measured/cost_model.json) for whoever develops it.
 """
 
@@ -27,7 +29,6 @@ import random
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,8 +38,9 @@ import mrvae_kernels as mk
 from mrvae_kernels import cost_model, measurements, ops
 from mrvae_kernels.cost_model import KINDS, NUMBERS
 
+from .arguments import EachOnce, out_file
 from .cost_fit import STRATEGIES, Point, fit_all, table
-from .records import RESULTS, machine, write
+from .records import machine, write
 from .shapes import CONV, LINEAR, TRANSPOSED, Case
 from .timing import interleave, keep_memory
 
@@ -150,14 +152,13 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m bench.fit_cost_model", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--numbers", nargs="+", choices=list(NUMBERS), default=list(NUMBERS),
+    parser.add_argument("--numbers", nargs="+", action=EachOnce, choices=list(NUMBERS), default=list(NUMBERS),
                         help="float32, bfloat16 by autocast (default both)")
     parser.add_argument("--seconds", type=float, default=40,
                         help="of measuring, all networks together (default 40); warming up takes as long again, and "
                         "after 2.5 times as long nothing is begun")
     parser.add_argument("--rounds", type=int, default=11, help="interleaved rounds a network, 2 at least (default 11)")
-    parser.add_argument("--out", type=Path, default=RESULTS / "cpu-cost-model.json",
-                        help="result file with the raw timings and the fit (default bench/results/cpu-cost-model.json)")
+    parser.add_argument("--out", type=out_file, help="write a JSON result file with the raw timings and the fit there")
     parser.add_argument("--install", choices=("user", "package"),
                         help="write the coefficients to the user's cache folder (MRVAE_CACHE), or into the package")
     options = parser.parse_args(argv)
@@ -191,8 +192,10 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"bench.fit_cost_model: {error}", file=sys.stderr)
         return 1
-    write(options.out, "cost-model", [*map(entry, points), *fits])
-    print(f"\n{table(fits)}\n\n{time.monotonic() - started:.0f} s; written: {options.out}")
+    print(f"\n{table(fits)}\n\n{time.monotonic() - started:.0f} s")
+    if options.out:
+        write(options.out, "cost-model", [*map(entry, points), *fits])
+        print(f"written: {options.out}")
     if options.install:
         assert target is not None
         try:

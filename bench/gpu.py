@@ -2,6 +2,8 @@
 
 Correctness: every strategy of every layer in bench/shapes.py by Triton's kernels and by the compiled core's, y and all
 gradients, against float64 on the same GPU. Of a backend that is not there the report says why; the other is measured.
+A variant that is wrong there gets no time in those numbers, nor does one that is wrong at the batch that is timed, by
+the same comparison; where anything is wrong no record is written, from which strategies would be chosen.
 Timings: each layer by each variant of bench/layer_variants.py at batch 128, 16 and 1024, forward and forward +
 backward; GPU time from CUDA graphs, host time by the clock, medians of interleaved rounds, as ratios to the library's
 layer followed by its activation. The fraction of the roofline takes the bytes and operations that the gated layer needs
@@ -32,7 +34,8 @@ from mrvae_kernels import measurements
 from mrvae_kernels.measuring import inputs_of_layers, time_backends
 
 from . import gpu_memory
-from .gpu_correctness import LIMITS, NUMBERS, checked, errors, faults
+from .arguments import EachOnce
+from .gpu_correctness import LIMITS, NUMBERS, checked, errors, failures, faults
 from .gpu_layers import time_case
 from .gpu_prepare import prepare
 from .gpu_report import fused_where_chosen, record, side_by_side, table
@@ -87,11 +90,12 @@ class Run:
         self.name = measurements.device_name(device)
         self.versions = measurements.installed_versions()
         self.absent = absent(device)
+        self.known: dict[tuple[str, str, str], dict[str, str]] = {}  # network, layer, numbers -> what is wrong
         core = {} if "cpp" in self.absent else {"core": mk.ops.build_facts()}
         self.report: dict[str, Any] = {
             "machine": {**machine(device), "device": self.name, **self.versions, **core}, "command": sys.argv[1:],
             "absent": self.absent, "seconds": {}, "correctness": [], "results": [], "memory": [], "left_out": [],
-            "failed": [],
+            "failed": [], "wrong": [],
         }
         stem = measurements.file_name(self.name).removesuffix(".json")
         self.path = options.out / f"{stem}-{self.report['machine']['date']}.json"
@@ -138,20 +142,21 @@ class Run:
         done = prepare(todo, self.device, seconds, options.prepare)
         print(f"compiled ahead: {done} of {len(todo)}", flush=True)
 
-    def correctness(self) -> list[str]:
+    def correctness(self) -> None:
         """What is wrong; exact products first, at the smallest batch."""
-        wrong: list[str] = []
         for precision in LIMITS:
             for case in self.cases:
                 if self.late(f"correctness: {case.name} {precision}"):
                     continue
                 found = errors(case, min(self.options.batch), precision, self.device)
                 self.report["correctness"].append(found)
-                wrong += faults(found)
+                self.known[case.network, case.name, precision] = faults(found)
+                label = f"{case.name} batch {found['batch']} {precision}"
+                self.wrong([f"{label} {name}: {why}" for name, why in faults(found).items()])
+                self.failed([f"{label} {name}: {why}" for name, why in failures(found).items()])
                 self.write()
-        print(f"correctness: {len(self.report['correctness'])} layers and precisions, {len(wrong)} wrong", *wrong,
-              sep="\n  ")
-        return wrong
+        compared, wrong = len(self.report["correctness"]), sum(map(len, self.known.values()))
+        print(f"correctness: {compared} layers and precisions, {wrong} wrong", flush=True)
 
     def memory(self) -> None:
         """The memory-bound operators' share of the copy bandwidth."""
@@ -165,6 +170,10 @@ class Run:
         self.report["failed"] += lines
         print(*lines, sep="\n", end="\n" if lines else "", flush=True)
 
+    def wrong(self, lines: list[str]) -> None:
+        self.report["wrong"] += lines
+        print(*(f"wrong: {line}" for line in lines), sep="\n", end="\n" if lines else "", flush=True)
+
     def timings(self) -> None:
         """Every case in every precision, batch by batch."""
         options = self.options
@@ -176,12 +185,15 @@ class Run:
                     label = f"{case.name} batch {batch} {precision}"
                     if self.late(label):
                         continue
+                    known = self.known.get((case.network, case.name, precision), {})
                     try:
                         result = time_case(
                             case, batch, precision, self.device, self.report["ceilings"], options.rounds,
-                            case in compiled and (batch, precision) == with_compiled,
+                            case in compiled and (batch, precision) == with_compiled, known,
                         )
                         self.report["results"].append(result)
+                        found = {name: why for name, why in result["wrong"].items() if name not in known}
+                        self.wrong([f"{label} {name}: {why}" for name, why in found.items()])
                         failed = [f"{label} {name}: {text}" for name, text in result["failed"].items()]
                     except Exception as error:
                         failed = [f"{label}: {failure(error, self.device)}"]
@@ -195,7 +207,7 @@ def run(cases: list[Case], device: torch.device, options: argparse.Namespace, si
     """Everything, and the exit code: 1 if something is wrong, failed, or was asked for and not reached at all."""
     options.out.mkdir(parents=True, exist_ok=True)
     this = Run(cases, device, options)
-    report, wrong = this.report, []
+    report = this.report
     with this.part("ceilings"):
         report["ceilings"] = ceilings(device, max(1, size // 4), size)
     print(", ".join(f"{key} {value:.4g}/s" for key, value in report["ceilings"].items()), flush=True)
@@ -206,7 +218,7 @@ def run(cases: list[Case], device: torch.device, options: argparse.Namespace, si
             this.prepare()
     if not options.no_correctness:
         with this.part("correctness"):
-            wrong = this.correctness()
+            this.correctness()
     if not options.no_timing:
         with this.part("memory-bound operators", guarded=True):
             this.memory()
@@ -218,8 +230,9 @@ def run(cases: list[Case], device: torch.device, options: argparse.Namespace, si
             failures: list[str] = []
             report["backends"] = backends_of_a_network(device, options.rounds, failures)
             this.failed([f"backends: {line}" for line in failures])
-        measured = record(results, report.get("backends", {}), this.cases)
-        measurements.write(options.out / measurements.file_name(this.name), this.name, this.versions, measured)
+        if not report["wrong"]:
+            measured = record(results, report.get("backends", {}), this.cases)
+            measurements.write(options.out / measurements.file_name(this.name), this.name, this.versions, measured)
         with this.part("profile", guarded=True):
             (options.out / "profile.txt").write_text(profile(device))
         for kind in ("forward", "both"):
@@ -232,6 +245,9 @@ def run(cases: list[Case], device: torch.device, options: argparse.Namespace, si
     print("", *missing, sep="\n", end="\n" if missing else "")
     if report["left_out"]:
         print(f"\nleft out for lack of time: {len(report['left_out'])}", *report["left_out"], sep="\n  ")
+    if report["wrong"]:
+        print("\nwrong, and without a time; so no record was written that strategies would be chosen by",
+              *report["wrong"], sep="\n  ")
     unreached = [
         part for part, asked, reached in (
             ("correctness", not options.no_correctness, any(map(checked, report["correctness"]))),
@@ -239,19 +255,19 @@ def run(cases: list[Case], device: torch.device, options: argparse.Namespace, si
         ) if asked and not reached
     ]
     print(f"\nwritten: {this.path}" + "".join(f"; nothing came of {part}" for part in unreached))
-    return 1 if wrong or report["failed"] or unreached else 0
+    return 1 if report["wrong"] or report["failed"] or unreached else 0
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command; 0, 1 for a kernel that is wrong or nothing reached, 2 where nothing can be measured."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for the result files")
-    parser.add_argument("--networks", nargs="+", choices=sorted({case.network for case in CASES}),
+    parser.add_argument("--networks", nargs="+", action=EachOnce, choices=sorted({case.network for case in CASES}),
                         help="the networks whose layers are measured (default all)")
-    parser.add_argument("--batch", nargs="+", type=int, default=list(BATCHES),
+    parser.add_argument("--batch", nargs="+", action=EachOnce, type=int, default=list(BATCHES),
                         help="batch sizes, in this order; correctness takes the smallest "
                         f"(default {' '.join(map(str, BATCHES))})")
-    parser.add_argument("--precision", nargs="+", choices=list(NUMBERS), default=list(NUMBERS),
+    parser.add_argument("--precision", nargs="+", action=EachOnce, choices=list(NUMBERS), default=list(NUMBERS),
                         help="of the timings: exact float32 products, TF32's, bfloat16 (default all)")
     parser.add_argument("--rounds", type=int, default=15,
                         help="interleaved rounds whose median is taken (default 15); the host's time takes a third")

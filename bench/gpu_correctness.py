@@ -44,15 +44,19 @@ def relative_error(got: Tensor, exact: Tensor) -> float:
     return error / scale if scale > 0 else error
 
 
-def faults(found: dict[str, Any]) -> list[str]:
-    """One line for every variant that failed or exceeds its limit in what `errors` gave."""
-    lines = []
+def faults(found: dict[str, Any]) -> dict[str, str]:
+    """Each variant that exceeds its limit in what `errors` gave, and by which errors."""
+    limit, wrong = LIMITS[found["precision"]], {}
     for name, values in found["errors"].items():
-        limit = LIMITS[found["precision"]]
         bad = [f"{label} {values[label]:.2g}" for label in LABELS if label in values and not values[label] <= limit]
-        if bad or "failed" in values:
-            lines.append(f"{found['case']} {found['precision']} {name}: {', '.join(bad) or values['failed']}")
-    return lines
+        if bad:
+            wrong[name] = f"relative errors against float64, at most {limit:.2g} allowed: {', '.join(bad)}"
+    return wrong
+
+
+def failures(found: dict[str, Any]) -> dict[str, str]:
+    """Each variant that failed in what `errors` gave, and how."""
+    return {name: values["failed"] for name, values in found["errors"].items() if "failed" in values}
 
 
 def checked(found: dict[str, Any]) -> bool:

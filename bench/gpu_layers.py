@@ -1,9 +1,10 @@
-"""One gated layer's times by every variant, and what they are held against."""
+"""One gated layer's times by every variant whose numbers are right, and what they are held against."""
 
 from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ import mrvae_kernels as mk
 
 from .gpu_correctness import NUMBERS
 from .gpu_timing import Step, cache_bytes, device_times, failure, float32_precision, host_times, recorded
+from .layer_checks import Comparison
 from .layer_variants import OURS, GatedCase
 from .shapes import Case
 
@@ -20,9 +22,13 @@ MOST_COPIES = 8
 
 
 def time_case(
-    case: Case, batch: int, precision: str, device: torch.device, tops: dict[str, float], rounds: int, compiled: bool
+    case: Case, batch: int, precision: str, device: torch.device, tops: dict[str, float], rounds: int, compiled: bool,
+    known: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """GPU and host milliseconds of every variant, forward and forward + backward; why a variant is not among them."""
+    """GPU and host milliseconds of every variant, forward and forward + backward; why a variant is not among them.
+
+    wrong: those whose y or gradients at this batch are not float64's, besides `known`, which are wrong at another.
+    """
     dtype = NUMBERS[precision]
     item = torch.empty((), dtype=dtype).element_size()
     x_bytes, beyond = item * batch * math.prod(case.shape), 2 * cache_bytes(device)
@@ -30,26 +36,42 @@ def time_case(
     result: dict[str, Any] = {
         "case": case.name, "network": case.network, "batch": batch, "precision": precision, "copies": copies,
         "cached": copies * x_bytes <= beyond, "refused": {}, "failed": {},
+        "wrong": dict(known or {}),
     }
+
+    def note(name: str, error: Exception) -> None:
+        refused = isinstance(error, ValueError) and name in OURS
+        result["refused" if refused else "failed"][name] = str(error) if refused else failure(error, device)
+
+    def out(name: str) -> bool:
+        """Whether the variant gets no time."""
+        return any(name in result[why] for why in ("refused", "failed", "wrong"))
+
     with float32_precision(precision), mk.override():
         gated = GatedCase(case, batch, dtype, device, copies)
+        names = [name for name in gated.names if compiled or not name.endswith(" compiled")]
+        comparison = Comparison(gated, precision)
+        for name in names:
+            try:
+                if not out(name) and (fault := comparison.fault(name)):
+                    result["wrong"][name] = fault
+            except Exception as error:
+                note(name, error)
+        del comparison  # float64's tensors, the largest here
         for kind in ("forward", "both"):
             backward = kind == "both"
             steps: dict[str, Step] = {}
             runs: dict[str, Step] = {}
-            for name in gated.names:
-                if name in result["refused"] or name in result["failed"] or (
-                    name.endswith(" compiled") and not compiled
-                ):
+            for name in names:
+                if out(name):
                     continue
                 try:
                     step = gated.steps(name, backward)
                     step()
                     steps[name], runs[name] = step, recorded(step, copies, device)
                 except Exception as error:
-                    refused = isinstance(error, ValueError) and name in OURS
                     steps.pop(name, None)
-                    result["refused" if refused else "failed"][name] = str(error) if refused else failure(error, device)
+                    note(name, error)
             gpu = device_times(runs, device, copies, rounds)
             host = host_times(steps, device, max(1, rounds // 3), 10 if device.type == "cuda" else 1)
             floor = 1e3 * max(

@@ -4,8 +4,8 @@ Each series starts from a small MLP or CNN and doubles one size. At every size t
 gated (one beta a step) and the per-sample network run interleaved in one process; figures are medians of the rounds'
 ratios with 95 % bootstrap intervals, and peak memory. Series take turns, so that all get as far as the time allows. A
 series ends where the next size would not fit into memory, where its step or its measurement would take longer than
-there is time, or where the network cannot be built; the last row says which. On a GPU the kernels launched a step are
-counted along depth: gating's share of them must not grow.
+there is time, or where the network cannot be built; the last row says which. The result file is written after every
+size. On a GPU the kernels launched a step are counted along depth: gating's share of them must not grow.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import torch
 from mrvae_models.networks import build
 
 from . import plots, records
+from .arguments import EachOnce, interrupted, out_file, result_file
 from .overhead_check import refusal
 from .overhead_measure import Effort, train
 from .report_tables import interval
@@ -108,13 +109,13 @@ class Growing:
     def reason(self, left: float, step_seconds: float, free: int) -> str | None:
         """Why the next size is not begun, if it should not be: an extrapolation of the last doubling's growth."""
         if not self.seconds:
-            return None if left > 0 else "the time is up"
+            return None if left > 0 else records.TIME_UP
         if (size := _next(self.bytes)) > PART * free:
             return f"memory: it would take about {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
         if (step := _next(self.steps)) > step_seconds:
             return f"a step would take about {step:.3g} s; the limit is {step_seconds:g} s"
         if (needed := _next(self.seconds)) > left:
-            return f"the time is up: it would take about {needed:.0f} s, {max(left, 0):.0f} s are left"
+            return f"{records.TIME_UP}: it would take about {needed:.0f} s, {max(left, 0):.0f} s are left"
         return None
 
     def entry(self, **found: Any) -> dict[str, Any]:
@@ -175,9 +176,10 @@ def out_of_memory(reason: str) -> bool:
 def grow(
     series: Sequence[Series], modes: Sequence[str], device: torch.device, seconds: float, step_seconds: float,
     rounds: int, clock: Callable[[], float] = time.monotonic,
+    done: Callable[[list[dict[str, Any]]], object] = lambda results: None,
 ) -> list[dict[str, Any]]:
     """Every series in every mode, turn by turn; the results in the order of the series. The last of each says why it
-    `ended`."""
+    `ended`. `done` gets the results so far after each."""
     deadline = clock() + seconds
     every = [Growing(one, mode) for mode in modes for one in series]
     found: dict[int, list[dict[str, Any]]] = {i: [] for i in range(len(every))}
@@ -198,10 +200,15 @@ def grow(
             else:
                 found[i].append(one.entry(ended=one.ended))
                 print(line(found[i][-1]), flush=True)
+            done(_in_order(found))
             torch._dynamo.reset()
             gc.collect()
             if device.type == "cuda":
                 torch.cuda.empty_cache()
+    return _in_order(found)
+
+
+def _in_order(found: dict[int, list[dict[str, Any]]]) -> list[dict[str, Any]]:
     return [entry for entries in found.values() for entry in entries]
 
 
@@ -247,25 +254,27 @@ def table(results: Sequence[dict[str, Any]]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; 1 where a variant was refused a time."""
+    """The command; 1 where a variant was refused a time, 130 where it was interrupted."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.growth", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--axes", nargs="+", choices=sorted({one.axis for one in SERIES}), help="default: all")
     parser.add_argument("--cases", nargs="+", choices=sorted({one.case for one in SERIES}), help="default: all")
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=["eager"], help="default: eager")
+    parser.add_argument("--modes", nargs="+", action=EachOnce, choices=MODES, default=["eager"],
+                        help="default: eager")
     parser.add_argument("--device", default="cpu", help="such as cuda (default cpu)")
     parser.add_argument("--seconds", type=float, default=120, help="begin no size that would end later (default 120)")
     parser.add_argument("--step-seconds", type=float, default=STEP_SECONDS,
                         help=f"longest training step of one network, in seconds (default {STEP_SECONDS:g})")
     parser.add_argument("--rounds", type=int, default=ROUNDS,
                         help=f"interleaved rounds a size, {LEAST_ROUNDS} at least (default {ROUNDS})")
-    parser.add_argument("--out", type=Path, help="write a JSON result file there")
-    parser.add_argument("--plot", type=Path, help="draw a PNG there")
-    parser.add_argument("--table", type=Path, metavar="FILE", help="print the table of a result file and stop")
+    parser.add_argument("--out", type=out_file, help="write a JSON result file there")
+    parser.add_argument("--plot", type=out_file, help="draw a PNG there")
+    parser.add_argument("--table", type=result_file(WHAT), metavar="FILE",
+                        help="print the table of a result file and stop")
     options = parser.parse_args(arguments)
     if options.table:
-        print(table(records.read(options.table, WHAT).results))
+        print(table(options.table.results))
         return 0
     for name, least in (("seconds", 0), ("step_seconds", 0), ("rounds", LEAST_ROUNDS)):
         if not getattr(options, name) >= least:
@@ -285,11 +294,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if "graph" in options.modes and device.type != "cuda":
         parser.error("--modes has graph: a CUDA graph needs an NVIDIA GPU; give --device cuda or leave it out")
     keep_memory()
-    results = grow(chosen, options.modes, device, options.seconds, options.step_seconds, options.rounds)
+    written: Path | None = None
+
+    def write(results: list[dict[str, Any]]) -> None:
+        nonlocal written
+        if options.out:
+            records.write(options.out, WHAT, results, device)
+            written = options.out
+
+    try:
+        results = grow(chosen, options.modes, device, options.seconds, options.step_seconds, options.rounds, done=write)
+    except KeyboardInterrupt:
+        return interrupted("growth", written)
     print("\n" + table(results))
-    if options.out:
-        records.write(options.out, WHAT, results, device)
-        print(f"written: {options.out}")
+    if written:
+        print(f"written: {written}")
     if options.plot:
         plots.growth(results, options.plot, f"{records.machine(device)['kind']}: train step over the ungated network's")
         print(f"written: {options.plot}")

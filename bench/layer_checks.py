@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +23,8 @@ TENSORS = {**NUMBERS, "float16": torch.float16}
 MOST = {**LIMITS, "float16": 2e-3}
 RECURRENCE = 4
 """An LSTM's rounding errors go round: it is allowed so many times the limit."""
+EXAMPLES = 16
+"""What float32's limit is for: rounding errors of sums over more examples grow with the root of their number."""
 
 
 def dtypes(device: torch.device) -> tuple[str, ...]:
@@ -48,8 +51,7 @@ class CheckedCase:
         torch._dynamo.reset()  # it compiles one piece of code for a few layers only, and then runs it as it is
         runs = [name for name in variants if name not in self.refused]
         self.gated = GatedCase(case, batch, tensors, device, COPIES, runs)
-        self._exact: dict[str, ExactCase] = {}
-        self._gradients: dict[Any, tuple[Tensor, ...]] = {}
+        self._compared = Comparison(self.gated, DTYPES[dtype])
         self._faults: dict[str, str | None] = {}
 
     def precision(self) -> float32_precision:
@@ -61,7 +63,7 @@ class CheckedCase:
         nothing. Its first call also finds out whether the variant refuses the layer: see `refused` then."""
         if name not in self._faults and name not in self.refused:
             try:
-                self._faults[name] = self._compare(name)
+                self._faults[name] = self._compared.fault(name)
             except ValueError as error:
                 self.refused[name] = str(error)
             except Exception as error:
@@ -72,8 +74,19 @@ class CheckedCase:
         """Whether the variant gets a time: it runs, and its numbers are right."""
         return self.fault(name) is None and name not in self.refused
 
-    def _compare(self, name: str) -> str | None:
-        x = self.gated.inputs[0]
+
+class Comparison:
+    """A gated case's variants against float64, in the numbers of `gpu_correctness` or "float16"."""
+
+    def __init__(self, gated: GatedCase, numbers: str) -> None:
+        self.gated, self.numbers = gated, numbers
+        self._exact: dict[str, ExactCase] = {}
+        self._gradients: dict[Any, tuple[Tensor, ...]] = {}
+
+    def fault(self, name: str) -> str | None:
+        """What is wrong in the variant's y, with and without gradients, and in its gradients; None for nothing. Raises
+        what the variant does."""
+        case, x = self.gated.case, self.gated.inputs[0]
         y, *gradients = self.gated.both(name, x)
         with torch.no_grad():
             alone = self.gated.forward(name, x)
@@ -81,7 +94,7 @@ class CheckedCase:
         if gate not in self._exact:
             self._exact[gate] = self.gated.exact(x, name)
         exact = self._exact[gate]
-        signs = hash((y > 0).cpu().numpy().tobytes()) if self.case.activation == "relu" else 0
+        signs = hash((y > 0).cpu().numpy().tobytes()) if case.activation == "relu" else 0
         if (gate, signs) not in self._gradients:
             self._gradients[gate, signs] = exact.gradients(y)
         own = [f"d{parameter}" for parameter, _ in self.gated.layer.named_parameters()]
@@ -92,8 +105,10 @@ class CheckedCase:
         for label, want in zip(labels, wanted, strict=True):
             if label.startswith("dgate") and (norm := want.norm().item()) > 0:
                 errors[label] *= norm / max(norm, _terms(exact, gate))
-        limit = MOST[DTYPES[self.dtype]] * (RECURRENCE if self.case.kind is nn.LSTM else 1)
-        bad = [f"{label} {error:.2g}" for label, error in errors.items() if not error <= limit]
+        limit = MOST[self.numbers] * (RECURRENCE if case.kind is nn.LSTM else 1)
+        sums = limit * math.sqrt(max(1, len(x) / EXAMPLES)) if self.numbers == "ieee" else limit
+        allowed = dict.fromkeys(labels, sums) | dict.fromkeys(("y", "y without gradients", "dx"), limit)
+        bad = [f"{label} {error:.2g}" for label, error in errors.items() if not error <= allowed[label]]
         return f"relative errors against float64, at most {limit:.2g} allowed: {', '.join(bad)}" if bad else None
 
 

@@ -1,13 +1,19 @@
 """One gated layer with its activation, computed in every way that the layer benchmarks set side by side.
 
     library            act(layer(x)): no gate at all, the baseline
-    separate           act(g * layer(x)): the library's layer, then elementwise operations
+    separate           act(g * layer(x)): the library's layer, then elementwise operations, with one gate a batch;
+                       "separate per-sample" with one an example, which is Listing 1 where its gate is ready
     listing1           the MR-VAE paper's Listing 1: nn.Linear(1, C), an activation, a multiplication, for one beta an
                        example; also compiled. Of an LSTM, whose gates act before its non-linearities, the recurrence
                        written out
     plain-fold         W' = g W, b' = g b with plain PyTorch operations, then the library's layer
     fold cpp, ...      this package's strategies (fold, epilogue, fused), each on every backend (cpp, triton,
                        reference), for one beta a batch; "epilogue cpp per-sample" and the like for one beta an example
+
+Only listing1 computes its gate from beta, forward and backward; every other variant is handed one that is ready, and
+gives its gradient. A network's gates are computed in one operator for all of its layers, which a single layer cannot
+show. So per-sample variants are to be held against "separate per-sample", and the others against "separate" and
+"plain-fold"; `bench.overhead` times whole networks, gates included.
 """
 
 from __future__ import annotations
@@ -33,7 +39,7 @@ from .shapes import Case
 BACKENDS = ("cpp", "triton")
 """Those with kernels of a GPU's own."""
 OURS = tuple(f"{strategy} {backend}" for strategy in choices.STRATEGIES for backend in BACKENDS)
-OTHERS = ("library", "separate", "listing1", "listing1 compiled", "plain-fold")
+OTHERS = ("library", "separate", "separate per-sample", "listing1", "listing1 compiled", "plain-fold")
 VARIANTS = (*OTHERS, *OURS)
 EVERY = (
     *OTHERS, *(f"{strategy} {backend}" for strategy in choices.STRATEGIES for backend in backends.BACKENDS),
@@ -68,7 +74,7 @@ def refusal(name: str, case: Case, device: torch.device, dtype: torch.dtype) -> 
     recurrent, product = case.kind is nn.LSTM, ADAPTERS[case.kind].product
     if name == "listing1 compiled":
         return "torch.compile unrolls the recurrence, for minutes" if recurrent else None
-    if name == "separate":
+    if name.startswith("separate"):
         return INSIDE if recurrent else None
     if name in OTHERS:
         return None
@@ -116,8 +122,8 @@ class GatedCase:
         self._functions: dict[str, Callable[[Tensor], Tensor]] = {}
         for name in (*OTHERS, *ours(device)) if variants is None else variants:
             if name in OTHERS:
-                function = getattr(self, "_" + name.partition(" ")[0].replace("-", "_"))
-                compiled = name.endswith(" compiled")
+                plain, compiled = name.removesuffix(" compiled"), name.endswith(" compiled")
+                function = getattr(self, "_" + plain.replace("-", "_").replace(" ", "_"))
                 self._functions[name] = torch.compile(function, dynamic=False) if compiled else function
             else:
                 self._functions[name] = self._on_backend(*name.split())
@@ -179,8 +185,13 @@ class GatedCase:
         return self._activate(only(self.layer(x)))
 
     def _separate(self, x: Tensor) -> Tensor:
-        y = self.layer(x)
-        return self._activate(y * self._along(self.gate.to(y.dtype), y))
+        return self._activate(self._times(self.gate, self.layer(x)))
+
+    def _separate_per_sample(self, x: Tensor) -> Tensor:
+        return self._activate(self._times(self.gates, self.layer(x)))
+
+    def _times(self, gate: Tensor, y: Tensor) -> Tensor:
+        return y * self._along(gate.to(y.dtype), y)
 
     def _listing1(self, x: Tensor) -> Tensor:
         gate = gate_activation(self.response(self.eta), "sigmoid")

@@ -1,8 +1,11 @@
 """Time of single layers by every variant over the plain layer's: `python -m bench.layers`.
 
 Each layer in each of the numbers, forward (no gradients) and both (forward and backward): the variants of
-layer_variants.py take turns in one process, on inputs that rotate. A variant whose y or gradients are wrong against
-float64 gets no time, and the command ends with code 1; one that cannot run is listed with the reason.
+layer_variants.py take turns in one process, on inputs that rotate. A time is that of the layer, its gate and its
+activation, with a gate that is ready and whose gradient the backward pass gives. Only listing1 also computes its gate
+from beta, as the paper prints it; "separate per-sample" is the same with a ready gate, which our per-sample variants
+are to be held against. A variant whose y or gradients are wrong against float64 gets no time, and the command ends with
+code 1; one that cannot run is listed with the reason.
 """
 
 from __future__ import annotations
@@ -21,15 +24,23 @@ import torch
 
 import mrvae_kernels as mk
 
+from .arguments import EachOnce, interrupted, out_file
 from .layer_checks import DTYPES, CheckedCase, dtypes
 from .layer_variants import EVERY
-from .records import RESULTS, write
+from .records import write
 from .shapes import CASES, FOLDING, SIZES, Case, in_turn, named
 from .timing import interleave, keep_memory, ratio
 
 DIRECTIONS = ("forward", "both")
 LONGEST_TURN = 0.05
 """Seconds of a variant's turn in a round, where there is time for more."""
+INCLUDED = (
+    "A layer's time, with its gate and activation, over that of the library's layer with its activation. Every variant "
+    "is handed a ready gate and gives its gradient, except for `listing1`, which computes its gate from beta, forward "
+    "and backward. So hold the `per-sample` variants against `separate per-sample`, which is Listing 1 with a ready "
+    "gate, and the others, of one beta a batch, against `separate` and `plain-fold`."
+)
+"""What the table's times are of, for those who read it elsewhere."""
 
 
 class Job(NamedTuple):
@@ -106,24 +117,31 @@ def table(entries: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def lacking(entries: Sequence[dict[str, Any]]) -> list[str]:
+    """The variants that the entries say nothing of: the benchmark had none of them when they were measured."""
+    known = {name for e in entries for part in ("ratio", "refused", "wrong") for name in e.get(part, ())}
+    return [name for name in EVERY if name not in known]
+
+
 def _geometric_mean(values: Sequence[float]) -> str:
     return f"{math.exp(statistics.fmean(map(math.log, values))):.3f} ({len(values)})" if values else "-"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command; 0, or 1 where a variant's numbers are wrong or nothing was measured."""
+    """The command; 0, 1 where a variant's numbers are wrong or nothing was measured, 130 where it was interrupted."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.layers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", default="cpu", help="where the layers run, such as cuda (default cpu)")
-    parser.add_argument("--batch", nargs="+", type=int, default=[16], help="examples a step (default 16)")
-    parser.add_argument("--numbers", nargs="+", choices=list(DTYPES),
+    parser.add_argument("--batch", nargs="+", action=EachOnce, type=int, default=[16],
+                        help="examples a step (default 16)")
+    parser.add_argument("--numbers", nargs="+", action=EachOnce, choices=list(DTYPES),
                         help="float32, tf32, bfloat16 or float16 (default float32 and bfloat16 on a CPU, else all)")
     parser.add_argument("--all-shapes", action="store_true",
                         help="every layer of bench/shapes.py, and torch.compile for each")
     parser.add_argument("--rounds", type=int, default=11, help="interleaved rounds, if there is time (default 11)")
     parser.add_argument("--seconds", type=float, default=120, help="start no layer after so many seconds (default 120)")
-    parser.add_argument("--out", type=Path, help="result file (default bench/results/<device>-layers.json)")
+    parser.add_argument("--out", type=out_file, help="write a JSON result file there, after every layer")
     options = parser.parse_args(argv)
     try:
         device = device_named(options.device)
@@ -139,14 +157,14 @@ def main(argv: list[str] | None = None) -> int:
     if wrong := sorted(set(numbers) - set(dtypes(device))):
         known = ", ".join(dtypes(device))
         parser.error(f"--numbers has {', '.join(wrong)}; on a device of type {device.type} expected {known}")
-    name = torch.cuda.get_device_name(device).lower().replace(" ", "-") if device.type == "cuda" else device.type
-    out = options.out or RESULTS / f"{name}-layers.json"
     return run([(job, batch) for batch in options.batch for job in chosen(numbers, options.all_shapes)], device,
-               options.rounds, options.seconds, out)
+               options.rounds, options.seconds, options.out)
 
 
-def run(jobs: Sequence[tuple[Job, int]], device: torch.device, rounds: int, seconds: float, out: Path) -> int:
-    """Measure the layers that the time allows, write them, print the table; the exit code."""
+def run(
+    jobs: Sequence[tuple[Job, int]], device: torch.device, rounds: int, seconds: float, out: Path | None = None
+) -> int:
+    """Measure the layers that the time allows, write them where asked to, print the table; the exit code."""
     keep_memory()
     end = time.monotonic() + seconds
     entries: list[dict[str, Any]] = []
@@ -157,12 +175,16 @@ def run(jobs: Sequence[tuple[Job, int]], device: torch.device, rounds: int, seco
         if left <= 0:
             left_out.append(label)
             continue
-        checked = job.layer(batch, device)
-        with checked.precision(), mk.override():
-            # half of what is left: making, checking and compiling take the other
-            entries += measure(checked, rounds, left / (len(jobs) - done) / 2)
+        try:
+            checked = job.layer(batch, device)
+            with checked.precision(), mk.override():
+                # half of what is left: making, checking and compiling take the other
+                entries += measure(checked, rounds, left / (len(jobs) - done) / 2)
+        except KeyboardInterrupt:
+            return interrupted("layers", out if entries else None)
         print(f"{done + 1}/{len(jobs)} {label}", flush=True)
-        write(out, "layers", entries, device)
+        if out:
+            write(out, "layers", entries, device)
     print(f"\n{table(entries)}")
     both = [e for e in entries if e["direction"] == "both"]
     faults = [f"{e['layer']} {e['dtype']} {name}: {why}" for e in both for name, why in e["wrong"].items()]
@@ -172,7 +194,10 @@ def run(jobs: Sequence[tuple[Job, int]], device: torch.device, rounds: int, seco
         print("\nwrong, and without a time:", *faults, sep="\n  ")
     if left_out:
         print("\nleft out for lack of time:", *left_out, sep="\n  ")
-    print(f"\nwritten: {out}" if entries else "\nnothing was measured")
+    if not entries:
+        print("\nnothing was measured")
+    elif out:
+        print(f"\nwritten: {out}")
     return 1 if faults or not entries else 0
 
 

@@ -3,7 +3,9 @@
 A step is forward, loss, backward and fused Adam. All variants of one network and batch (bench/overhead_networks.py) run
 interleaved in one process; a figure is the median of the rounds' ratios to the ungated network in the same mode and
 numbers, with a 95 % bootstrap interval. Before that each variant's outputs and gradients are held against the formula
-in float64 (bench/overhead_check.py); one that is wrong, or fails, is refused a time and named.
+in float64 (bench/overhead_check.py); one that is wrong, or fails, is refused a time and named. What cannot be measured
+here, and what there is no time for, is left out and listed. The exit code is 1 where something is wrong or failed, or
+nothing was measured.
 
 Modes: "eager"; "compiled", torch.compile of the model; "graph", the whole step replayed from a CUDA graph;
 "inference", the forward pass of a baked network over the ungated one's. On a GPU the kernels launched a step and the
@@ -25,8 +27,10 @@ import torch
 
 from . import records
 from . import report_tables as tables
+from .arguments import EachOnce, interrupted, out_file, result_file
 from .gpu_timing import failure
-from .overhead_measure import Effort, Entry, baked, empty, extra_launches, infer, launches_by_depth, train
+from .overhead_check import baked_refusal
+from .overhead_measure import BAKED_BETA, Effort, Entry, baked, empty, extra_launches, infer, launches_by_depth, train
 from .overhead_networks import CUBIC, VARIANTS
 from .timing import keep_memory
 from .variants import NUMBERS, TrainingStep, precision, training_step
@@ -70,7 +74,9 @@ def measure(
     case: str, batch: int, mode: str, numbers: str, device: torch.device, effort: Effort,
     variants: Sequence[str] | None = None,
 ) -> Entry:
-    """One entry; `left_out` says why where nothing could be measured."""
+    """One entry; `left_out` says why where nothing could be measured, and `failed` too where it was to be."""
+    if why := impossible(mode, numbers, device):
+        return empty(case, batch, mode, numbers, why)
     network, shape, options = CASES[case]
 
     def make(variant: str) -> TrainingStep:
@@ -81,23 +87,37 @@ def measure(
 
     try:
         with precision(numbers, device):
-            if mode == "graph" and device.type != "cuda":
-                raise ValueError(f"CUDA graphs need an NVIDIA GPU; the device is {device}")
             if mode == "inference":
                 step = make("gated")
                 inputs = [draw.x for draw in step.inputs]
-                found = infer(step.plain, baked(step), inputs, effort, numbers == "bfloat16")
+                network = baked(step)
+                wrong = baked_refusal(step, network, inputs[-1], BAKED_BETA)
+                found = empty("", 0, "inference", "") if wrong else infer(
+                    step.plain, network, inputs, effort, numbers == "bfloat16"
+                )
+                found["refused"] = {"baked": wrong} if wrong else {}
             else:
                 found = train(make, variants or (COMPILED if mode == "compiled" else VARIANTS), effort)
     except Exception as error:
         reason = failure(error, device).partition("\n")[0]
-        found = empty(case, batch, mode, numbers, reason.removeprefix("ValueError: "))
+        found = {**empty(case, batch, mode, numbers, f"it failed: {reason}"), "failed": reason}
     finally:
         torch._dynamo.reset()  # or the next case would be compiled for any size, as a second size of this one
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
     return {**found, "case": case, "batch": batch, "mode": mode, "numbers": numbers}
+
+
+def impossible(mode: str, numbers: str, device: torch.device) -> str | None:
+    """Why nothing can be measured in this mode and these numbers on this device, or None."""
+    if mode == "graph" and device.type != "cuda":
+        return f"CUDA graphs need an NVIDIA GPU; the device is {device}"
+    try:
+        with precision(numbers, device):
+            return None
+    except ValueError as error:
+        return str(error)
 
 
 def depth_entry(device: torch.device) -> Entry:
@@ -176,6 +196,11 @@ def refused(results: Sequence[Entry]) -> list[str]:
     return [f"{label(e)}, {name}: {why}" for e in results for name, why in e["refused"].items()]
 
 
+def failed(results: Sequence[Entry]) -> list[str]:
+    """A line for each entry that has no measurements because something broke."""
+    return [f"{label(e)}: {e['failed']}" for e in results if e.get("failed")]
+
+
 def by_depth(results: Sequence[Entry]) -> str:
     """Markdown; empty where no launches were counted by depth."""
     rows = [
@@ -200,15 +225,33 @@ def beside_table_1(results: Sequence[Entry]) -> list[str]:
     return list(lines.values())
 
 
+def _asked(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments' options, over those of the command that made the file of --like, where it wrote to excepted."""
+    options = parser.parse_args(arguments)
+    if options.like is None:
+        return options
+    where = argparse.ArgumentParser(add_help=False)
+    where.add_argument("--out")
+    before = _asked(parser, where.parse_known_args(options.like.command)[1])
+    before.like = None
+    return parser.parse_args(arguments, before)
+
+
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command's options; ends with a message and code 2 where one cannot be."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.overhead", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES), help="networks (default all)")
-    parser.add_argument("--batch", nargs="+", type=int, default=list(BATCHES), help="examples (default 16 128)")
-    parser.add_argument("--modes", nargs="+", choices=MODES, help="default: on a CPU all but graph, on a GPU all")
-    parser.add_argument("--numbers", nargs="+", choices=NUMBERS,
+    parser.add_argument("--like", type=result_file(WHAT), metavar="FILE",
+                        help="measure what that result file's command did, for as long, but for the arguments given "
+                        "here; it is not written to")
+    parser.add_argument("--cases", nargs="+", action=EachOnce, choices=list(CASES), default=list(CASES),
+                        help="networks (default all)")
+    parser.add_argument("--batch", nargs="+", action=EachOnce, type=int, default=list(BATCHES),
+                        help="examples (default 16 128)")
+    parser.add_argument("--modes", nargs="+", action=EachOnce, choices=MODES,
+                        help="default: on a CPU all but graph, on a GPU all")
+    parser.add_argument("--numbers", nargs="+", action=EachOnce, choices=NUMBERS,
                         help="float32 products, TF32's on a GPU, bfloat16 by autocast (default: on a CPU float32, on a "
                         "GPU all)")
     parser.add_argument("--variants", nargs="+", choices=(*VARIANTS, *CUBIC),
@@ -220,9 +263,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float,
                         help="leave out what would end later (default: on a CPU {cpu:g}, on a GPU {cuda:g})"
                         .format(**DEFAULT_SECONDS))
-    parser.add_argument("--out", type=Path, help="write a JSON result file there")
-    parser.add_argument("--table", type=Path, metavar="FILE", help="print the tables of a result file and stop")
-    options = parser.parse_args(arguments)
+    parser.add_argument("--out", type=out_file, help="write a JSON result file there")
+    parser.add_argument("--table", type=result_file(WHAT), metavar="FILE",
+                        help="print the tables of a result file and stop")
+    options = _asked(parser, arguments)
     if wrong := [batch for batch in options.batch if batch < 1]:
         parser.error(f"--batch holds {wrong[0]}; expected at least 1")
     if options.rounds < 1:
@@ -242,34 +286,39 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     options.modes = options.modes or DEFAULT_MODES[options.device.type]
     options.numbers = options.numbers or DEFAULT_NUMBERS[options.device.type]
     options.seconds = options.seconds or DEFAULT_SECONDS[options.device.type]
-    if options.table:
-        try:
-            options.table = records.read(options.table, WHAT)
-        except (OSError, ValueError) as error:
-            parser.error(str(error))
     return options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; 1 where a variant was refused a time."""
+    """The command; 1 where a variant was refused a time, an entry failed or none was measured, 130 where it was
+    interrupted."""
     options = parse(arguments)
     if options.table:
         print(table(options.table.results))
         return 0
     keep_memory()
+    written: Path | None = None
 
     def write(results: list[Entry]) -> None:
+        nonlocal written
         if options.out:
             records.write(options.out, WHAT, results, options.device)
+            written = options.out
 
-    results = run(
-        options.cases, options.batch, options.modes, options.numbers, options.device, Effort(options.rounds),
-        options.seconds, options.variants, write,
-    )
+    try:
+        results = run(
+            options.cases, options.batch, options.modes, options.numbers, options.device, Effort(options.rounds),
+            options.seconds, options.variants, write,
+        )
+    except KeyboardInterrupt:
+        return interrupted("overhead", written)
     print("\n" + table(results))
-    if options.out:
-        print(f"\nwritten: {options.out}")
-    return 1 if refused(results) else 0
+    measured = any(entry["ratio"] for entry in results)
+    if not measured:
+        print("\nnothing was measured")
+    if written:
+        print(f"\nwritten: {written}")
+    return 1 if refused(results) or failed(results) or not measured else 0
 
 
 if __name__ == "__main__":

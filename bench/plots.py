@@ -24,10 +24,11 @@ from PIL import Image
 Results = Sequence[Mapping[str, Any]]
 
 COLOURS = {
-    "gated": "#2a6f97", "per-sample": "#c8553d", "listing1": "#8a8a8a", "plain-fold": "#b8860b", "baked": "#6a8d3c",
+    "gated": "#2a6f97", "per-sample": "#c8553d", "recipe": "#5f0f40", "listing1": "#8a8a8a", "plain-fold": "#b8860b",
+    "baked": "#6a8d3c",
 }
-MARKERS = {"gated": "o", "per-sample": "s", "listing1": "v", "plain-fold": "^", "baked": "D"}
-OTHERS = ("#8c5e99", "#6a8d3c", "#3d405b", "#e07a5f", "#81b29a", "#577590", "#bc6c25", "#5f0f40")
+MARKERS = {"gated": "o", "per-sample": "s", "recipe": "P", "listing1": "v", "plain-fold": "^", "baked": "D"}
+OTHERS = ("#8c5e99", "#6a8d3c", "#3d405b", "#e07a5f", "#81b29a", "#577590", "#bc6c25")
 PROMISED = 1.05
 DPI = 110
 KEY = "Description"

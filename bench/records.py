@@ -24,6 +24,8 @@ from mrvae_kernels import ops
 from mrvae_kernels.measurements import installed_versions
 
 RESULTS = Path(__file__).parent / "results"
+TIME_UP = "the time is up"
+"""How a series of growth begins to say that it ended for lack of time."""
 
 
 class Record(NamedTuple):

@@ -70,9 +70,11 @@ def source(name: str, record: Record) -> str:
     """Which file a section is made from, and how that came about."""
     versions = ", ".join(f"{key} {record.machine[key]}" for key in VERSIONS if record.machine.get(key))
     core = "with" if record.machine.get("extension") else "**without**"
+    commit = str(record.machine.get("commit"))
+    changed = " (**and changes that were not committed**)" if commit.endswith("-dirty") else ""
     return (
-        f"`{name}`, {record.machine.get('date')}, commit {record.machine.get('commit')}, {versions}, {core} the "
-        f"compiled core; reproduce with `{command(record)}`."
+        f"`{name}`, {record.machine.get('date')}, commit {commit}{changed}, {versions}, {core} the compiled core; "
+        f"reproduce with `{command(record)}`."
     )
 
 
@@ -84,6 +86,7 @@ def readme_block(record: Record) -> str:
     lost = [line for line in tables.losing(record.results) if " float32" in line]
     return "\n".join([
         "", tables.overhead(record.results, tables.README_COLUMNS), "",
+        f"{tables.explained(tables.README_COLUMNS)} Peak memory is that of eager steps.", "",
         f"Measured on {record.kind}: {source(README_SOURCE, record)}",
         *_losing_sentence(len(lost)), "",
     ])
@@ -117,10 +120,9 @@ def report(found: Found) -> str:
         "# Benchmarks", "",
         "Made from the result files in `bench/results/` by `python -m bench.report`; do not edit. A ratio is the time "
         "of a training step (forward, loss, backward, fused Adam) over the ungated network's in the same mode, numbers "
-        "and process, variants interleaved: the median of the rounds' ratios with its 95 % bootstrap interval. `gated` "
-        "takes one beta a step, `per-sample` one an example, `listing1` is the MR-VAE paper's Listing 1 and "
-        "`plain-fold` folding in plain PyTorch. Results of different machines are never mixed; `make bench-check` "
-        "compares a machine with itself.",
+        "and process, variants interleaved: the median of the rounds' ratios with its 95 % bootstrap interval. "
+        "`listing1` is the MR-VAE paper's Listing 1 and `plain-fold` folding in plain PyTorch. "
+        "Results of different machines are never mixed; `make bench-check` compares a machine with itself.",
     ]
     for kind in kinds:
         mine = {name: record for name, record in found.records.items() if record.kind == kind}
@@ -148,8 +150,9 @@ def _overhead(name: str, record: Record) -> list[str]:
     results = record.results
     lines = [*_picture(name, "Train step over the ungated network's"), tables.means(results, record.machine["device"])]
     for numbers in dict.fromkeys(numbers for _, numbers in tables.modes(results)):
-        table = tables.overhead(results, tables.all_columns(results, numbers), numbers)
-        lines += ["", f"#### Every network, {numbers}", "", table]
+        columns = tables.all_columns(results, numbers)
+        lines += ["", f"#### Every network, {numbers}", "", tables.explained(columns), "",
+                  tables.overhead(results, columns, numbers)]
     lines += ["", f"#### Above {tables.LOSING:.2f}", "", *_list(tables.losing(results), "None of our ratios.")]
     for title, table in (
         (f"Peak memory; the bound is {tables.MEMORY:.2f} plus the gates", tables.memory(results)),
@@ -180,8 +183,10 @@ def _curve_cost(name: str, record: Record) -> list[str]:
 def _layers(name: str, record: Record) -> list[str]:
     results = record.results
     wrong = [f"{e['layer']} {e['dtype']} {name}: {why}" for e in results for name, why in e.get("wrong", {}).items()]
+    lacking = layers.lacking(results)
     return [
-        "A layer's time over the library's layer. Geometric means are over the layers that a variant ran.", "",
+        f"{layers.INCLUDED} Geometric means are over the layers that a variant ran.", "",
+        *([f"The file is from before there was {', '.join(f'`{name}`' for name in lacking)}.", ""] if lacking else []),
         layers.table(results), "", f"#### Even the fastest of ours above {tables.LOSING:.2f}", "",
         *_list(tables.losing_layers(results), "None."),
         *(["", "#### Wrong, and without a time", "", *_list(wrong, "")] if wrong else []),

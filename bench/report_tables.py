@@ -11,6 +11,8 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from .overhead_networks import ONE_A_SAMPLE
+
 Entry = Mapping[str, Any]
 Results = Sequence[Entry]
 Column = tuple[str, str, str]
@@ -19,7 +21,7 @@ Column = tuple[str, str, str]
 LOSING = 1.05
 MEMORY = 1.02
 """Peak memory may be so many times the ungated network's, plus the gates."""
-OURS = ("gated", "per-sample", "baked")
+OURS = ("gated", "per-sample", "recipe", "baked")
 GOALS = {
     ("cpu", "eager", "gated"): (1.02, 1.05), ("cpu", "compiled", "gated"): (1.02, 1.05),
     ("cpu", "eager", "per-sample"): (None, 1.08), ("cpu", "compiled", "per-sample"): (None, 1.08),
@@ -29,7 +31,8 @@ GOALS = {
 """(device, mode, variant) -> what the geometric mean and the worst case are to stay within."""
 
 README_COLUMNS: tuple[Column, ...] = (
-    ("gated", "eager", "gated"), ("per-sample", "eager", "per-sample"), ("gated, compiled", "compiled", "gated"),
+    ("gated", "eager", "gated"), ("per-sample", "eager", "per-sample"), ("recipe", "eager", "recipe"),
+    ("gated, compiled", "compiled", "gated"),
     ("listing1", "eager", "listing1"), ("listing1, compiled", "compiled", "listing1"),
     ("plain-fold", "eager", "plain-fold"),
 )
@@ -46,10 +49,9 @@ def markdown(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     return "\n".join([*lines, *(f"| {' | '.join(map(str, row))} |" for row in rows)])
 
 
-def geometric_mean(ratios: Iterable[float]) -> str:
-    """Three digits; empty where there is no ratio."""
-    values = list(ratios)
-    return f"{statistics.geometric_mean(values):.3f}" if values else ""
+def geometric_mean(ratios: Sequence[float]) -> str:
+    """1.022 (11): the mean, and of how many; empty where there is no ratio."""
+    return f"{statistics.geometric_mean(ratios):.3f} ({len(ratios)})" if ratios else ""
 
 
 # ---- training steps --------------------------------------------------------------------------------------------------
@@ -75,26 +77,35 @@ def all_columns(results: Results, numbers: str) -> list[Column]:
     return [(variant if mode == "eager" else f"{variant}, {mode}", mode, variant) for mode, variant in found]
 
 
+def explained(columns: Sequence[Column]) -> str:
+    """What the headings of `overhead` do not say, in words: which of their variants take one beta an example."""
+    variants = dict.fromkeys(variant for _, _, variant in columns)
+    each, one = ([f"`{name}`" for name in variants if (name in ONE_A_SAMPLE) is many] for many in (True, False))
+    parts = [f"one beta {of} {', '.join(names)}" for of, names in (("a step", one), ("an example", each)) if names]
+    return f"With {', with '.join(parts)}. In brackets after a mean is the number of networks and batches behind it."
+
+
 def overhead(results: Results, columns: Sequence[Column], numbers: str = "float32") -> str:
-    """A row a network and batch; the last has the geometric means of the columns' medians."""
+    """A row a network and batch; the last has the geometric means of the columns' medians, and of how many each is."""
     found = {(e["case"], e["batch"], e["mode"]): e for e in training(results) if e["numbers"] == numbers}
     places = list(dict.fromkeys(key[:2] for key in found))
     rows: list[list[object]] = []
+    eager = [found.get((*place, "eager"), {}) for place in places]
+    peaks = {variant: [memory_ratio(entry, variant) for entry in eager] for variant in OURS[:-1]}
+    peaks = {variant: shares for variant, shares in peaks.items() if variant == "gated" or any(shares)}
     ratios: dict[str, list[float]] = {heading: [] for heading, _, _ in columns}
-    memory = []
-    for place in places:
+    for i, place in enumerate(places):
         cells: list[object] = [*place]
         for heading, mode, variant in columns:
             value = found.get((*place, mode), {}).get("ratio", {}).get(variant)
             cells.append("" if value is None else interval(value))
             if value is not None:
                 ratios[heading].append(value["median"])
-        share = memory_ratio(found.get((*place, "eager"), {}), "gated")
-        memory += [] if share is None else [share]
-        rows.append([*cells, "" if share is None else f"{share:.3f}"])
-    means = [geometric_mean(values) for values in ratios.values()]
-    rows.append(["geometric mean", "", *means, geometric_mean(memory)])
-    return markdown(["network", "batch", *(heading for heading, _, _ in columns), "peak memory, gated"], rows)
+        rows.append([*cells, *("" if shares[i] is None else f"{shares[i]:.3f}" for shares in peaks.values())])
+    of_peaks = ([share for share in shares if share is not None] for shares in peaks.values())
+    rows.append(["geometric mean", "", *map(geometric_mean, (*ratios.values(), *of_peaks))])
+    headings = [*(heading for heading, _, _ in columns), *(f"peak memory, {variant}" for variant in peaks)]
+    return markdown(["network", "batch", *headings], rows)
 
 
 def means(results: Results, device: str) -> str:
@@ -102,11 +113,11 @@ def means(results: Results, device: str) -> str:
     rows = []
     for mode, numbers in modes(results):
         mine = [e for e in training(results) if (e["mode"], e["numbers"]) == (mode, numbers)]
-        for variant in OURS[:2]:
+        for variant in OURS[:-1]:
             timed = [entry for entry in mine if variant in entry["ratio"]]
             if timed:
                 worst = max(timed, key=lambda entry: entry["ratio"][variant]["median"])
-                mean = geometric_mean(entry["ratio"][variant]["median"] for entry in timed)
+                mean = f"{statistics.geometric_mean(e['ratio'][variant]['median'] for e in timed):.3f}"
                 goals = GOALS.get((device, mode, variant), (None, None))
                 where = f"{worst['case']} batch {worst['batch']}"
                 rows.append([
@@ -149,7 +160,7 @@ def memory(results: Results) -> str:
     """Markdown: peak memory beside its bound, MEMORY times the ungated network's plus the gates; empty for none."""
     rows = []
     for entry in training(results):
-        for variant in OURS[:2]:
+        for variant in OURS[:-1]:
             share = memory_ratio(entry, variant)
             if share is not None:
                 peaks = entry["peak_bytes"]

@@ -60,10 +60,26 @@ def by_beta(runs: Sequence[Run], results: Sequence[dict[str, Any]]) -> dict[str,
     return found
 
 
+def table_of(name: str) -> str:
+    """The table of a result file. ArgumentTypeError, naming the file, where it is none of these."""
+    try:
+        document = json.loads(Path(name).read_text())
+        return retraining_table(document["runs"], document["betas"])
+    except OSError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        raise argparse.ArgumentTypeError(
+            f"{name} is no result file of bench.retraining: {type(error).__name__}: {error}"
+        ) from None
+
+
 def main() -> int:
     """The command."""
+    from .arguments import EachOnce, out_file
+    from .records import machine
+
     parser = argparse.ArgumentParser(prog="python -m bench.retraining", description=__doc__)
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--seeds", nargs="+", action=EachOnce, type=int, default=[0, 1, 2])
     parser.add_argument("--processes", type=int, default=2, help="runs at a time, one thread each (default 2)")
     parser.add_argument(
         "--set", nargs="*", default=[], metavar="OPTION=JSON", help="options of TrainConfig, such as epochs=20"
@@ -71,22 +87,18 @@ def main() -> int:
     parser.add_argument(
         "--runs", type=Path, default=Path("runs/retraining"), help="runs already there are not repeated"
     )
-    parser.add_argument("--out", type=Path, help="write a JSON result file there")
-    parser.add_argument("--table", type=Path, help="print the table of a result file and stop")
+    parser.add_argument("--out", type=out_file, help="write a JSON result file there")
+    parser.add_argument("--table", type=table_of, metavar="FILE", help="print the table of a result file and stop")
     arguments = parser.parse_args()
     if arguments.table:
-        document = json.loads(arguments.table.read_text())
-        print(retraining_table(document["runs"], document["betas"]))
+        print(arguments.table)
         return 0
     options = {key: json.loads(value) for key, _, value in (item.partition("=") for item in arguments.set)}
     runs = planned(arguments.seeds, options)
     found = by_beta(runs, execute(runs, Evaluation(), arguments.runs, arguments.processes))
     print(retraining_table(found, BETAS))
     if arguments.out:
-        from .records import machine
-
         document = {"machine": machine(), "config": TrainConfig(**options).to_dict(), "betas": BETAS, "runs": found}
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps(document))
     return 0
 

@@ -140,6 +140,53 @@ def test_a_vanished_variant_fails(tmp_path):
     assert check.main([write(tmp_path / "a.json", record(0)), write(tmp_path / "b.json", after)]) == 1
 
 
+def test_what_the_time_was_up_for_is_not_compared_and_what_broke_is_missing(tmp_path, capsys):
+    before = write(tmp_path / "a.json", record(0))
+    for more, code, said in (
+        ({}, 2, "not compared: linear batch 128 compiled float32: the 900 seconds were up\n"),
+        ({"failed": "RuntimeError"}, 1, "vanished: linear batch 128 compiled float32: gated\n"),
+        ({"refused": {"gated": "it is wrong"}}, 1, "vanished: linear batch 128 compiled float32: gated\n"),
+    ):
+        after = record(1)
+        after.results[3] |= {"seconds": {}, "left_out": "the 900 seconds were up", **more}
+        found = write(tmp_path / "b.json", after)
+        assert check.main([before, found]) == code and said in capsys.readouterr().out
+    slower = record(1, everywhere("gated", 1.3))
+    slower.results[3] |= {"seconds": {}, "left_out": "the 900 seconds were up"}
+    assert check.main([before, write(tmp_path / "b.json", slower)]) == 1, "a slowdown that is seen is one all the same"
+
+
+def test_sizes_that_growth_had_no_time_for_are_not_compared():
+    times = {"ungated": [1e-3] * 9, "gated": [1e-3] * 9}
+    series = [{"axis": "depth", "value": n, "case": "mlp", "mode": "eager", "numbers": "float32", "seconds": times}
+              for n in (1, 2, 4)]
+    for ended, vanished, left_out in (
+        ("the time is up: it would take about 9 s", [], [2, 4]), ("memory: 9 GB are free", [2, 4], []),
+    ):
+        short = [series[0], {**series[1], "seconds": {}, "ended": ended}]
+        found = check.compare(*(Record("growth", {"kind": "k"}, [], results) for results in (series, short)))
+        assert found.vanished == [f"mlp depth {n} eager float32: {v}" for n in vanished for v in times]
+        assert found.left_out == [f"mlp depth {n} eager float32: {ended}" for n in left_out]
+
+
+def test_entries_that_would_hide_a_slowdown_by_a_fifth_are_named(tmp_path, capsys):
+    """With five rounds, and then with forty in most entries: twice as slow, and nobody could tell."""
+    few, many = (record(0, rounds=rounds, noise=0.06) for rounds in (5, 40))
+    slower = {("mlp", 16, "eager", "gated"): 1.25}
+    worse, fine = (record(1, slower, rounds=rounds, noise=0.06) for rounds in (5, 40))
+    paths = [write(tmp_path / "few.json", few), write(tmp_path / "worse.json", worse)]
+    assert check.main(paths) == 3
+    said = capsys.readouterr()
+    (line,) = [line for line in said.out.splitlines() if "mlp batch 16 eager float32: gated" in line]
+    assert line.startswith("too uncertain to say: ") and "a slowdown is seen from" in line
+    assert "entries are too uncertain to say; measure with more rounds" in said.err
+    for some in (many, fine):
+        some.results[0] = {**some.results[0], "seconds": few.results[0]["seconds"]}
+    found = check.compare(many, record(1, rounds=40)._replace(results=fine.results))
+    assert [change.label for change in found.uncertain] == ["linear batch 16 eager float32: gated"]
+    assert check.main([write(tmp_path / "a.json", many), write(tmp_path / "b.json", many)]) == 0, "one is not most"
+
+
 def write(path, record):
     path.write_text(json.dumps(record._asdict()))
     return str(path)
@@ -224,6 +271,8 @@ def test_make_bench_check_measures_only_where_it_can_compare(broken, steps, tmp_
         ["make", "bench-check", "-o", ".venv/.developed", f"BIN={tmp_path}"], cwd=Path(__file__).parents[1],
         capture_output=True, text=True, check=False,
     )
-    ran = [line.split()[2] for line in done.stdout.splitlines() if line.startswith("ran -m ")]
-    assert ran == ["bench.check", "bench.overhead", "bench.check"][:steps]
+    lines = [line for line in done.stdout.splitlines() if line.startswith("ran -m ")]
+    assert [line.split()[2] for line in lines] == ["bench.check", "bench.overhead", "bench.check"][:steps]
+    like = "ran -m bench.overhead --like bench/results/cpu-overhead.json --out build/"
+    assert all(line.startswith(like) for line in lines[1:2]), "with the rounds and seconds of the committed file"
     assert (done.returncode == 0) is (steps == 3)

@@ -61,7 +61,21 @@ def test_ratios_by_hand():
 def test_the_summary_warns_of_few_epochs_only(runs):
     short, long = (summary(measure("mlp", [0], epochs, 1, BETAS)) for epochs in (5, 150))
     assert "neither is converged" in short and "converged" not in long
+    assert "earlier recipe" not in short
     assert "3 beta-VAEs take 2.7" in short and "| 10 | 110.00 | 110.00 | 1.000 |" in short  # one seed: no spread
+
+
+def test_a_curve_of_other_options_than_today_s_is_said_to_be_of_an_earlier_recipe(runs):
+    result = json.loads(json.dumps(measure("mlp", [0], 5, 1, BETAS)))
+    assert result["config"] == TrainConfig(network="mlp", epochs=5, threads=1).to_dict()
+    assert curve_cost.earlier_recipe(result) is None
+    result["config"] |= {"recipe": "paper", "gone": 3}
+    del result["config"]["margin"]
+    said = summary(result)
+    assert "of an earlier recipe: today's differs in `recipe` ('paper', today 'ranked')" in said
+    assert "`gone` (3, today 'not there')" in said and "`margin` ('not there', today [2.0, 1.5])" in said
+    del result["config"]
+    assert "does not say which options its runs had" in summary(result)
 
 
 def test_a_real_curve_of_one_epoch(tmp_path, capsys, monkeypatch):
@@ -92,13 +106,16 @@ def test_bad_arguments_are_named(capsys, arguments, message):
     assert ended.value.code == 2 and message in capsys.readouterr().err
 
 
-def test_an_interrupted_curve_writes_nothing(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("error", [
+    curve_cost.TrainingInterrupted("terminated; continue with: mrvae train --resume"), KeyboardInterrupt(),
+])
+def test_an_interrupted_curve_writes_nothing(tmp_path, monkeypatch, capsys, error):
     def interrupted(directory, options):
-        raise curve_cost.TrainingInterrupted("terminated; continue with: mrvae train --resume")
+        raise error
 
     monkeypatch.setattr(curve_cost, "seconds_and_model", interrupted)
     assert curve_cost.main(["--out", str(tmp_path / "curve.json")]) == 130
-    assert not list(tmp_path.iterdir()) and "interrupted" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir()) and "interrupted; nothing was written" in capsys.readouterr().err
 
 
 def test_retraining_writes_a_result_file_of_the_experiments_runs(tmp_path, monkeypatch, capsys):

@@ -109,6 +109,35 @@ def test_a_wrong_kernel_ends_with_code_1(tmp_path, monkeypatch):
     assert gpu.run(TINY[:1], DEVICE, options(tmp_path, no_timing=True), size=16) == 1
 
 
+def test_a_wrong_variant_has_no_time_and_leaves_no_record(tmp_path, monkeypatch, little, capsys):
+    """Known from the smallest batch, or from the batch that is timed alone; it must not become a default."""
+    def wrong(self, x, strategy, gate):
+        y = right(self, x, strategy, gate)
+        return y * 1.03 if strategy == "fused" and len(x) in batches else y
+
+    right = GatedCase._ours
+    monkeypatch.setattr(GatedCase, "_ours", wrong)
+    monkeypatch.setattr(gpu, "CASES", [TINY[0]] * 2)
+    monkeypatch.setattr(gpu, "backends_of_a_network", lambda *_: {})
+    monkeypatch.setattr(gpu, "profile", lambda device: "")
+    fused = {name for name in PRESENT if name.startswith("fused")}
+    for folder, batches, checked in (("smallest", {2}, False), ("timed", {3}, False), ("timed alone", {3}, True)):
+        out = tmp_path / folder
+        assert gpu.run(TINY[:1], DEVICE, options(out, batch=[3, 2], no_correctness=checked), size=16) == 1
+        report = report_of(out)
+        at = {result["batch"]: result for result in report["results"]}
+        for batch in batches:
+            assert set(at[batch]["wrong"]) == fused and fused.isdisjoint(at[batch]["both"]["ratio"])
+            assert fused.isdisjoint(at[batch]["forward"]["gpu_ms"]) and "fold triton" in at[batch]["both"]["ratio"]
+        assert (set(at[3]["wrong"]) == fused) and (batches == {2} or at[2]["wrong"] == {})
+        assert [path.name for path in out.glob("*.json")] == [path.name for path in out.glob("*-20*.json")]
+        assert "no record was written" in capsys.readouterr().out and report["wrong"]
+        assert all(" fused " in line and "relative errors" in line for line in report["wrong"])
+    batches = set()
+    assert gpu.run(TINY[:1], DEVICE, options(tmp_path / "right"), size=16) == 0
+    assert len(list((tmp_path / "right").glob("*.json"))) == 2, "the report and the record"
+
+
 def test_a_sign_that_rounding_turned_is_no_error():
     case = shapes.Case("mlp", nn.Linear, (64, 64), {}, (64,), "relu")
     gated = GatedCase(case, 64, torch.float32, DEVICE)

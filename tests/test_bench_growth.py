@@ -155,6 +155,29 @@ def test_the_command_writes_a_result_file(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.strip() in said
 
 
+def test_ctrl_c_leaves_the_sizes_that_were_measured(tmp_path, monkeypatch, capsys):
+    def interrupted(*args, **kwargs):
+        if next(turns):
+            raise KeyboardInterrupt
+        return found()
+
+    turns = itertools.count()
+    monkeypatch.setattr(growth, "SERIES", (TINY,))
+    monkeypatch.setattr(growth, "train", interrupted)
+    out = tmp_path / "growth.json"
+    assert growth.main(["--out", str(out)]) == 130
+    (entry,) = records.read(out, "growth").results
+    assert entry["value"] == 2 and entry["ratio"] and f"{out} holds what was measured" in capsys.readouterr().err
+    turns = itertools.count(1)
+    assert growth.main([]) == 130 and "nothing was written" in capsys.readouterr().err
+
+
+def test_repeated_modes_are_measured_once(monkeypatch):
+    asked = []
+    monkeypatch.setattr(growth, "grow", lambda series, modes, *_, **__: asked.append(modes) or [])
+    assert growth.main(["--modes", "compiled", "eager", "compiled"]) == 0 and asked == [["compiled", "eager"]]
+
+
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--seconds", "-1"], "--seconds is -1.0"), (["--rounds", "4"], "--rounds is 4; expected at least 5"),
     (["--seconds", "nan"], "--seconds is nan"), (["--modes", "graph"], "needs an NVIDIA GPU"),

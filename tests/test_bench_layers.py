@@ -43,7 +43,7 @@ def test_every_variant_that_runs_on_a_cpu_is_right(kind, dtype):
     mine = [*folds, *epilogues, *(f"{name} per-sample" for name in epilogues)]
     if kind == "lstm":
         mine = folds
-    plain = ["library", "listing1", "plain-fold", *([] if kind == "lstm" else ["separate"])]
+    plain = ["library", "listing1", "plain-fold", *([] if kind == "lstm" else ["separate", "separate per-sample"])]
     assert {name for name in EVERY if checked.timed(name)} == {*plain, *mine}
 
 
@@ -55,6 +55,7 @@ def test_what_cannot_run_says_why():
         assert "triton" in case.refused["fused triton"].lower() and case.refused["fold triton"]
     assert "--all-shapes" in checked["linear"].refused["listing1 compiled"]
     assert checked["lstm"].refused["separate"] == checked["lstm"].refused["epilogue reference"] == INSIDE
+    assert checked["lstm"].refused["separate per-sample"] == INSIDE
     assert "unrolls" in checked["lstm"].refused["listing1 compiled"]
     assert "recurrence written out" in checked["lstm"].refused["epilogue reference per-sample"]
     if ops.EXTENSION:
@@ -109,6 +110,32 @@ def test_wrong_numbers_get_no_time(what, named, monkeypatch):
     forward, both = layers.measure(checked, 2, 0.01)
     assert "epilogue reference" not in {**forward["seconds"], **both["seconds"]}
     assert forward["wrong"]["epilogue reference"] == fault and "plain-fold" in forward["ratio"]
+
+
+def test_listing_1_with_a_ready_gate_takes_part_beside_listing_1():
+    gated = GatedCase(TINY["conv"], 4, torch.float32, CPU, variants=("separate per-sample", "listing1"))
+    x = gated.inputs[0]
+    wanted = nn.functional.silu(gated.gates[:, :, None, None] * gated.layer(x))
+    torch.testing.assert_close(gated.forward("separate per-sample", x), wanted)
+    assert gated.leaves("separate per-sample", x)[-1] is gated.gates, "the gate is given, and gets its gradient"
+    assert set(gated.leaves("listing1", x)) >= set(gated.response.parameters()), "Listing 1 computes its own"
+
+
+@pytest.mark.parametrize(("error", "batch", "bad"), [
+    (3e-5, 1024, ["dx"]), (3e-5, 16, ["dx", "dweight", "dbias"]), (3e-4, 1024, ["dx", "dweight", "dbias"]),
+])
+def test_float32_s_limit_of_sums_grows_with_the_examples(monkeypatch, error, batch, bad):
+    """Rounding errors of a sum over 64 times as many examples are 8 times as large, and no fault."""
+    def off(self, x, strategy, gate):
+        y = right(self, x, strategy, gate)
+        return y + (y - y.detach()) * error
+
+    right = GatedCase._ours
+    monkeypatch.setattr(GatedCase, "_ours", off)
+    gated = GatedCase(TINY["linear"], batch, torch.float32, CPU, variants=["fold reference"])
+    fault = layer_checks.Comparison(gated, "ieee").fault("fold reference")
+    named = fault.partition(": ")[2]
+    assert [label for label in ("y", "dx", "dweight", "dbias") if f"{label} " in named] == bad
 
 
 def test_a_variant_that_breaks_gets_no_time(monkeypatch):
@@ -190,6 +217,34 @@ def test_the_command_writes_every_layer_and_a_table(tiny, tmp_path, monkeypatch,
     assert f"| {TINY['linear'].name} | 16 | float32 | both |" in said
     assert "| geometric mean | | float32 | both |" in said
     assert f"separate: {INSIDE}" in said and f"written: {out}" in said
+
+
+def test_without_out_nothing_is_written_not_even_among_the_committed_results(tiny, monkeypatch, capsys):
+    monkeypatch.setattr(layers, "LONGEST_TURN", 0.001)
+    monkeypatch.setattr(layers, "write", lambda *_: pytest.fail("it wrote"))
+    assert layers.main(["--seconds", "1000", "--rounds", "2"]) == 0
+    assert "written: " not in capsys.readouterr().out
+
+
+def test_repeated_arguments_measure_a_layer_once(monkeypatch):
+    asked = []
+    monkeypatch.setattr(layers, "run", lambda jobs, *_: asked.extend(jobs) or 0)
+    assert layers.main(["--batch", "16", "4", "16", "--numbers", "float32", "float32"]) == 0
+    found = [(job.case.name, job.dtype, batch) for job, batch in asked]
+    assert len(set(found)) == len(found) and [batch for *_, batch in found] == [16] * 15 + [4] * 15
+
+
+def test_ctrl_c_leaves_the_layers_that_were_measured(tiny, tmp_path, monkeypatch, capsys):
+    def measure(checked, rounds, seconds):
+        if checked.case is TINY["lstm"]:
+            raise KeyboardInterrupt
+        return [{"layer": "first"}]
+
+    monkeypatch.setattr(layers, "measure", measure)
+    out = tmp_path / "layers.json"
+    assert layers.main(["--out", str(out)]) == 130
+    assert records.read(out, "layers").results == [{"layer": "first"}]
+    assert f"interrupted; {out} holds what was measured" in capsys.readouterr().err
 
 
 def test_a_wrong_variant_ends_the_command_with_code_1(tiny, tmp_path, monkeypatch, capsys):

@@ -218,6 +218,70 @@ def test_a_network_that_cannot_be_built_is_left_out_and_the_rest_goes_on(monkeyp
     assert "cannot be halved 3 times" in results[0]["left_out"] and results[1]["ratio"]["gated"]["median"] > 0
 
 
+def test_what_breaks_is_named_and_ends_with_code_1(monkeypatch, capsys, tmp_path):
+    def broken(step):
+        raise RuntimeError("the weights are gone")
+
+    monkeypatch.setattr(overhead, "baked", broken)
+    out = tmp_path / "x.json"
+    arguments = ["--cases", "tiny", "--batch", "4", "--rounds", "1", "--variants", "gated", "--out", str(out)]
+    assert overhead.main([*arguments, "--modes", "eager", "inference"]) == 1
+    eager, inference = records.read(out, "overhead").results
+    assert eager["ratio"] and inference["failed"] == "RuntimeError: the weights are gone"
+    assert "tiny batch 4 inference float32: it failed: RuntimeError: the weights are gone" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [["--modes", "graph"], ["--modes", "eager", "--seconds", "1e-9"]])
+def test_where_nothing_was_measured_the_code_is_1(arguments, capsys):
+    assert overhead.main(["--cases", "tiny", "--batch", "4", *arguments]) == 1
+    said = capsys.readouterr().out
+    assert "nothing was measured" in said and "failed" not in said
+
+
+def asked_for(monkeypatch, arguments):
+    """What the command measures: cases, batches, modes, numbers, device, effort, seconds and variants."""
+    asked = []
+    monkeypatch.setattr(overhead, "run", lambda *args: asked.append(args) or [])
+    assert overhead.main(arguments) == 1
+    return asked[0][:-1]
+
+
+def test_repeated_arguments_are_measured_once(monkeypatch):
+    found = asked_for(monkeypatch, ["--cases", "tiny-cnn", "tiny", "tiny-cnn", "--batch", "16", "4", "16", "--modes",
+                                    "eager", "eager", "--numbers", "float32", "float32"])
+    assert found[:4] == (["tiny-cnn", "tiny"], [16, 4], ["eager"], ["float32"])
+
+
+def test_a_run_like_another_s_measures_the_same_for_as_long(monkeypatch, tmp_path):
+    before, again = tmp_path / "before.json", tmp_path / "again.json"
+    command = ["--cases", "tiny", "--batch", "4", "--modes", "eager", "--rounds", "7", "--seconds", "33"]
+    for path, recorded in ((before, [*command, "--out", str(tmp_path / "never" / "made.json")]),
+                           (again, ["--like", str(before), "--out", str(again), "--rounds", "9"])):
+        path.write_text(json.dumps({"what": "overhead", "machine": {"kind": "k"}, "command": recorded, "results": []}))
+    first = asked_for(monkeypatch, command)
+    assert first[5].rounds == 7 and first[6] == 33.0
+    assert asked_for(monkeypatch, ["--like", str(before)]) == first
+    other = asked_for(monkeypatch, ["--like", str(again), "--batch", "8"])
+    assert other[1] == [8] and other[5].rounds == 9 and other[:1] + other[2:5] + other[6:] == (
+        first[:1] + first[2:5] + first[6:]
+    )
+    assert overhead.parse(["--like", str(before)]).out is None and not (tmp_path / "never").exists()
+
+
+def test_ctrl_c_leaves_the_entries_that_were_measured(monkeypatch, tmp_path, capsys):
+    def measure(case, *_):
+        if case == "tiny-cnn":
+            raise KeyboardInterrupt
+        return {**overhead.empty(case, 4, "eager", "float32"), "ratio": {"ungated": dict.fromkeys(
+            ("median", "low", "high"), 1.0)}}
+
+    monkeypatch.setattr(overhead, "measure", measure)
+    out = tmp_path / "x.json"
+    assert overhead.main(["--modes", "eager", "--batch", "4", "--out", str(out)]) == 130
+    assert [entry["case"] for entry in records.read(out, "overhead").results] == ["tiny"]
+    assert f"{out} holds what was measured" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_the_compiled_mode_holds_compiled_steps_against_the_compiled_ungated_one():
     entry = overhead.measure("tiny", 4, "compiled", "float32", CPU, EFFORT, ("ungated", "gated"))

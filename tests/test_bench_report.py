@@ -7,8 +7,10 @@ import json
 import shutil
 
 import pytest
+from mrvae_models.config import TrainConfig
 
 from bench import plots, report, report_missing, report_tables
+from bench.layer_variants import EVERY
 from bench.overhead import CASES
 from bench.records import Record
 
@@ -113,12 +115,14 @@ def test_the_readme_s_table_by_hand(root):
     text = made(root).joinpath("README.md").read_text()
     assert text.startswith(f"# A\n\n{report.BEGIN}\n") and text.endswith(f"{report.END}\n\nafter\n")
     rows = [line for line in text.splitlines() if line.startswith("|")]
-    assert rows[0] == ("| network | batch | gated | per-sample | gated, compiled | listing1 | listing1, compiled | "
-                       "plain-fold | peak memory, gated |")
-    assert rows[2] == ("| mlp | 16 | 1.020 (1.010 to 1.030) | 1.000 (0.990 to 1.010) | 0.970 (0.960 to 0.980) | 1.500 "
-                       "(1.490 to 1.510) | 1.200 (1.190 to 1.210) | 1.250 (1.240 to 1.260) | 1.030 |")
+    assert rows[0] == ("| network | batch | gated | per-sample | recipe | gated, compiled | listing1 | listing1, "
+                       "compiled | plain-fold | peak memory, gated | peak memory, per-sample |")
+    assert rows[2] == ("| mlp | 16 | 1.020 (1.010 to 1.030) | 1.000 (0.990 to 1.010) |  | 0.970 (0.960 to 0.980) | 1.500 "
+                       "(1.490 to 1.510) | 1.200 (1.190 to 1.210) | 1.250 (1.240 to 1.260) | 1.030 | 1.030 |")
     # sqrt(1.02 1.10), sqrt(1.21), sqrt(3), sqrt(1.25)
-    assert rows[-1] == "| geometric mean |  | 1.059 | 1.100 | 0.970 | 1.732 | 1.200 | 1.118 | 1.030 |"
+    assert rows[-1] == ("| geometric mean |  | 1.059 (2) | 1.100 (2) |  | 0.970 (1) | 1.732 (2) | 1.200 (1) | 1.118 (2) | "
+                        "1.030 (2) | 1.030 (2) |")
+    assert "\nWith one beta a step `gated`, `plain-fold`, with one beta an example `per-sample`, `listing1`. " in text
     assert "cpu A, 2 threads" in text and "commit abc1234" in text and "torch 2.13.0" in text
     assert "`python -m bench.overhead --out bench/results/cpu-overhead.json`" in text
     assert "2 of our ratios are above 1.05" in text
@@ -182,6 +186,32 @@ def test_means_memory_inference_and_what_ended_a_series(root):
     assert "| mlp | 16 | eager | float32 | gated | 0.00 | 1.030 | 1.040 | yes |" in text
     assert "| mlp | 16 | float32 | 1.003 (0.993 to 1.013) | yes |" in text
     assert "not measured: the time is up" in text and "neither is converged" in text
+
+
+def test_without_a_measured_peak_of_per_sample_there_is_no_column_of_it():
+    results = [step("mlp", 16, gated=1.0)]
+    assert report_tables.overhead(results, [("gated", "eager", "gated")]).splitlines()[0] == (
+        "| network | batch | gated | peak memory, gated |"
+    )
+
+
+def test_a_file_of_uncommitted_changes_or_an_earlier_recipe_says_so(root):
+    assert "not committed" not in text_of(root) and "earlier recipe" in text_of(root), "CURVE records no options"
+    write(root, "cpu-growth.json", "growth", {**MACHINE, "commit": "abc1234-dirty"}, [], [growth("mlp", "depth", 1)])
+    config = TrainConfig(network="mlp", epochs=8, threads=2).to_dict()
+    write(root, "cpu-curve-cost.json", "curve-cost", MACHINE, [], [{**CURVE, "config": config}])
+    text = text_of(root)
+    assert text.count("commit abc1234-dirty (**and changes that were not committed**), torch") == 1
+    assert "earlier recipe" not in text
+
+
+def test_the_layers_section_says_what_a_time_includes_and_which_variants_a_file_lacks(root):
+    text = text_of(root)
+    assert "except for `listing1`, which computes its gate from beta" in text
+    assert "The file is from before there was " in text and "`separate per-sample`" in text
+    refused = dict.fromkeys(EVERY, "it cannot run") | LAYER["refused"]
+    write(root, "cpu-layers.json", "layers", MACHINE, [], [{**LAYER, "refused": refused}])
+    assert "from before there was" not in text_of(root)
 
 
 def test_memory_over_its_bound_and_other_kernels_are_shown(root):

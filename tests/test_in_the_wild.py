@@ -1,4 +1,4 @@
-"""Habits of other programs: hooks on a layer, second names for one, readers in other threads, averages of checkpoints."""
+"""Habits of other programs: hooks on a layer, second names for one, readers in other threads, averaged checkpoints."""
 
 from __future__ import annotations
 

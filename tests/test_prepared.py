@@ -69,10 +69,9 @@ def test_same_bits_with_and_without_a_plan():
         model = mk.multirate(nn.Sequential(nn.Linear(96, 160)), gates=mk.GateSpec("softplus", inputs="sigmoid"))
         first = step(model, x, 0.3)
         assert model._plans.prepared
-        shares = []
-        model.network[0].register_forward_pre_hook(lambda layer, _: shares.append(layer._share))
         assert all(torch.equal(*pair) for pair in zip(first, step(model, x, 0.3), strict=True))
-    assert [(share.folded, share.strategy) for share in shares] == [(None, "fold")]
+    direct = model.network[0]._direct
+    assert (direct.strategy, direct.inputs) == ("fold", 1) and not model._plans.installed.indirect
 
 
 def test_another_range_of_beta_counts_from_the_next_call_on():

@@ -84,7 +84,8 @@ void forward(const SampleEpilogue<T>& s, const S* u, S* y) {
   with_made(s, [&]<class Shifts>(auto kind, auto degree, Shifts*) { forward_of_kind<kind, degree, Shifts>(s, u, y); });
 }
 
-// The gradient before the activation, by dy and y or u: of a result without an activation, of ReLU's, or found already.
+// The gradient before the activation, by dy and z, its argument or result: without an activation, of ReLU's, or found
+// already.
 template <class S>
 struct Plain {
   const S* grad;
@@ -95,7 +96,7 @@ template <class S>
 struct OfRelu {
   const S* grad;
   template <class T>
-  MRVAE_HOST_DEVICE T at(std::int64_t i, T y) const { return y > T(0) ? T(load(grad[i])) : T(0); }
+  MRVAE_HOST_DEVICE T at(std::int64_t i, T z) const { return z > T(0) ? T(load(grad[i])) : T(0); }
 };
 template <class T>
 struct Found {
@@ -110,7 +111,7 @@ MRVAE_HOST_DEVICE void add_loop(const Gradient& gradient, const S* u, std::int64
 #pragma omp simd
   for (std::int64_t i = 0; i < n; ++i) {
     const GatePoint<T> gate = gates.point(i);
-    const T y = load(u[i]), d = gradient.at(i, y);
+    const T y = load(u[i]), z = of_result ? y : gate.value * (y + gates.b(i)) + gates.t(i), d = gradient.at(i, z);
     const T dp = d * (of_result ? y * gate.relative : (y + gates.b(i)) * gate.slope), du = d * gate.value;
     gates.of.add(grads, i, dp);
     gates.shifts.add(shift_grads, i, d);
@@ -131,6 +132,9 @@ MRVAE_CLONES void add_sample(const S* grad, const S* u, std::int64_t n, Gates ga
   if (of_result) return add_loop<true>(Plain<S>{grad}, u, n, gates, grad_u, grads, shift_grads, sum);
   if (activation == Activation::None) {
     return add_loop<false>(Plain<S>{grad}, u, n, gates, grad_u, grads, shift_grads, sum);
+  }
+  if (activation == Activation::Relu) {
+    return add_loop<false>(OfRelu<S>{grad}, u, n, gates, grad_u, grads, shift_grads, sum);
   }
   T d[chunk];
   preactivation_gradient(grad, u, n, gates, activation, d);

@@ -40,10 +40,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UsageError as error:
         print(f"mrvae {options.command}: {error}", file=sys.stderr)
         return USAGE
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         if options.debug:
             raise
-        print(f"mrvae {options.command}: interrupted", file=sys.stderr)
+        advice = f"; {stop}" if str(stop) else ""
+        print(f"mrvae {options.command}: interrupted{advice}", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
         if options.debug:

@@ -17,13 +17,14 @@ from .vae import VAE
 class Pictures(NamedTuple):
     """Images along beta, in [0, 1] for likelihoods of such data; b betas, n examples, m draws from the prior.
 
-    Of videos they are the frames of one: its own, those of its reconstruction, and a prediction from its first ones.
+    Of videos they are the frames of one: its own, those of its reconstruction, and a prediction from its first `given`.
     """
 
     betas: list[float]
     originals: Tensor  # (n, C, H, W)
     reconstructions: Tensor  # (b, n, C, H, W), from z ~ q(z | x) with the same noise at every beta
     samples: Tensor  # (b, m, C, H, W), the same z ~ N(0, I) at every beta; of a hierarchy the same noise
+    given: int | None = None  # of videos: first frames of `samples` that are its own; of reconstructions the first is
 
 
 def pictures(
@@ -53,7 +54,8 @@ def pictures(
                 reconstructions.append(reconstruction.float().cpu())
                 drawn.append(sample.float().cpu())
     originals = chosen[0] if video else chosen
-    return Pictures(list(betas), originals.cpu(), torch.stack(reconstructions), torch.stack(drawn))
+    given = network.n_past if video else None
+    return Pictures(list(betas), originals.cpu(), torch.stack(reconstructions), torch.stack(drawn), given)
 
 
 def _draw_vae(network: VAE, x: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

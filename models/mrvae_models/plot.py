@@ -37,6 +37,11 @@ LINE = "#35506b"
 MARKS = "DsP^vXp*<>"
 MARK_COLOURS = ("#c8553d", "#8c5e99", "#6a8d3c", "#b8860b", "#3a9188", "#d17aa5", "#5b5b5b")
 BASELINES = ("#c8553d", "#6a8d3c", "#8c5e99", "#b8860b")
+MANY = 40
+"""Betas from which on their points touch each other."""
+
+LABELS = 6
+"""Numbers along an axis of betas, at most."""
 
 
 def draw(
@@ -132,15 +137,16 @@ def _curves(
             elinewidth=0.8,
             zorder=2,
         )
+        many = len(betas) > MANY  # white edges would cover the neighbours' colours
         axis.scatter(
             curve.column(x),
             curve.column(y),
             c=betas,
             cmap=COLOURS,
             norm=norm,
-            s=26,
+            s=10 if many else 26,
             zorder=3,
-            edgecolors="white",
+            edgecolors="none" if many else "white",
             linewidths=0.6,
         )
         for index, (label, other) in enumerate(others.items()):
@@ -162,6 +168,8 @@ def _curves(
             if axis is not plane:
                 mark_beta(axis, index, found.column("beta"))
         axis.margins(0.08)
+    plane.xaxis.set_major_locator(MaxNLocator(5))
+    plane.ticklabel_format(axis="x", scilimits=(-2, 5))  # of tiny rates the zeros would run into each other
     active.yaxis.set_major_locator(MaxNLocator(integer=True))
     points = [point for each in (curve, *drawn) for point in each.points]
     most = max(1, *(point.active_units + np.nan_to_num(point.active_units_se) for point in points))
@@ -176,8 +184,8 @@ def _curves(
 
 
 def log_axis(axis: Axes, betas: Sequence[float]) -> None:
-    """A log axis with plain numbers at powers of ten, and between them where there would be fewer than three; of a
-    single beta, that number."""
+    """A log axis with plain numbers at powers of ten, at every k-th where there would be more than LABELS, and between
+    them where there would be fewer than three; of a single beta, that number."""
     low, high = min(betas) / 1.5, max(betas) * 1.5
     axis.set_xlim(low, high)
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
@@ -188,6 +196,7 @@ def log_axis(axis: Axes, betas: Sequence[float]) -> None:
             ticks = [tick for tick in ticks if low <= tick <= high]
             if len(ticks) >= 3:
                 break
+        ticks = ticks[:: math.ceil(len(ticks) / LABELS)]
     axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axis.xaxis.set_minor_formatter(NullFormatter())
 
@@ -232,12 +241,20 @@ def mark_betas(axis: Axes, betas: Sequence[float], places: np.ndarray) -> None:
 def _images(axes: Sequence[Axes], images: Pictures) -> None:
     labels = [rf"$\beta$ = {beta:.3g}" for beta in images.betas]
     total = len(labels) + 1
-    blocks = [
-        ("Reconstructions of held-out images", [images.originals, *images.reconstructions], ["data", *labels]),
-        (r"Samples, the same z at every $\beta$", [*images.samples], labels),
-    ]
-    for axis, (title, rows, names) in zip(axes, blocks, strict=True):
+    titles = ["Reconstructions of held-out images", r"Samples, the same z at every $\beta$"]
+    if images.given is not None:
+        before = "frame" if images.given == 1 else f"{images.given} frames"
+        titles = [
+            "A held-out clip, each frame from the true one before",
+            f"Predicted from the {before} left of the line",
+        ]
+    blocks = [([images.originals, *images.reconstructions], ["data", *labels]), ([*images.samples], labels)]
+    for axis, title, (rows, names) in zip(axes, titles, blocks, strict=True):
         mosaic(axis, title, rows, names, total, _columns(images))
+    if images.given is not None:
+        width = _tiles(images.originals[:1]).shape[2]
+        for axis, frames in zip(axes, (1, images.given), strict=True):  # what is before the line is the clip's own
+            axis.axvline(frames * width, 0, 1 - 1 / total, color=MARK_COLOURS[0], linewidth=1.6)
 
 
 def _columns(images: Pictures) -> int:

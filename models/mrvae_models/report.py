@@ -35,7 +35,7 @@ from .run import (
     plain_network,
 )
 from .scored import scored_as
-from .sentences import sentences, write_sentences
+from .sentences import perplexity_cell, sentences, write_sentences
 
 PICTURED_BETAS = 6
 PICTURED_IMAGES = 10
@@ -148,7 +148,7 @@ def points_table(points: Sequence[Point], labels: Sequence[str] | None = None) -
             (p.elbo, p.elbo_se),
         ]
         row = "  ".join(f"{value:8.2f} ±{error:5.2f}" for value, error in numbers)
-        perplexity = "" if p.perplexity is None else f"  {p.perplexity:10.1f}"
+        perplexity = "" if p.perplexity is None else f"  {perplexity_cell(p.perplexity):>10}"
         lines.append(f"{name:{width}}{p.beta:8.4g} {row}  {p.active_units:12d}{perplexity}")
     return "\n".join(lines)
 

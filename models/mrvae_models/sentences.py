@@ -66,7 +66,7 @@ def write_sentences(path: Path, curve: Curve, shown: Sentences) -> None:
         "|---|---|---|---|---|---|",
     ]
     for p in curve.points:
-        per_token = ["", ""] if p.perplexity is None else [f"{p.nats_per_token:.3f}", f"{p.perplexity:.1f}"]
+        per_token = ["", ""] if p.perplexity is None else [f"{p.nats_per_token:.3f}", perplexity_cell(p.perplexity)]
         cells = [f"{p.beta:.4g}", f"{p.rate:.2f}", f"{p.distortion:.2f}", str(p.active_units), *per_token]
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "## Reconstructions of held-out sentences", "", "Greedy, from the mean of q(z | x)."]
@@ -81,6 +81,11 @@ def write_sentences(path: Path, curve: Curve, shown: Sentences) -> None:
         lines += ["", f"beta = {beta:.3g}", "", *(f"{i}. {_escaped(sentence)}" for i, sentence in enumerate(row, 1))]
     text = "\n".join(lines) + "\n"
     replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def perplexity_cell(value: float) -> str:
+    """A perplexity to read; of a network that gives tokens almost no probability it may have any number of digits."""
+    return f"{value:.1f}" if value < 1e6 else f"{value:.4g}"
 
 
 def _by_beta(betas: Sequence[float], said: Sequence[str]) -> list[str]:

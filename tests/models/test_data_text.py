@@ -6,7 +6,7 @@ from itertools import islice
 
 import pytest
 import torch
-from mrvae_models.data import DataError, TextDataset, TextOptions, Vocabulary, batches, in_turn, load
+from mrvae_models.data import DataError, TextDataset, TextOptions, Vocabulary, batches, in_turn, load, memory, text
 from mrvae_models.data.vocabulary import END, PAD
 
 
@@ -170,6 +170,17 @@ def test_wrong_tensors_are_refused():
             TextDataset(wrong, vocabulary)
     with pytest.raises(DataError, match="labels have shape"):
         TextDataset(vocabulary.encode(["a"]), vocabulary, torch.zeros(2))
+
+
+def test_one_long_line_is_refused_before_all_rows_are_made_as_long(tmp_path, monkeypatch):
+    path = folder(tmp_path, train=["a b"] * 5000 + ["a " * 20_000], valid=["a"], test=["b a"])
+    monkeypatch.setattr(memory, "available", lambda: 10**9)
+    monkeypatch.setattr(text, "padded", lambda documents: pytest.fail("the rows are made"))
+    with pytest.raises(DataError, match=r"train.txt, 5001 documents .*20001 tokens .*needs 1 GB.*: --max-length, half"):
+        load(path)
+    monkeypatch.undo()
+    monkeypatch.setattr(memory, "available", lambda: 10**6)
+    assert load(path, options=TextOptions(max_length=9)).examples.shape == (5001, 9)
 
 
 # Batches

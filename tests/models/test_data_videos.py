@@ -91,6 +91,14 @@ def test_folders_of_frames_are_clips_when_frames_are_asked_for(tmp_path):
     assert load(tmp_path, "all", frames=2, resize=(3, 4)).input_shape == (2, 3, 3, 4)
 
 
+def test_clips_whose_names_differ_in_leading_zeros_are_all_there(tmp_path):
+    clips = pictures(5, 3, 6, 5)
+    for name, clip in zip(("clip01", "clip1", "clip2", "clip002", "clip10"), clips, strict=True):
+        write_clips(tmp_path / name, clip[None])
+    expected = torch.from_numpy(clips[[0, 1, 3, 2, 4]])[:, :, None].float() / 255
+    assert torch.equal(load(tmp_path, "all", frames=3).examples[:], expected)
+
+
 def test_names_splits_and_lengths_of_clips(tmp_path):
     grey = pictures(10, 4, 6, 5)
     write_clips(tmp_path / "train", grey[:6], "frame_{:04}.png")

@@ -10,13 +10,14 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
-from mrvae_models import training
+from mrvae_models import checkpoint, training
 from mrvae_models.baking import source_config
 from mrvae_models.cli import main
 from mrvae_models.config import TrainConfig
-from mrvae_models.experiments import execution
+from mrvae_models.experiments import evaluation, execution
 from mrvae_models.experiments.execution import configured, execute_one
 from mrvae_models.experiments.plan import Evaluation, Run
 from mrvae_models.option_changes import OF_MANY_BETAS
@@ -54,6 +55,87 @@ def test_killed_half_way_it_goes_on_and_ends_with_the_same_bits(tmp_path, monkey
     for run in (killed / "runs").iterdir():
         weights = whole / "runs" / run.name / "model.safetensors"
         assert (run / "model.safetensors").read_bytes() == weights.read_bytes()
+
+
+def alive(pid):
+    """Whether a process runs; one that has ended and waits to be reaped does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def until(condition, seconds=30.0):
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.02)
+    return condition()
+
+
+SLEEPERS = """
+import os, signal, sys, time
+from pathlib import Path
+from mrvae_models.experiments import execution, launchers
+
+def work(folder, number):
+    (Path(folder) / f"pid{number}").write_text(str(os.getpid()))
+    time.sleep(120)
+
+if __name__ == "__main__":
+    launchers.PATIENCE = 0.1
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    with execution._terminable():
+        list(launchers.local(work, [(sys.argv[1], i) for i in range(4)], processes=2))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks /proc")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_processes_end_with_the_one_that_started_them(tmp_path, number):
+    (tmp_path / "sleepers.py").write_text(SLEEPERS)
+    line = [sys.executable, str(tmp_path / "sleepers.py"), str(tmp_path)]
+    process = subprocess.Popen(line, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    try:
+        assert until(lambda: len(list(tmp_path.glob("pid?"))) == 2 and all(map(pid_in, tmp_path.glob("pid?"))))
+        workers = [pid_in(path) for path in tmp_path.glob("pid?")]
+        process.send_signal(number)
+        assert until(lambda: process.poll() is not None) and until(lambda: not any(map(alive, workers)))
+        assert len(list(tmp_path.glob("pid?"))) == 2, "no other job was begun"
+        said = process.communicate()[1]
+        assert ("KeyboardInterrupt" in said) == (number != signal.SIGKILL)
+    finally:
+        process.kill()
+        for path in tmp_path.glob("pid?"):
+            if alive(pid_in(path)):
+                os.kill(pid_in(path), signal.SIGKILL)
+
+
+def pid_in(path):
+    return int(path.read_text() or 0)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks /proc")
+def test_an_experiment_that_is_interrupted_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+    line = ["experiment", "retraining", "--small", "--baselines", "constant", "--out", str(tmp_path)]
+    save = checkpoint.RunCheckpoint._save
+
+    def terminated(self, trainer, name):
+        save(self, trainer, name)
+        if self.config.beta is None and trainer.current_epoch == 0:
+            signal.raise_signal(signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.RunCheckpoint, "_save", terminated)
+        assert main([*line, "--epochs", "3"]) == 130
+    said = capsys.readouterr().err
+    assert said == "mrvae experiment: interrupted; give the same command again to go on\n"
+    assert (tmp_path / "runs" / "multi-rate-0" / "last.ckpt").exists() and signal.getsignal(signal.SIGTERM) == before
+    with monkeypatch.context() as patch:  # while nothing is trained, the signal is the experiment's
+        patch.setattr(evaluation, "check_columns", lambda *_: signal.raise_signal(signal.SIGTERM))
+        assert main([*line, "--epochs", "3"]) == 130
+    assert "give the same command again to go on" in capsys.readouterr().err
+    assert main([*line, "--epochs", "3"]) == 0
 
 
 def test_another_evaluation_of_a_run_trains_nothing_and_another_option_does(tmp_path, monkeypatch):

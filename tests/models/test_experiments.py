@@ -6,7 +6,9 @@ import csv
 import dataclasses
 import json
 import os
+import re
 import shlex
+import shutil
 import statistics
 import sys
 from pathlib import Path
@@ -30,8 +32,17 @@ from mrvae_models.experiments.command_lines import command_of
 from mrvae_models.experiments.evaluation import evaluated
 from mrvae_models.experiments.execution import configured, execute, execute_one
 from mrvae_models.experiments.figures import FIGURES
-from mrvae_models.experiments.plan import MULTIRATE, Evaluation, Run, Settings, multirate, retrained
-from mrvae_models.experiments.tables import TABLES, area, mean_distortion, ratios
+from mrvae_models.experiments.plan import (
+    BASELINES,
+    MULTIRATE,
+    SET_BY_ALL,
+    Evaluation,
+    Run,
+    Settings,
+    multirate,
+    retrained,
+)
+from mrvae_models.experiments.tables import TABLES, against, area, mean_distortion, ratios
 from mrvae_models.networks import build
 from mrvae_models.recipes import gate_fields
 from mrvae_models.run import load_model
@@ -43,7 +54,7 @@ TINY = {"epochs": 1, "batch_size": 500, "latent": 3, "network_options": {"hidden
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):
-    """One directory for the experiments that have the same runs: those that are there are not trained again."""
+    """The directory of one experiment, whose runs others have too."""
     return tmp_path_factory.mktemp("experiments")
 
 
@@ -81,10 +92,11 @@ def test_retraining(shared):
 
 
 @pytest.mark.parametrize("name", ["rate-distortion", "active-units"])
-def test_experiments_of_the_same_runs_share_them(shared, name, monkeypatch):
+def test_experiments_of_the_same_runs_take_them(shared, name, tmp_path, monkeypatch):
     small(shared, "retraining", "--baselines", "constant")
+    shutil.copytree(shared / "runs", tmp_path / "runs")
     monkeypatch.setattr(training, "train", lambda *_, **__: pytest.fail("a run that is there is trained again"))
-    rows, page = small(shared, name, "--baselines", "constant")
+    rows, page = small(tmp_path, name, "--baselines", "constant")
     assert len(rows) == 4
     if name == "active-units":
         assert f"| 0.01 | {float(rows[0]['active_units']):.1f} | {float(rows[2]['active_units']):.1f} |" in page
@@ -232,6 +244,110 @@ def test_what_makes_no_sense_is_told_before_anything_is_trained(tmp_path, capsys
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_an_experiment_knows_which_options_it_sets(name):
+    """Every other option reaches all of its runs; of these some run has another value."""
+    experiment = EXPERIMENTS[name]
+    values = {option: f"the {option} of the user" for option in OPTIONS} | {"beta_range": (0.02, 5.0)}
+    settings = Settings(seeds=(3,), count=2, options=values, baselines=("constant",))
+    runs = experiment.runs(settings)
+
+    def reaches(option, run):  # a range says nothing to a run at one beta, which may be without it
+        without = option == "beta_range" and isinstance(run.options["beta"], float) and option not in run.options
+        return without or run.options.get(option) == values[option]
+
+    kept = {option for option in OPTIONS if all(reaches(option, run) for run in runs)}
+    assert OPTIONS - kept <= {*experiment.sets, *SET_BY_ALL}
+    assert not kept & set(experiment.sets)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["rate-distortion", "--option", "out=precious"], "the option out is 'precious'.*use --out"),
+        (["rate-distortion", "--option", "seed=7"], "the option seed is 7, and rate-.* sets seed itself; use --seeds"),
+        (["linear", "--option", "beta=0.5"], "the option beta is 0.5.*use --betas"),
+        (["sampling-range", "--option", "beta_range=0.1,1"], "sampling-range sets beta_range itself; .*leave it out"),
+        (["gate-activation", "--option", "gates=3"], "gate-activation sets gates itself"),
+        (["calibrated", "--option", "likelihood=bernoulli"], "calibrated sets likelihood itself"),
+        (["recipe", "--recipe", "paper"], "recipe sets recipe itself"),
+        (["retraining", "--option", "annealing=0.5"], "the baseline 'annealed' sets it: give --baselines constant"),
+    ],
+)
+def test_an_option_that_the_experiment_sets_is_refused_before_anything_is_touched(
+    tmp_path, monkeypatch, capsys, arguments, message
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "model.safetensors").write_text("weights")
+    assert main(["experiment", arguments[0], "--small", "--out", "new", *arguments[1:]]) == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert [path.name for path in tmp_path.rglob("*")] == ["precious", "model.safetensors"]
+    with pytest.raises(ValueError, match="out is 'precious'; expected none"):
+        configured(tmp_path / "new", {"out": "precious"})
+
+
+def test_annealing_may_be_given_where_no_baseline_sets_it(tmp_path):
+    small(tmp_path, "retraining", "--baselines", "constant", "--option", "annealing=0.5")
+    runs = json.loads((tmp_path / "config.json").read_text())["runs"]
+    assert {run["config"]["annealing"] for run in runs} == {0.5} and "annealing" in BASELINES["annealed"][1]
+
+
+def test_an_experiment_replaces_neither_a_run_nor_another_experiment(shared, tmp_path, monkeypatch, capsys):
+    small(shared, "retraining", "--baselines", "constant")
+    before = {path: path.read_bytes() for path in shared.rglob("*") if path.is_file()}
+    monkeypatch.setattr(training, "train", lambda *_, **__: pytest.fail("something is trained"))
+    run = shared / "runs" / "multi-rate-0"
+    only_checkpoint, other = tmp_path / "checkpoint", tmp_path / "other"
+    for directory, name in ((only_checkpoint, "last.ckpt"), (other, "config.json")):
+        directory.mkdir()
+        (directory / name).write_text('{"epochs": 3}')
+    for directory, held in (
+        (run, "a training run"),
+        (only_checkpoint, "a training run"),
+        (other, "a config.json of something else"),
+        (shared, "the experiment 'retraining'"),
+    ):
+        assert main(["experiment", "linear", "--small", "--out", str(directory)]) == 1
+        said = capsys.readouterr().err
+        assert f"{directory} holds {held}, whose files" in said and "give another --out" in said
+    assert {path: path.read_bytes() for path in shared.rglob("*") if path.is_file()} == before
+
+
+def test_it_is_told_which_runs_are_trained_again_and_why(tmp_path, capsys):
+    small(tmp_path, "linear")
+    assert "trained again" not in capsys.readouterr().err
+    small(tmp_path, "linear")
+    assert "trained again" not in capsys.readouterr().err
+    small(tmp_path, "linear", "--option", "lr=0.02")
+    said = capsys.readouterr().err
+    run = tmp_path / "runs" / "multi-rate-0"
+    assert f"{run} is trained again, with other options: lr was " in said and ", now 0.02\n" in said
+    assert said.count("trained again") == 3
+
+
+def test_what_cannot_be_evaluated_of_the_data_is_told_before_anything_is_trained(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(training, "train", lambda *_, **__: pytest.fail("something is trained"))
+    text, halves = tmp_path / "text", tmp_path / "halves"
+    for folder, splits in ((text, ("train", "valid", "test")), (halves, ("train", "valid"))):
+        folder.mkdir()
+        for split in splits:
+            (folder / f"{split}.txt").write_text("a b c\nb a\nc\n" * 5)
+
+    def complaint(name, data, *arguments):
+        line = ["experiment", name, "--small", "--out", str(tmp_path / "new"), "--data", str(data), *arguments]
+        assert main(line) == 1 and not (tmp_path / "new").exists()
+        return capsys.readouterr().err
+
+    of_text = ("--network", "lstm")
+    assert "holds text, and the evaluation 'samples' is of images" in complaint("samples", text, *of_text)
+    assert "holds text, and the evaluation 'calibrated' is of images" in complaint("calibrated", text, *of_text)
+    assert "the Frechet distance is of images" in complaint("fid", text, *of_text)
+    assert "mig needs a set whose factors are known" in complaint("mig", "digits", "--network", "mlp")
+    said = complaint("rate-distortion", halves, *of_text)
+    assert "no test set, only train, validation" in said and "--split validation" in said
+
+
 def test_the_list_names_every_experiment_its_figure_and_cost(capsys):
     assert main(["experiment", "--list"]) == 0
     said = capsys.readouterr().out
@@ -341,6 +457,54 @@ def test_ratios_are_of_the_means_over_seeds():
     assert "| 1 | 10.50 (0.71) | 10.50 (0.71) | 1.000 | 2.00, 1.00 |" in text
     assert "| 2 | 12.50 (0.71) | 11.50 (0.71) | 0.920 | 2.00, 1.00 |" in text
     assert "mean ratio 0.960, worst 1.000" in text
+
+
+def density(line, beta, objective):
+    """A row of a density, whose D + beta R may be negative, at a rate of 1."""
+    return row(line, 0, beta, 1.0, objective - beta)
+
+
+def test_objectives_that_are_not_positive_are_compared_by_differences():
+    """A ratio of negative ones calls the worst line the best."""
+    plain = [density("retrained", beta, -100.0 + beta) for beta in (1.0, 2.0)]
+    multi = [density(MULTIRATE, beta, -80.0 + 2 * beta) for beta in (1.0, 2.0)]
+    text = ratios([*multi, *plain])
+    assert "| difference (nats) |" in text and "mean difference +21.50 nats, worst +22.00 nats" in text
+    assert "| 2 | -98.00 | -76.00 | +22.00 | 1.00, 1.00 |" in text and "ratio |" not in text
+    better = [density("better", beta, -130.0) for beta in (1.0, 2.0)]
+    text = against([*plain, *multi, *better])
+    assert "less that of retrained, nats, by beta" in text and "| mean (nats) | largest (nats) |" in text
+    assert "| better | -31.00 | -32.00 | -31.500 | -31.00 |" in text
+    assert "Lowest mean: better. Lowest largest difference: better." in text
+    zero = [density("retrained", 1.0, 0.0), density(MULTIRATE, 1.0, 3.0)]
+    assert "mean difference +3.00 nats" in ratios(zero)
+
+
+def test_areas_of_distortions_that_are_not_positive_are_compared_by_differences():
+    lines = {"a": -100.0, "b": -90.0}
+    text = area([row(line, 0, beta, 4 / beta, low) for line, low in lines.items() for beta in (1.0, 2.0)])
+    assert "| less that of a (nats) |" in text and "| b | 2.00 to 4.00 | -90.00 | -100.00 | +10.00 |" in text
+
+
+def test_pictures_of_objectives_that_are_not_positive_show_differences():
+    plain = [density("retrained", beta, -100.0) for beta in (1.0, 2.0)]
+    lines = [density(line, beta, low) for line, low in (("bad", -40.0), ("good", -160.0)) for beta in (1.0, 2.0)]
+    figure = Figure()
+    FigureCanvasAgg(figure)
+    FIGURES["against"](figure, EXPERIMENTS["recipe"], [*plain, *lines], Path())
+    axis = figure.axes[0]
+    assert axis.get_title().endswith("(nats)")
+    assert [text.get_text() for text in axis.texts] == ["+60.0", "+60.0", "-60.0", "-60.0"]
+    assert axis.images[0].norm.vmax == 60
+    figure = Figure()
+    FigureCanvasAgg(figure)
+    FIGURES["objective"](figure, EXPERIMENTS["retraining"], [*plain, *lines], Path())
+    axis = figure.axes[1]
+    assert axis.get_ylabel() == "difference (nats)" and "less that of retrained" in axis.get_title()
+    drawn = {line.get_label(): line for line in axis.get_lines()}
+    assert drawn["retrained"].get_ydata() == [0, 0]
+    bad, good = (each.lines[0].get_ydata().tolist() for each in axis.containers)
+    assert bad == [60, 60] and good == [-60, -60]
 
 
 def test_a_column_has_a_mean_over_the_betas_that_all_lines_have():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
+from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -11,6 +13,9 @@ import torch
 from matplotlib.figure import Figure
 from mrvae_models import plot
 from mrvae_models.curve import Curve, Point
+from mrvae_models.data import VideoDataset
+from mrvae_models.likelihoods import Gaussian
+from mrvae_models.networks import build
 from mrvae_models.pictures import pictures
 from PIL import Image
 from test_curve import BETAS, images, multirate
@@ -122,6 +127,45 @@ def test_images_have_one_size_where_there_are_fewer_examples_than_samples(tmp_pa
     axes = figure.subfigs[1].axes
     assert [axis.get_xlim() for axis in axes] == [(0, 8 * 5)] * 2
     assert [axis.images[0].get_extent()[1] for axis in axes] == [3 * 5, 8 * 5]
+
+
+def test_pictures_of_a_clip_say_what_was_given(tmp_path, monkeypatch):
+    model = build("svg-lp", (5, 1, 16, 16), 3, likelihood=Gaussian(), width=4, features=6, hidden=8, n_past=2)
+    made = pictures(model, VideoDataset(torch.rand(3, 5, 1, 16, 16)), [1.0], count=8)
+    assert made.given == 2 and torch.equal(made.samples[0, :2], made.originals[:2])
+    assert not torch.equal(made.samples[0, 2:], made.originals[2:])
+    figure = drawn(monkeypatch, sketched([1.0]), tmp_path / "curve.png", made)
+    left, right = figure.subfigs[1].axes
+    assert "held-out clip" in left.get_title() and right.get_title() == "Predicted from the 2 frames left of the line"
+    for axis, frames in ((left, 1), (right, 2)):
+        (line,) = axis.get_lines()
+        assert line.get_xdata() == [frames * 16, frames * 16] and line.get_ydata() == [0, 0.5], "below the row of data"
+    assert drawn(monkeypatch, sketched([1.0]), tmp_path / "curve.png", pictures(multirate(), images(), [1.0])).subfigs[
+        1
+    ].axes[0].get_title() == "Reconstructions of held-out images"
+
+
+@pytest.mark.parametrize("ends", [(1e-4, 10), (1e-6, 100), (1e-10, 1e10)])
+@pytest.mark.parametrize("rate", [60, 1e-4])
+def test_numbers_along_an_axis_do_not_touch(tmp_path, monkeypatch, ends, rate):
+    points = sketched(np.geomspace(*ends, 30).tolist()).points
+    tiny = [replace(point, rate=point.rate * rate / 60, rate_se=0.0) for point in points]
+    figure = drawn(monkeypatch, Curve(tuple(tiny)), tmp_path / "curve.png")
+    figure.draw_without_rendering()
+    for axis in figure.axes:
+        low, high = axis.get_xlim()
+        shown = [text for text in axis.get_xticklabels() if low <= text.get_position()[0] <= high]
+        boxes = [text.get_window_extent(figure.canvas.get_renderer()) for text in shown]
+        assert 3 <= len(boxes) <= 7
+        assert not any(one.overlaps(next_one) for one, next_one in pairwise(boxes)), [t.get_text() for t in shown]
+
+
+def test_points_of_many_betas_keep_their_colours(tmp_path, monkeypatch):
+    for count, edges in ((10, 1), (200, 0)):
+        curve = sketched(np.geomspace(0.001, 100, count).tolist())
+        (points,) = drawn(monkeypatch, curve, tmp_path / "curve.png").axes[0].collections[-1:]
+        assert len(points.get_offsets()) == count and len(points.get_edgecolors()) == edges
+        assert points.get_sizes() == [26 if edges else 10]
 
 
 def test_points_and_error_bars_of_active_units_are_drawn_whole(tmp_path, monkeypatch):

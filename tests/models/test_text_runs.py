@@ -15,10 +15,14 @@ from mrvae_models import TrainConfig, train
 from mrvae_models.baking import DECODER, PROGRAM, bake_run
 from mrvae_models.checkpoint import read_checkpoint
 from mrvae_models.cli import main
-from mrvae_models.curve import Curve, evaluate
+from mrvae_models.curve import Curve, Point, at, evaluate
 from mrvae_models.data import TextDataset, Vocabulary, load
 from mrvae_models.data.vocabulary import END, START
 from mrvae_models.lightning_module import PLATEAU
+from mrvae_models.metrics import METRICS
+from mrvae_models.metrics.information import information
+from mrvae_models.metrics.posteriors import Posteriors, posteriors
+from mrvae_models.report import points_table
 from mrvae_models.run import LAST, load_model, load_split
 from mrvae_models.sentences import Sentences, sentences, write_sentences
 from mrvae_models.training import TrainingInterrupted
@@ -137,6 +141,28 @@ def test_mrvae_curve_writes_numbers_and_sentences(run, capsys):
     assert "| 0.3 |" in page
     assert main(["curve", "--run", str(run), "--no-images", "--out", str(run / "elsewhere")]) == 0
     assert not (run / "elsewhere" / "sentences.md").exists()
+
+
+def test_information_is_of_sentences_too_and_what_is_of_images_says_so(run):
+    model, _ = load_model(run)
+    data = load(run.parent / "data", "test")
+    with torch.no_grad(), at(model, 0.3):
+        mean, log_variance = model.network.encode(data.examples)
+    found = information(posteriors(model, data, 0.3, batch_size=5))
+    expected = information(Posteriors(mean.double(), log_variance.double()))
+    assert found.mutual_information == pytest.approx(expected.mutual_information, abs=1e-5)
+    assert METRICS["tc"](model, data, 0.3) == pytest.approx(expected.total_correlation, abs=1e-5)
+    with pytest.raises(ValueError, match="is of images, and the network SentenceVAE is one of text"):
+        METRICS["iwae"](model, data, 0.3)
+
+
+def test_a_perplexity_is_read_whatever_its_size(tmp_path):
+    many = Point(1.0, 1, 0, 900, 0, -901, 0, 901, 0, 2, 0.0, 170.0, math.exp(170.0))
+    few = replace(many, perplexity=50842.93)
+    assert "6.762e+73" in points_table([many]) and points_table([few]).endswith(" 50842.9")
+    write_sentences(tmp_path / "sentences.md", Curve((many, few)), Sentences([1.0], [], [[]], [[]], [[]]))
+    page = (tmp_path / "sentences.md").read_text()
+    assert "| 170.000 | 6.762e+73 |" in page and "| 50842.9 |" in page
 
 
 def test_runs_of_other_vocabularies_are_not_compared(run, tmp_path, capsys):

@@ -12,7 +12,7 @@ from typing import Any
 from ..config import TrainConfig
 from ..experiments.catalogue import EXPERIMENTS, experiment_called, options_of
 from ..experiments.command_lines import setting
-from ..experiments.plan import BASELINES, Settings
+from ..experiments.plan import BASELINES, Settings, check_given
 from ..options import UsageError, parse_setting
 
 HELP = "repeat an experiment of the MR-VAE paper"
@@ -34,7 +34,9 @@ def add(command: argparse.ArgumentParser) -> None:
     """The arguments."""
     command.add_argument("name", metavar="NAME", nargs="?", help=f"one of {', '.join(EXPERIMENTS)}")
     command.add_argument("--list", action="store_true", help="list the experiments and stop")
-    command.add_argument("--out", metavar="DIR", type=Path, help="directory (default: runs/NAME)")
+    command.add_argument(
+        "--out", metavar="DIR", type=Path, help="directory, of this experiment alone (default: runs/NAME)"
+    )
     size = command.add_mutually_exclusive_group()
     size.add_argument("--full", action="store_true", help="the paper's network, data and epochs")
     size.add_argument("--small", action="store_true", help="seconds: one epoch of a tiny network, two betas, one seed")
@@ -58,7 +60,8 @@ def add(command: argparse.ArgumentParser) -> None:
         type=_setting,
         action="append",
         default=[],
-        help="any other option of mrvae train, such as lr=0.0003 or batch_size=64; may be repeated",
+        help="any other option of mrvae train that the experiment does not set itself, such as lr=0.0003 or "
+        "batch_size=64; may be repeated",
     )
     where = command.add_argument_group("where it runs")
     where.add_argument("--processes", metavar="N", type=int, default=1, help="runs at a time (default: 1)")
@@ -120,11 +123,17 @@ def run(options: argparse.Namespace) -> int:
         return 0
     experiment = experiment_called(options.name)
     given = {name: getattr(options, name) for name in ("epochs", "network", "data", "recipe") if hasattr(options, name)}
+    given |= dict(options.option)
+    baselines = tuple(options.baselines or experiment.baselines)
+    try:
+        check_given(experiment, given, baselines)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
     settings = Settings(
         seeds=tuple(options.seeds or ((0,) if options.small else experiment.seeds)),
         count=options.betas or (2 if options.small else experiment.count),
-        options=options_of(experiment, {**given, **dict(options.option)}, options.full, options.small),
-        baselines=tuple(options.baselines or experiment.baselines),
+        options=options_of(experiment, given, options.full, options.small),
+        baselines=baselines,
     )
     evaluation = (experiment.full_evaluation if options.full else None) or experiment.evaluation
     if options.metric is not None:
@@ -137,17 +146,22 @@ def run(options: argparse.Namespace) -> int:
     cluster = {name: getattr(options, name) for name in ("hours", "cpus", "gpus", "partition")}
 
     from ..experiments.execution import execute
-    from ..experiments.page import write_page
+    from ..experiments.page import check_out, write_page
+    from ..training import TrainingInterrupted
 
-    results = execute(
-        runs,
-        evaluation,
-        out,
-        options.processes,
-        options.launcher,
-        lambda line: print(line, file=sys.stderr, flush=True),
-        **(cluster if options.launcher == "slurm" else {}),
-    )
+    check_out(experiment.name, out)
+    try:
+        results = execute(
+            runs,
+            evaluation,
+            out,
+            options.processes,
+            options.launcher,
+            lambda line: print(line, file=sys.stderr, flush=True),
+            **(cluster if options.launcher == "slurm" else {}),
+        )
+    except (KeyboardInterrupt, TrainingInterrupted):
+        raise KeyboardInterrupt("give the same command again to go on") from None
     for path in write_page(experiment, runs, results, out, command_line(options)):
         print(path)
     return 0

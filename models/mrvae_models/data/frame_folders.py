@@ -38,22 +38,23 @@ def _raw(parts: dict[str, Path], split: str, resize: int | tuple[int, int] | Non
 
 def _cut(root: Path) -> list[list[Path]]:
     """The frames of the clips in order, of each as many as the shortest has."""
-    clips = [clip for _, clip in sorted(clips_of(root).items())]
+    clips = clips_of(root)
     length = min(map(len, clips), default=0)
     return [clip[:length] for clip in clips]
 
 
-def clips_of(root: Path) -> dict[tuple[int | str, ...], list[Path]]:
-    """Each clip's frames in their order, by its folder, in which "2" is before "10"."""
+def clips_of(root: Path) -> list[list[Path]]:
+    """Each clip's frames in their order; clips in the order of their folders, in which "2" is before "10"."""
     clips: dict[Path, list[Path]] = {}
     for path in folder.image_files(root):
         clips.setdefault(path.parent, []).append(path)
-    return {_natural(clip.relative_to(root)): _in_order(clip, files) for clip, files in clips.items()}
+    return [_in_order(clip, clips[clip]) for clip in sorted(clips, key=lambda clip: _natural(clip.relative_to(root)))]
 
 
-def _natural(path: Path) -> tuple[int | str, ...]:
-    """Texts and numbers in turn, so that any two of them compare."""
-    return tuple(int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", path.as_posix())))
+def _natural(path: Path) -> tuple[tuple[int | str, ...], str]:
+    """Texts and numbers in turn, so that any two of them compare; then the name, as clip1 and clip01 are two."""
+    name = path.as_posix()
+    return tuple(int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", name))), name
 
 
 def _in_order(clip: Path, files: list[Path]) -> list[Path]:

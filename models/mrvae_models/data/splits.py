@@ -47,7 +47,10 @@ def choose(sets: Sets, split: str, seed: int, origin: str) -> Chosen:
         raw = sets["train"]()
         return Chosen(raw, _parts(raw, seed, {"validation": 1})[split], "train")
     if split not in sets:
-        raise DataError(f"{origin}: no {split} set, only {', '.join(sorted(sets))}; expected one, or one undivided set")
+        instead = ", or where a command takes it, --split validation" if split == "test" else ""
+        raise DataError(
+            f"{origin}: no {split} set, only {', '.join(sorted(sets))}; expected one, or one undivided set{instead}"
+        )
     raw = sets[split]()
     return Chosen(raw, _parts(raw, seed, {})["train"], split)
 

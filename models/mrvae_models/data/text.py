@@ -19,10 +19,14 @@ from torch.utils.data import Dataset
 
 from .checks import DataError, Raw
 from .fingerprint import Fingerprint, fingerprint
+from .memory import check_memory
 from .splits import NAMES, Sets, choose
 from .vocabulary import END, MOST_UNKNOWN, PAD, SPECIALS, UNKNOWN, Vocabulary, padded, read_lines
 
 SUFFIX = ".txt"
+
+BYTES = 10
+"""Memory that a place in the rows takes while they are checked: an int64 and two truths."""
 
 
 class TextOptions(NamedTuple):
@@ -137,6 +141,7 @@ def load_text(paths: dict[str, Path], split: str, seed: int, options: TextOption
     documents = [vocabulary.numbers(document[:limit]) for document in raw.images[kept]]
     _check_known(documents, vocabulary, raw.origin)
     longest = 1 + max(len(document[:limit]) for part in contents.values() for document in part.images)
+    _check_memory(documents, raw.origin)
     made = TextDataset(padded(documents), vocabulary, _labels(raw, kept, contents), longest)
     made.source = fingerprint(part, raw.images)
     return made
@@ -182,6 +187,16 @@ def _labels(raw: Raw, kept: np.ndarray, contents: dict[str, Raw]) -> Tensor | No
         return None
     names = sorted({str(label) for part in contents.values() if part.labels is not None for label in part.labels})
     return torch.from_numpy(np.searchsorted(np.array(names), raw.labels[kept]).astype(np.int64))
+
+
+def _check_memory(documents: Sequence[Sequence[int]], origin: str) -> None:
+    """DataError where the rows, all as long as the longest document, do not fit: one long line is enough for that."""
+    lengths = sorted(1 + len(document) for document in documents)
+    check_memory(
+        BYTES * len(lengths) * lengths[-1],
+        f"{origin}, {len(lengths)} documents as long as the longest, of {lengths[-1]} tokens with </s>",
+        f"keep fewer tokens of each: --max-length, half have {lengths[len(lengths) // 2]} at most",
+    )
 
 
 def _check_known(documents: Sequence[Sequence[int]], vocabulary: Vocabulary, origin: str) -> None:

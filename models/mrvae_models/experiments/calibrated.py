@@ -31,6 +31,9 @@ code's convention, as in sigma-VAE's Table 1, whose betas are twice ours; for de
 which is likeliest for the validation split, since a network errs less on its training examples than on others (for a
 variance per image, which is no density of x, with their mean). Photographs: --data FILE.npz; --full is SVHN."""
 
+SETS = ("likelihood", "log_to", "objective", "sigma", "sigma_from")
+"""Options of the methods: every run is given its own, and sigma is 1 where it is not learned."""
+
 BETWEEN = 4
 """The curve has so many betas for each step between those of the beta-VAEs."""
 

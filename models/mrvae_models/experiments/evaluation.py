@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +16,7 @@ from torch import nn
 from ..closed_form import eigenvalues, expected_linear, linear_optimum
 from ..config import TrainConfig
 from ..curve import at, evaluate
+from ..data import TextDataset
 from ..objectives import rate
 from ..pictures import pictures
 from ..report import calibration_for, dataset_for, training_examples
@@ -124,8 +127,9 @@ EVALUATIONS: Mapping[str, Callable[..., Columns]] = {
 
 
 def check_evaluation(evaluation: Evaluation, configs: Sequence[TrainConfig]) -> None:
-    """What can be wrong with an evaluation, asked before anything is trained: ValueError for a metric that is not known
-    and for a network without a closed form, ModuleNotFoundError or FileNotFoundError for what a metric needs."""
+    """What can be wrong with an evaluation whatever the data, asked before anything is trained: ValueError for a metric
+    that is not known and for a network without a closed form, ModuleNotFoundError or FileNotFoundError for what a
+    metric needs."""
     if evaluation.metric is not None:
         metric_called(evaluation.metric)
     if evaluation.kind != "linear":
@@ -137,6 +141,26 @@ def check_evaluation(evaluation: Evaluation, configs: Sequence[TrainConfig]) -> 
                 f"network {config.network}, likelihood {config.likelihood or 'its own'}, sigma {config.sigma or 1:g}: "
                 "expected --network linear with a gaussian of sigma 1, of which the closed form is known"
             )
+
+
+OF_DATA = [entry.name for entry in dataclasses.fields(TrainConfig) if entry.metadata["group"] == "data"]
+
+
+def check_test_split(evaluation: Evaluation, configs: Sequence[TrainConfig]) -> None:
+    """What an evaluation asks of the data, asked before anything is trained: DataError where they have no test split,
+    ValueError where it lacks what is evaluated, such as images or factors. Each data set is read once."""
+    if evaluation.kind == "linear":  # on the training images
+        return
+    alike = {json.dumps([getattr(config, name) for name in OF_DATA]): config for config in configs}
+    for config in alike.values():
+        dataset = load_split(config, "test")
+        if evaluation.kind in ("samples", "calibrated") and isinstance(dataset, TextDataset):
+            raise ValueError(
+                f"{config.data} holds text, and the evaluation {evaluation.kind!r} is of images; give such --data"
+            )
+        if evaluation.metric is not None:
+            metric: Any = metric_called(evaluation.metric)
+            getattr(metric, "accepts", lambda dataset: None)(dataset)
 
 
 def check_columns(columns: Columns, name: str) -> None:

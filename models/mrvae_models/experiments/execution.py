@@ -11,13 +11,15 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..config import TrainConfig
 from ..option_changes import OF_MANY_BETAS, as_now
-from ..options import read_json
+from ..options import config_file, read_json
 from .plan import Evaluation, Run
 
 RESULT = "result.json"
@@ -30,8 +32,10 @@ def configured(directory: Path, options: Any) -> TrainConfig:
     """A run's options, in that directory: no logs, one thread, and next to no validation where nothing goes by it,
     unless told otherwise.
 
-    ValueError for an option that TrainConfig has not, and for a value that makes no sense.
+    ValueError for an option that TrainConfig has not, for a value that makes no sense, and for another directory.
     """
+    if "out" in options:
+        raise ValueError(f"out is {options['out']!r}; expected none: the run is in {directory}")
     defaults = {"out": str(directory), "threads": 1, "log_to": ()}
     config = TrainConfig.from_dict({**defaults, **options}, "the options of the run")
     goes_by_it = config.keep == "best" or config.patience is not None or config.schedule == "plateau"
@@ -67,23 +71,49 @@ def execute(
     say: Callable[[str], object] = print,
     **cluster: Any,
 ) -> list[Result]:
-    """The results of all runs, in their order; `say` is told of each that ends.
+    """The results of all runs, in their order; `say` is told of each that ends, and before of those that are there with
+    other options and are trained again.
 
     launcher: "local", `processes` at a time (1: in this process), or "slurm", one job a run, with `cluster` as in
-    launchers.slurm. The first run that fails ends all.
+    launchers.slurm. The first run that fails ends all. SIGTERM is a KeyboardInterrupt, as Ctrl-C.
     """
-    from .evaluation import check_evaluation
+    from .evaluation import check_evaluation, check_test_split
     from .launchers import LAUNCHERS
 
     if launcher not in LAUNCHERS:
         raise ValueError(f"launcher is {launcher!r}; expected one of {', '.join(LAUNCHERS)}")
-    check_evaluation(evaluation, check_runs(runs, out))
-    jobs = [(out / "runs" / run.name, run, evaluation) for run in runs]
+    configs = check_runs(runs, out)
+    check_evaluation(evaluation, configs)
+    both = list(zip(configs, runs, strict=True))
+    to_do = [config for config, run in both if _result_there(config, _wanted(run, evaluation)) is None]
+    check_test_split(evaluation, to_do)
+    for config in to_do:
+        if changed := _changed(config):
+            say(f"{config.directory} is trained again, with other options: {'; '.join(changed)}")
+    jobs = [(config.directory, run, evaluation) for config, run in both]
     results: dict[int, Result] = {}
-    for index, result in LAUNCHERS[launcher](execute_one, jobs, processes=processes, out=out, **cluster):
-        results[index] = result
-        say(f"{len(results)}/{len(runs)}: {runs[index].name}")
+    with _terminable():
+        for index, result in LAUNCHERS[launcher](execute_one, jobs, processes=processes, out=out, **cluster):
+            results[index] = result
+            say(f"{len(results)}/{len(runs)}: {runs[index].name}")
     return [results[index] for index in range(len(runs))]
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """A block in which SIGTERM is a KeyboardInterrupt; a run that is being trained has its own answer to it."""
+    if threading.current_thread() is not threading.main_thread():  # where no handler can be set
+        yield
+        return
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def execute_one(directory: Path, run: Run, evaluation: Evaluation) -> Result:
@@ -92,10 +122,9 @@ def execute_one(directory: Path, run: Run, evaluation: Evaluation) -> Result:
     from .evaluation import check_columns, evaluated
 
     config = configured(directory, run.options)
-    asked = {**dataclasses.asdict(evaluation), **_digest(evaluation.metric)}
-    wanted = json.loads(json.dumps({"betas": run.betas, "evaluation": asked}))
+    wanted = _wanted(run, evaluation)
     with _locked(directory):
-        there = _result_there(directory, config, wanted)
+        there = _result_there(config, wanted)
         if there is not None:
             return there
         trained = train_or_continue(config)
@@ -108,6 +137,12 @@ def execute_one(directory: Path, run: Run, evaluation: Evaluation) -> Result:
     return json.loads(json.dumps(result))
 
 
+def _wanted(run: Run, evaluation: Evaluation) -> dict[str, Any]:
+    """What a result is of besides the run's options, as result.json has it."""
+    asked = {**dataclasses.asdict(evaluation), **_digest(evaluation.metric)}
+    return json.loads(json.dumps({"betas": run.betas, "evaluation": asked}))
+
+
 def _digest(metric: str | None) -> dict[str, str]:
     """The SHA-256 of the file of a metric of the user's own: an edited one is evaluated again, not trained again."""
     file = "" if metric is None else metric.rpartition(":")[0]
@@ -116,32 +151,47 @@ def _digest(metric: str | None) -> dict[str, str]:
 
 def train_or_continue(config: TrainConfig) -> Any:
     """train(config), from the checkpoint that its directory holds of this very run, if any."""
-    from ..run import CONFIG, LAST
     from ..training import train
 
-    directory = config.directory
-    unfinished = (directory / LAST).exists() and (directory / CONFIG).exists()
-    if unfinished and _same(read_json(directory / CONFIG).get("config"), config):
-        saved = dataclasses.replace(TrainConfig.load(directory / CONFIG), out=config.out)
+    if _changed(config) == []:
+        saved = dataclasses.replace(TrainConfig.load(config_file(config.directory)), out=config.out)
         return train(saved, resume=True, progress=False)
     return train(config, force=True, progress=False)
 
 
-def _same(saved: Any, config: TrainConfig) -> bool:
-    """Whether options saved are those of a run; the directory may have moved. Of a run at one beta those that gates and
-    a range of betas have do not count, and of its recipe only what it has chosen."""
-    unused = {"out"} if config.beta is None else {"out", "recipe", *OF_MANY_BETAS}
-    wanted = {name: value for name, value in config.to_dict().items() if name not in unused}
-    return isinstance(saved, dict) and wanted == {
-        name: value for name, value in as_now(saved).items() if name not in unused
-    }
+def _changed(config: TrainConfig) -> list[str] | None:
+    """How the options of the run that the directory has a checkpoint of differ from these; None where it has none."""
+    from ..run import CONFIG, LAST
 
-
-def _result_there(directory: Path, config: TrainConfig, wanted: dict[str, Any]) -> Result | None:
-    if not (directory / RESULT).exists():
+    directory = config.directory
+    if not ((directory / LAST).exists() and (directory / CONFIG).exists()):
         return None
-    result = read_json(directory / RESULT)
-    same = _same(result.get("config"), config) and all(result.get(name) == value for name, value in wanted.items())
+    return _differences(read_json(directory / CONFIG).get("config"), config)
+
+
+def _differences(saved: Any, config: TrainConfig) -> list[str]:
+    """How options saved differ from those of a run, "lr was 0.001, now 0.01"; the directory may have moved. Of a run at
+    one beta those that gates and a range of betas have do not count, and of its recipe only what it has chosen."""
+    if not isinstance(saved, dict):
+        return [f"they were {saved!r}"]
+    unused = {"out"} if config.beta is None else {"out", "recipe", *OF_MANY_BETAS}
+    then, now = as_now(saved), config.to_dict()
+    names = [name for name in {**now, **then} if name not in unused]
+    return [
+        f"{name} was {then.get(name, 'not there')!r}, now {now.get(name, 'not there')!r}"
+        for name in names
+        if (name in then) != (name in now) or then.get(name) != now.get(name)
+    ]
+
+
+def _result_there(config: TrainConfig, wanted: dict[str, Any]) -> Result | None:
+    path = config.directory / RESULT
+    if not path.exists():
+        return None
+    result = read_json(path)
+    same = not _differences(result.get("config"), config) and all(
+        result.get(name) == value for name, value in wanted.items()
+    )
     return result if same else None
 
 

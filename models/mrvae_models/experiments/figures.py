@@ -20,7 +20,7 @@ from .calibrated_figure import calibrated
 from .evaluation import SAMPLES
 from .plan import MULTIRATE, Experiment
 from .rows import Row, along_beta, by_line
-from .tables import over_retraining
+from .tables import are_ratios, over_retraining
 
 MARKERS = "oDs^v<>"
 BETA = r"KL weight $\beta$"
@@ -91,20 +91,25 @@ def _lines(axis: Axes, rows: Sequence[Row], title: str) -> tuple[list[float], np
 
 
 def relative(axis: Axes, rows: Sequence[Row]) -> None:
-    """D + beta R of each line over that of the first, along beta; the band is the first's own spread over seeds."""
+    """D + beta R of each line over that of the first, along beta; the band is the first's own spread over seeds. Where
+    a mean is not positive, differences in nats in place of ratios."""
     lines = along_beta(rows, "objective")
     reference, *others = lines
     means, errors = _means(list(lines[reference].values()))
     base = dict(zip(lines[reference], means, strict=True))
-    spread = np.array(errors) / np.array(means)
-    axis.set(title=rf"D + $\beta$R over that of {reference}", xlabel=BETA, ylabel="ratio", xscale="log")
+    ratios = are_ratios(mean for its in lines.values() for mean in _means(list(its.values()))[0])
+    spread, level = (np.array(errors) / np.array(means), 1) if ratios else (np.array(errors), 0)
+    axis.set(title=rf"D + $\beta$R {'over' if ratios else 'less'} that of {reference}", xlabel=BETA, xscale="log")
+    axis.set_ylabel("ratio" if ratios else "difference (nats)")
     log_axis(axis, list(base))
-    axis.fill_between(list(base), 1 - spread, 1 + spread, color=LINE, alpha=0.15, linewidth=0)
-    axis.axhline(1, color=LINE, linewidth=1.4, label=reference)
+    axis.fill_between(list(base), level - spread, level + spread, color=LINE, alpha=0.15, linewidth=0)
+    axis.axhline(level, color=LINE, linewidth=1.4, label=reference)
     for index, line in enumerate(others, 1):
         shared = [beta for beta in lines[line] if beta in base]
-        ratios = [[value / base[beta] for value in lines[line][beta]] for beta in shared]
-        mean, error = _means(ratios)
+        values = [
+            [value / base[beta] if ratios else value - base[beta] for value in lines[line][beta]] for beta in shared
+        ]
+        mean, error = _means(values)
         _plot(axis, index, line, shared, mean, y_error=error)
 
 
@@ -191,20 +196,23 @@ def _samples(figure: Figure, experiment: Experiment, rows: Sequence[Row], out: P
 
 
 def _against(figure: Figure, experiment: Experiment, rows: Sequence[Row], out: Path) -> None:
-    """A cell a line and beta: by how many per cent D + beta R is above retraining's."""
-    betas, ratios = over_retraining(rows)
-    excess = 100 * (np.array(list(ratios.values())) - 1)
-    figure.set_size_inches(10.0, 1.2 + 0.27 * len(ratios))
+    """A cell a line and beta: by how many per cent D + beta R is above retraining's; by how many nats, where one is not
+    positive."""
+    _, betas, over, ratios = over_retraining(rows)
+    values = np.array(list(over.values()))
+    excess = 100 * (values - 1) if ratios else values
+    figure.set_size_inches(10.0, 1.2 + 0.27 * len(over))
     axis = figure.subplots()
-    reach = 5.0  # per cent: beyond it the colour says no more than "lost"
+    # beyond it the colour says no more than "lost": 5 per cent, or what nine tenths of the differences are within
+    reach = 5.0 if ratios else float(np.quantile(np.abs(excess), 0.9)) or 1.0
     image = axis.imshow(excess, cmap="RdBu_r", vmin=-reach, vmax=reach, aspect="auto")
     for (i, j), value in np.ndenumerate(excess):
         colour = "white" if abs(value) > 0.7 * reach else "black"
         axis.text(j, i, f"{value:+.1f}", ha="center", va="center", color=colour, fontsize=7)
     axis.set_xticks(range(len(betas)), [f"{beta:.3g}" for beta in betas])
-    axis.set_yticks(range(len(ratios)), list(ratios))
+    axis.set_yticks(range(len(over)), list(over))
     axis.grid(False)
-    axis.set(title=r"D + $\beta$R above retraining's (%)", xlabel=BETA)
+    axis.set(title=rf"D + $\beta$R above retraining's ({'%' if ratios else 'nats'})", xlabel=BETA)
     figure.colorbar(image, ax=axis, extend="both", shrink=0.8)
 
 

@@ -5,31 +5,65 @@ A launcher takes a function and the arguments of each job, and yields (index of 
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from itertools import islice
+from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 from typing import Any
 
 Jobs = Sequence[tuple[Any, ...]]
 
+PATIENCE = 5.0
+"""Seconds that processes have to end by themselves after an interruption."""
+
 
 def local(work: Callable[..., Any], jobs: Jobs, processes: int = 1, out: Path | None = None) -> Iterator[Any]:
-    """`processes` at a time, each with the threads that its run asks for; 1 runs them in this process."""
+    """`processes` at a time, each with the threads that its run asks for; 1 runs them in this process.
+
+    Where one fails, or this process is interrupted, the others are told to stop too. They never outlive this process.
+    """
     if processes < 1:
         raise ValueError(f"processes is {processes}; expected a positive integer")
     if processes == 1:
         for index, job in enumerate(jobs):
             yield index, work(*job)
         return
-    with ProcessPoolExecutor(min(processes, len(jobs)), mp_context=get_context("spawn")) as pool:
-        futures = {pool.submit(work, *job): index for index, job in enumerate(jobs)}
+    others = set(active_children())
+    count = min(processes, len(jobs))
+    with ProcessPoolExecutor(count, mp_context=get_context("spawn"), initializer=_end_with_parent) as pool:
+        # no more at a time than run: what waited in the pool would begin after an interruption
+        waiting = iter(enumerate(jobs))
+        begun = {pool.submit(work, *job): index for index, job in islice(waiting, count)}
         try:
-            for future in as_completed(futures):
-                yield futures[future], future.result()
-        finally:
-            for future in futures:  # after an error, those that have not begun
-                future.cancel()
+            while begun:
+                for future in wait(begun, return_when=FIRST_COMPLETED).done:
+                    yield begun.pop(future), future.result()
+                    begun |= {pool.submit(work, *job): index for index, job in islice(waiting, 1)}
+        except BaseException:
+            try:
+                # Ctrl-C, and SIGTERM to a whole group, reach the processes too: a second signal would not let them save
+                while wait(begun, PATIENCE).not_done:
+                    for process in set(active_children()) - others:
+                        process.terminate()
+            finally:
+                for process in set(active_children()) - others:
+                    process.kill()
+            raise
+
+
+def _end_with_parent() -> None:
+    """In a process of the pool: it ends when the one that started it has ended, even by SIGKILL."""
+    parent = parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def slurm(

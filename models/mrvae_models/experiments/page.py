@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..run import replace_file, versions, write_json
+from ..options import read_json
+from ..run import LAST, MODEL, check_directory, replace_file, versions, write_json
 from .command_lines import command_of
 from .execution import configured
 from .plan import Experiment, Run
@@ -17,6 +18,28 @@ from .rows import rows_of
 from .tables import TABLES, seconds
 
 CSV, PICTURE, CONFIG = "results.csv", "figure.png", "config.json"
+
+
+def check_out(experiment: str, out: Path) -> None:
+    """FileExistsError where `out` holds what write_page() would replace and is not of this experiment: a run, whose
+    config.json has the same name, another experiment, or a config.json of something else."""
+    check_directory(out)
+    document = read_json(out / CONFIG) if (out / CONFIG).exists() else {}
+    named = document.get("experiment")
+    of_run = str(document.get("format")).startswith("mrvae-run/")
+    if named == experiment:
+        return
+    if named is not None:
+        held = f"the experiment {named!r}"
+    elif of_run or any((out / name).exists() for name in (LAST, MODEL)):
+        held = "a training run"
+    elif document:
+        held = f"a {CONFIG} of something else"
+    else:
+        return
+    raise FileExistsError(
+        f"{out} holds {held}, whose files those of the experiment {experiment!r} would replace; give another --out"
+    )
 
 
 def write_page(

@@ -86,6 +86,7 @@ class Experiment:
     baselines: tuple[str, ...] = ()
     note: str = ""
     of_paper: bool = True
+    sets: tuple[str, ...] = ()  # options that `runs` gives its runs itself, whatever is in Settings.options
 
 
 BASELINES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -93,6 +94,30 @@ BASELINES: dict[str, tuple[str, dict[str, Any]]] = {
     "annealed": ("retrained, KL annealed", {"annealing": 0.3}),
 }
 """Line and options of the beta-VAEs that a multi-rate run is compared with; annealed: over 30 % of the run."""
+
+SET_BY_ALL = {
+    "out": "--out, in which each run has a directory",
+    "seed": "--seeds",
+    "beta": "--betas, the number of betas, over beta_range",
+}
+"""Options that every experiment gives its runs itself, and what to use in place of them."""
+
+
+def check_given(experiment: Experiment, given: Mapping[str, Any], baselines: tuple[str, ...]) -> None:
+    """ValueError, with what to use instead, for an option given to all runs that the experiment gives each of its runs
+    itself: it would be ignored, and the page would say that it was not."""
+    of_baselines = {option: name for name in baselines for option in BASELINES[name][1]}
+    for name, value in given.items():
+        if name in SET_BY_ALL:
+            instead = f"use {SET_BY_ALL[name]}"
+        elif name in experiment.sets:
+            instead = "it is what the runs differ in, or what makes them comparable: leave it out"
+        elif name in of_baselines:
+            others = [other for other in BASELINES if other != of_baselines[name]]
+            instead = f"the baseline {of_baselines[name]!r} sets it: give --baselines {' '.join(others)} alone"
+        else:
+            continue
+        raise ValueError(f"the option {name} is {value!r}, and {experiment.name} sets {name} itself; {instead}")
 
 
 def multirate(settings: Settings, line: str = MULTIRATE, **options: Any) -> list[Run]:

@@ -7,9 +7,10 @@ are over seeds.
 from __future__ import annotations
 
 import math
+import operator
 import statistics
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,20 +19,37 @@ from .plan import MULTIRATE
 from .rows import Row, along_beta, by_line, cell, table
 
 
+def are_ratios(means: Iterable[float]) -> bool:
+    """Whether such means compare by their ratios: all are positive. Of a density D, and D + beta R with it, may be 0 or
+    less, where a ratio says nothing or the opposite; differences, in nats, do then."""
+    return min(means) > 0
+
+
 def retraining_table(runs: Mapping[str, Mapping[str, Any]], betas: Sequence[float]) -> str:
-    """D + beta R of retraining and of one multi-rate run, a row a beta, the ratio of their means, and its mean.
+    """D + beta R of retraining and of one multi-rate run, a row a beta, the ratio of their means (the difference, where
+    one is not positive), and its mean.
 
     runs: "multi-rate" and each beta, as {beta:g} -> seed -> columns (objective, rate), of one value for a beta.
     """
-    header = ["beta", "retrained", "one multi-rate run", "ratio", "rate: retrained, multi-rate"]
-    lines, ratios = [], []
+    cells, rates, means = [], [], []
     for i, beta in enumerate(betas):
         plain, multi = runs[f"{beta:g}"].values(), runs[MULTIRATE].values()
-        objectives = [[c["objective"][0] for c in plain], [c["objective"][i] for c in multi]]
-        rates = [statistics.fmean(c["rate"][0] for c in plain), statistics.fmean(c["rate"][i] for c in multi)]
-        ratios.append(statistics.fmean(objectives[1]) / statistics.fmean(objectives[0]))
-        lines.append([f"{beta:.3g}", *map(cell, objectives), f"{ratios[-1]:.3f}", f"{rates[0]:.2f}, {rates[1]:.2f}"])
-    return f"{table(header, lines)}\n\nmean ratio {statistics.fmean(ratios):.3f}, worst {max(ratios):.3f}"
+        cells.append([[c["objective"][0] for c in plain], [c["objective"][i] for c in multi]])
+        rates.append([statistics.fmean(c["rate"][0] for c in plain), statistics.fmean(c["rate"][i] for c in multi)])
+        means.append([statistics.fmean(values) for values in cells[-1]])
+    if are_ratios(mean for pair in means for mean in pair):
+        word, head, unit, form = "ratio", "ratio", "", ".3f"
+        found = [multi / plain for plain, multi in means]
+    else:
+        word, head, unit, form = "difference", "difference (nats)", " nats", "+.2f"
+        found = [multi - plain for plain, multi in means]
+    header = ["beta", "retrained", "one multi-rate run", head, "rate: retrained, multi-rate"]
+    lines = [
+        [f"{beta:.3g}", *map(cell, objectives), f"{value:{form}}", f"{rate[0]:.2f}, {rate[1]:.2f}"]
+        for beta, objectives, value, rate in zip(betas, cells, found, rates, strict=True)
+    ]
+    said = f"mean {word} {statistics.fmean(found):{form}}{unit}, worst {max(found):{form}}{unit}"
+    return f"{table(header, lines)}\n\n{said}"
 
 
 def ratios(rows: Sequence[Row]) -> str:
@@ -53,30 +71,45 @@ def ratios(rows: Sequence[Row]) -> str:
     return "\n\n".join(texts)
 
 
-def over_retraining(rows: Sequence[Row]) -> tuple[list[float], dict[str, list[float]]]:
-    """betas, and line -> D + beta R over that of the first line, the beta-VAEs, by beta; ratios of means over seeds."""
+class Comparison(NamedTuple):
+    """D + beta R of lines against that of the first line, the beta-VAEs, by beta; of means over seeds."""
+
+    first: str
+    betas: list[float]
+    values: dict[str, list[float]]  # line -> by beta
+    ratios: bool  # values are ratios; else differences in nats
+
+
+def over_retraining(rows: Sequence[Row]) -> Comparison:
+    """All lines against the first: ratios where all means are positive, differences otherwise."""
     means = {
         line: {beta: statistics.fmean(values) for beta, values in its.items()}
         for line, its in along_beta(rows, "objective").items()
     }
     first, *others = means
     betas = sorted(means[first])
-    return betas, {line: [means[line][beta] / means[first][beta] for beta in betas] for line in others}
+    ratios = are_ratios(mean for its in means.values() for mean in its.values())
+    over: Callable[[float, float], float] = operator.truediv if ratios else operator.sub
+    values = {line: [over(means[line][beta], means[first][beta]) for beta in betas] for line in others}
+    return Comparison(first, betas, values, ratios)
 
 
 def against(rows: Sequence[Row]) -> str:
-    """over_retraining(), a row a line, with its mean and its largest ratio; and the lines that are best by either."""
-    betas, ratios_of = over_retraining(rows)
+    """over_retraining(), a row a line, with its mean and its largest value; and the lines that are best by either."""
+    first, betas, over, are_quotients = over_retraining(rows)
+    word, form, fine = ("ratio", ".3f", ".4f") if are_quotients else ("difference", "+.2f", "+.3f")
     body = [
-        [line, *(f"{ratio:.3f}" for ratio in its), f"{statistics.fmean(its):.4f}", f"{max(its):.3f}"]
-        for line, its in ratios_of.items()
+        [line, *(f"{value:{form}}" for value in its), f"{statistics.fmean(its):{fine}}", f"{max(its):{form}}"]
+        for line, its in over.items()
     ]
-    best = min(ratios_of, key=lambda line: statistics.fmean(ratios_of[line]))
-    evenest = min(ratios_of, key=lambda line: max(ratios_of[line]))
+    best = min(over, key=lambda line: statistics.fmean(over[line]))
+    evenest = min(over, key=lambda line: max(over[line]))
+    told = f"over that of {first}, by beta" if are_quotients else f"less that of {first}, nats, by beta"
+    unit = "" if are_quotients else " (nats)"
     return (
-        f"D + beta R on the test split over that of {next(iter(along_beta(rows, 'objective')))}, by beta.\n\n"
-        f"{table(['line', *(f'{beta:.3g}' for beta in betas), 'mean', 'largest'], body)}\n\n"
-        f"Lowest mean: {best}. Lowest largest ratio: {evenest}."
+        f"D + beta R on the test split {told}.\n\n"
+        f"{table(['line', *(f'{beta:.3g}' for beta in betas), f'mean{unit}', f'largest{unit}'], body)}\n\n"
+        f"Lowest mean: {best}. Lowest largest {word}: {evenest}."
     )
 
 
@@ -98,20 +131,27 @@ def area(rows: Sequence[Row]) -> str:
         for line, seeds in by_line(rows).items()
     }
     first, *others = curves
-    body = []
+    ranges, found = {}, {}
     for line in others:
         every = [[rate for rate, _ in points] for points in (*curves[first], *curves[line])]
         low, high = max(map(min, every)), min(map(max, every))
-        if not low < high:
-            body.append([line, "none in common", "", "", ""])
-            continue
-        theirs, ours = ([mean_distortion(points, low, high) for points in curves[name]] for name in (line, first))
-        ratio = statistics.fmean(theirs) / statistics.fmean(ours)
-        body.append([line, f"{low:.2f} to {high:.2f}", cell(theirs), cell(ours), f"{ratio:.4f}"])
+        if low < high:
+            ranges[line] = f"{low:.2f} to {high:.2f}"
+            found[line] = [[mean_distortion(points, low, high) for points in curves[name]] for name in (line, first)]
+    means = {line: [statistics.fmean(values) for values in pair] for line, pair in found.items()}
+    ratios = not means or are_ratios(mean for pair in means.values() for mean in pair)
+    compared = {line: f"{one / other:.4f}" if ratios else f"{one - other:+.2f}" for line, (one, other) in means.items()}
+    body = [
+        [line, ranges[line], *map(cell, found[line]), compared[line]]
+        if line in found
+        else [line, "none in common", "", "", ""]
+        for line in others
+    ]
+    head = f"over {first}" if ratios else f"less that of {first} (nats)"
     return (
         "Area under the rate-distortion curve over its width, which is the mean distortion at equal rates, in nats; "
         f"over the rates that all runs of a line and of {first} reach.\n\n"
-        f"{table(['line', 'rates (nats)', 'mean distortion', f'of {first}', f'over {first}'], body)}"
+        f"{table(['line', 'rates (nats)', 'mean distortion', f'of {first}', head], body)}"
     )
 
 

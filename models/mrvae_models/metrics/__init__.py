@@ -23,11 +23,12 @@ from .area import area_under_curve, area_with_error, common_interval
 from .bound import importance_weighted_bound
 from .calibration import of_calibration
 from .digits import frechet_digits
-from .frechet import fid, frechet_distance, inception_file
+from .factors import factors_of
+from .frechet import check_images, fid, frechet_distance, inception_file
 from .gap import mig, mig_discretised
 from .gaussian_bound import nll_discretised, nll_implied, nll_optimal, nll_optimal_weighted
 from .information import dimension_wise_kl, marginal_kl, mutual_information, total_correlation
-from .probes import beta_vae_score, linear_probe
+from .probes import beta_vae_score, labels_of, linear_probe
 from .requirements import need
 
 __all__ = [
@@ -49,6 +50,7 @@ class Metric:
     best: str | None  # "min", "max", or None where neither is
     help: str
     check: Callable[[], object] = lambda: None  # raises where a package or a file that it needs is not there
+    accepts: Callable[[Any], object] = lambda dataset: None  # raises where a data set has not what it is of
 
     def __call__(self, model: nn.Module, dataset: Any, beta: float, **options: Any) -> float:
         return self.function(model, dataset, beta, **options)
@@ -85,6 +87,10 @@ def _sklearn_for(name: str) -> Callable[[], None]:
     return functools.partial(need, "sklearn", name)
 
 
+def _factors_for(name: str, leave_out: tuple[str, ...] = ()) -> Callable[[Any], object]:
+    return functools.partial(factors_of, leave_out=leave_out, wanted_by=name)
+
+
 METRICS: dict[str, Metric] = {
     "rate": Metric(_of_curve("rate"), "nats", None, "rate R, KL(q(z|x) || p(z))"),
     "distortion": Metric(_of_curve("distortion"), "nats", "min", "distortion D, -log p(x|z)"),
@@ -108,19 +114,49 @@ METRICS: dict[str, Metric] = {
     "tc": Metric(total_correlation, "nats", "min", "total correlation of q(z)"),
     "dimension_wise_kl": Metric(dimension_wise_kl, "nats", "min", "sum over dimensions of KL(q(z_d) || p(z_d))"),
     "fid": Metric(
-        fid, "distance squared", "min", "Frechet inception distance; its weights must be there", inception_file
+        fid,
+        "distance squared",
+        "min",
+        "Frechet inception distance; its weights must be there",
+        inception_file,
+        check_images,
     ),
     "frechet_digits": Metric(
-        frechet_digits, "distance squared", "min", "Frechet distance by a classifier of the embedded digits: no FID"
+        frechet_digits,
+        "distance squared",
+        "min",
+        "Frechet distance by a classifier of the embedded digits: no FID",
+        accepts=check_images,
     ),
-    "mig": Metric(mig, "of 1", "max", "mutual information gap of Chen et al. (needs factors)"),
+    "mig": Metric(
+        mig,
+        "of 1",
+        "max",
+        "mutual information gap of Chen et al. (needs factors)",
+        accepts=_factors_for("mig", ("shape",)),
+    ),
     "mig_discretised": Metric(
-        mig_discretised, "of 1", "max", "disentanglement_lib's MIG (needs factors)", _sklearn_for("mig_discretised")
+        mig_discretised,
+        "of 1",
+        "max",
+        "disentanglement_lib's MIG (needs factors)",
+        _sklearn_for("mig_discretised"),
+        _factors_for("mig_discretised"),
     ),
     "beta_vae_score": Metric(
-        beta_vae_score, "of 1", "max", "score of Higgins et al. (needs factors)", _sklearn_for("beta_vae_score")
+        beta_vae_score,
+        "of 1",
+        "max",
+        "score of Higgins et al. (needs factors)",
+        _sklearn_for("beta_vae_score"),
+        _factors_for("beta_vae_score"),
     ),
     "probe": Metric(
-        linear_probe, "of 1", "max", "accuracy of a linear classifier of labels (needs labels)", _sklearn_for("probe")
+        linear_probe,
+        "of 1",
+        "max",
+        "accuracy of a linear classifier of labels (needs labels)",
+        _sklearn_for("probe"),
+        labels_of,
     ),
 }

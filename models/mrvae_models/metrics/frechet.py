@@ -105,10 +105,7 @@ def frechet_distance(
     """
     from torchmetrics.image.fid import FrechetInceptionDistance
 
-    if len(dataset.examples.shape) != 4:
-        raise ValueError(
-            f"examples have shape {tuple(dataset.examples.shape)}; the Frechet distance is of images, (N, C, H, W)"
-        )
+    check_images(dataset)
     count = len(dataset.examples) if generated is None else generated
     if min(count, len(dataset.examples)) < 2:
         raise ValueError(f"{len(dataset.examples)} images and {count} samples; a covariance needs two of each at least")
@@ -126,13 +123,24 @@ def frechet_distance(
             drawn = network.sample(min(batch_size, count - start), generator=generator)
             check_finite("a sample", drawn, beta)
             measure.update(drawn.float(), real=False)
-        distance = measure.compute().item()
-    if math.isnan(distance):  # max(0, NaN) would be 0, the best there is
+        # asked before: of what is not finite LAPACK's eigenvalues may end the process, and max(0, NaN) be 0, the best
+        sums = (measure.real_features_cov_sum, measure.fake_features_cov_sum)
+        finite = all(bool(each.isfinite().all()) for each in sums)
+        distance = measure.compute().item() if finite else math.nan
+    if math.isnan(distance):
         raise ValueError(
             f"the Frechet distance at beta = {beta:.4g} is NaN: the extractor {type(extractor).__name__} gives "
             "features that are not finite for these images or samples"
         )
     return max(0.0, distance)  # of equal sets it ends beside 0, by rounding
+
+
+def check_images(dataset: Examples) -> None:
+    """ValueError for data that are no images, such as text and clips."""
+    if len(dataset.examples.shape) != 4:
+        raise ValueError(
+            f"examples have shape {tuple(dataset.examples.shape)}; the Frechet distance is of images, (N, C, H, W)"
+        )
 
 
 def fid(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..curve import Examples, at, calibrated, check_finite, evaluating
+from ..networks.lstm import SentenceVAE
 from ..run import plain_network
 from ..vae import VAE
 
@@ -30,14 +31,23 @@ class Posteriors(NamedTuple):
 
 
 def vae_of(model: nn.Module, wanted_by: str) -> VAE:
-    """The VAE inside; ValueError, naming the network, where there is no single Gaussian latent vector."""
+    """The VAE inside; ValueError, naming the network, where there is no single Gaussian latent vector, and for text."""
     network = plain_network(model)
-    if not isinstance(network, VAE):
+    if isinstance(network, SentenceVAE):
+        raise ValueError(
+            f"{wanted_by} is of images, and the network {type(network).__name__} is one of text: leave this metric out "
+            "for it"
+        )
+    _check_latent(network, wanted_by)
+    return network
+
+
+def _check_latent(network: nn.Module, wanted_by: str) -> None:
+    if not isinstance(network, (VAE, SentenceVAE)):
         raise ValueError(
             f"{wanted_by} needs one Gaussian latent vector, q(z|x) = N(mean, diag(variance)), and the network "
             f"{type(network).__name__} has none; expected a VAE, such as mlp or cnn: leave this metric out for it"
         )
-    return network
 
 
 @contextlib.contextmanager
@@ -70,12 +80,12 @@ def posteriors(
     calibration: Tensor | None = None,
     wanted_by: str = "this metric",
 ) -> Posteriors:
-    """q(z | x) of all examples at beta, in batches; memory of N k numbers.
+    """q(z | x) of all examples, images or sentences, at beta, in batches; memory of N k numbers.
 
     ValueError for a network without one Gaussian latent vector (`wanted_by` names the metric), for an empty set, and
     for numbers that are not finite.
     """
-    vae_of(model, wanted_by)
+    _check_latent(plain_network(model), wanted_by)
     with ready(model, beta, calibration) as network:
         parts = [network.encode(x) for x in example_batches(model, dataset, batch_size)]
     mean, log_variance = (torch.cat(part).double() for part in zip(*parts, strict=True))
