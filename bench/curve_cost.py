@@ -121,8 +121,8 @@ def summary(result: dict[str, Any]) -> str:
     lines = [
         f"`{result['network']}`, {result['epochs']} epochs, seeds {', '.join(map(str, result['seeds']))}, threads "
         f"{result['threads']}: one multi-rate run takes {seconds:.2f} s, {interval(one)} of a beta-VAE's time; "
-        f"{len(result['betas'])} beta-VAEs take {totals} times as long as that run. The trainer's own work, the same "
-        "for both, is part of these times; `bench.overhead` has the step by itself.",
+        f"{len(result['betas'])} beta-VAEs take {totals} times as long as that run. The trainer's own work is part "
+        "of both; `bench.overhead` has the step by itself, of such a run as \"recipe\".",
         "",
         "D + beta R on held-out images, in nats (standard deviation over seeds):",
         "",

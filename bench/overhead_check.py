@@ -190,8 +190,8 @@ class References:
 def refusal(step: TrainingStep, references: References | None = None) -> str | None:
     """Why this step gets no time, or None: it fails, or what it gives is not what its gates say.
 
-    Takes three steps, and puts weights, gates and statistics back before the last; a fourth, on another batch, where the
-    third is off. Where it is compiled, those after the first, with other betas, must not compile again.
+    Takes three steps, and puts weights, gates and statistics back before the last; a fourth, on another batch, where
+    the third is off. Where it is compiled, those after the first, with other betas, must not compile again.
     """
     references = references or References()
     start = before(step)
@@ -201,7 +201,7 @@ def refusal(step: TrainingStep, references: References | None = None) -> str | N
             return wrong
         with torch.compiler.set_stance("fail_on_recompile") if compiled else contextlib.nullcontext():
             step.run(step.inputs[1])
-            for i, draw in enumerate(step.inputs[2:4], 1):  # what rounding does to a ReLU's sign, it does on one of them
+            for i, draw in enumerate(step.inputs[2:4], 1):  # rounding turns a ReLU's sign on one of them at most
                 put_back(step, start)
                 wrong = _wrong_step(step, start, draw, SEED + i, references, LATER_RUNS)
                 if wrong is None:

@@ -36,12 +36,13 @@ def local(work: Callable[..., Any], jobs: Jobs, processes: int = 1, out: Path | 
     with ProcessPoolExecutor(count, mp_context=get_context("spawn"), initializer=_end_with_parent) as pool:
         # no more at a time than run: what waited in the pool would begin after an interruption
         waiting = iter(enumerate(jobs))
-        begun = {pool.submit(work, *job): index for index, job in islice(waiting, count)}
+        begun = {pool.submit(work, *job): number for number, job in islice(waiting, count)}
         try:
             while begun:
                 for future in wait(begun, return_when=FIRST_COMPLETED).done:
-                    yield begun.pop(future), future.result()
-                    begun |= {pool.submit(work, *job): index for index, job in islice(waiting, 1)}
+                    index, result = begun.pop(future), future.result()
+                    begun |= {pool.submit(work, *job): number for number, job in islice(waiting, 1)}
+                    yield index, result
         except BaseException:
             try:
                 # Ctrl-C, and SIGTERM to a whole group, reach the processes too: a second signal would not let them save
