@@ -181,7 +181,7 @@ class MultiRate(Recorded):
             installed = plans.installed
             if installed is None or under != plans.installed_under or not plans.begin(installed, args, beta):
                 key = plans.key(beta, args)
-                found = plans.find(key)
+                found = plans.find(key) or plans.ahead(key, self.beta_range)
                 if found is None or not plans.begin(plans.install(found), args, beta):
                     return self._call(beta, key, args, kwargs)
                 installed = found

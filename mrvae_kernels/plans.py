@@ -94,6 +94,15 @@ class Plans:
         in_use = self.lent or (self.stage is not None and self.stage.gates is not None)
         return None if in_use else self.prepared.get(key)
 
+    def ahead(self, key: Any, beta_range: BetaRange) -> Prepared | None:
+        """The plan for a first call with one beta a sample, of which nothing has to be seen: the first step of a
+        resumed training then has the bits of every other. None where there is none."""
+        weight = self._parameters.get("gate_weight")
+        if key is None or not key[0] or key in self.made or weight is None or weight.device.type != "cpu":
+            return None
+        self._remember(key, weight.device, beta_range)
+        return self.find(key)
+
     def install(self, prepared: Prepared) -> Prepared:
         """The same, its parts with the layers."""
         if self.installed is not prepared:
@@ -121,9 +130,12 @@ class Plans:
     def remember(self, key: Any, gate: Tensor, beta_range: BetaRange) -> None:
         """Plan for inputs of this key after a call with such a gate: each layer's strategy, so that next time those
         that fold do so together."""
-        per_sample, shapes, *_ = key
-        if key in self.made or (gate.dim() == 2) != per_sample:
+        if key in self.made or (gate.dim() == 2) != key[0]:
             return
+        self._remember(key, gate.device, beta_range)
+
+    def _remember(self, key: Any, device: torch.device, beta_range: BetaRange) -> None:
+        per_sample, shapes, *_ = key
         if len(self.made) > MOST:
             self.forget()
         layers = self._places.hosted()
@@ -131,7 +143,7 @@ class Plans:
         if per_sample:
             plan = tuple(
                 how if adapter.product else None
-                for adapter, how in zip(self._adapters, self._per_sample(gate.device), strict=True)
+                for adapter, how in zip(self._adapters, self._per_sample(device), strict=True)
             )
         else:
             plan = tuple(

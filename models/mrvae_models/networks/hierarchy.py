@@ -130,8 +130,10 @@ class Hierarchy(nn.Module, abc.ABC):
             )
         if noise is None:
             noise = torch.randn(x.shape[0], self.latent, dtype=x.dtype, device=x.device)
-        if len(noise) != len(x):
-            raise ValueError(f"noise has {len(noise)} rows and x has {len(x)} examples; expected one row an example")
+        if noise.shape[0] != x.shape[0]:  # not by len(), of which torch.export would make a constant
+            raise ValueError(
+                f"noise has {noise.shape[0]} rows and x has {x.shape[0]} examples; expected one row an example"
+            )
         parts = self._by_group(noise)
         parameters, pairs = self.descend(self.ascend(x), parts)
         divergences = [divergence(q, p, part) for (q, p), part in zip(pairs, parts, strict=True)]
