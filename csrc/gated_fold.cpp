@@ -233,9 +233,8 @@ c10::intrusive_ptr<StepGates> GatedFold::run(const Tensor& weight, const Tensor&
     recorded = recorded || recording({&input});
   }
   auto step = c10::make_intrusive<StepGates>();
-  // the plan, which belongs to Python, for as long as the node lives
-  const auto self = Plan::reclaim_copy(this);
-  plain && recorded ? GatedFoldNode::record(self, inputs, std::move(bias_at), *step)
+  step->plan = Plan::reclaim_copy(this);  // which belongs to Python
+  plain && recorded ? GatedFoldNode::record(step->plan, inputs, std::move(bias_at), *step)
                     : by_operators(*this, inputs, bias_at, *step);
   return step;
 }

@@ -82,7 +82,8 @@ OptionalTensor HostedLayer::run_gated(const StepGates& step, const Tensor& x, co
         const bool gated = step.gated || values.requires_grad() || (shifts.defined() && shifts.requires_grad());
         if (records() && (gated || recording({&x, &weight, pointer(bias)}))) {
           // a gate has the slope 0 where its value is 0: no gate of a network is an identity
-          const GateInput g{values, gated ? step.edge(std::size_t(gate)) : Edge(), true};
+          const GateInput g{values, gated ? step.edge(std::size_t(gate)) : Edge(), true,
+                            slope_within_value(step.kind(std::size_t(gate)))};
           const GateInput t{shifts, shift < 0 || !gated ? Edge() : step.edge(std::size_t(shift))};
           return ProductNode<std::decay_t<decltype(p)>>::record(p, x, weight, bias, g, t, activation, strategy);
         }
@@ -102,7 +103,8 @@ OptionalTensor HostedLayer::run_made(const StepGates& step, const Tensor& x, con
   if (!made.fit(x, weight, bias) || !undisturbed(x.device().type())) return std::nullopt;
   if (!direct({&x, &weight, pointer(bias)})) return std::nullopt;
   if (records() && (step.gated || recording({&x, &weight, pointer(bias)}))) {
-    const GateInput g{Tensor(), step.gated ? step.sums_edge(std::size_t(gate)) : Edge(), true, made};
+    const GateInput g{Tensor(), step.gated ? step.sums_edge(std::size_t(gate)) : Edge(), true,
+                      slope_within_value(made.kind), made};
     const GateInput t{Tensor(), shift >= 0 && step.gated ? step.sums_edge(std::size_t(shift)) : Edge()};
     return ProductNode<LinearProduct>::record(*linear, x, weight, bias, g, t, activation, strategy);
   }

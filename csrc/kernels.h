@@ -61,8 +61,8 @@ struct EpilogueParameters {
   const T* bias;   // (channels,) or nullptr
   const T* shift;  // like gate, or nullptr
   Activation activation;
-  // CPU, backward pass without a shift: what is given for u is y, of no activation or ReLU; u + b = y / g, and a gate of
-  // exactly 0 gets no gradient. The bias is not read.
+  // CPU, backward pass: what is given for u is y, of no activation or ReLU; u + b = (y - t) / g, and a gate of exactly 0
+  // gets no gradient. The bias is not read.
   bool of_result = false;
 };
 

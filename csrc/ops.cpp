@@ -20,6 +20,17 @@ EpilogueGrads epilogue_backward_op(const Tensor& grad, const Tensor& u, const Op
   return {present(du, u), present(db, bias.value_or(u)), present(dg, gate), present(dt, gate)};
 }
 
+EpilogueGrads sampled_epilogue_backward_op(const Tensor& grad, const Tensor& u, const OptionalTensor& bias,
+                                           const Tensor& weight, const Tensor& gate_bias, const Tensor& eta,
+                                           std::int64_t gate, std::int64_t shift, std::int64_t kind,
+                                           std::string_view activation, bool of_result, std::array<bool, 4> mask) {
+  const auto [du, db, sums, shift_sums] = sampled_epilogue_backward(grad, u, bias, weight, gate_bias, eta, gate, shift,
+                                                                    kind, activation, of_result, mask);
+  const auto like = eta.options().dtype(gate_dtype(u.scalar_type()));
+  const auto given_or_empty = [&](const Tensor& tensor) { return tensor.defined() ? tensor : at::empty({0}, like); };
+  return {present(du, u), present(db, bias.value_or(u)), given_or_empty(sums), given_or_empty(shift_sums)};
+}
+
 FoldGrads fold_backward_op(const OptionalTensorList& grad_weights, const OptionalTensorList& grad_biases,
                            TensorList weights, const OptionalTensorList& biases, TensorList gates,
                            const OptionalTensorList& shifts, IntArrayRef groups, const c10::List<bool>& mask) {
@@ -85,6 +96,11 @@ TORCH_LIBRARY(mrvae, m) {
   m.def("epilogue(Tensor u, Tensor? bias, Tensor gate, Tensor? shift, int dim, str activation) -> Tensor", tags);
   m.def("epilogue_backward(Tensor grad, Tensor u, Tensor? bias, Tensor gate, Tensor? shift, int dim, str activation, "
         "bool[4] mask) -> (Tensor, Tensor, Tensor, Tensor)", tags);
+  m.def("sampled_epilogue(Tensor u, Tensor? bias, Tensor weight, Tensor gate_bias, Tensor eta, int gate, int shift, "
+        "int kind, str activation) -> Tensor", tags);
+  m.def("sampled_epilogue_backward(Tensor grad, Tensor u, Tensor? bias, Tensor weight, Tensor gate_bias, Tensor eta, "
+        "int gate, int shift, int kind, str activation, bool of_result, bool[4] mask) "
+        "-> (Tensor, Tensor, Tensor, Tensor)", tags);
   m.def("gated_linear(Tensor x, Tensor weight, Tensor? bias, Tensor gate, Tensor? shift, str activation, "
         "str strategy) -> Tensor", tags);
   m.def("gated_convolution(Tensor x, Tensor weight, Tensor? bias, Tensor gate, Tensor? shift, int[] stride, "
@@ -118,7 +134,11 @@ void register_kernels(torch::Library& m) {
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(mrvae, CPU, m) { register_kernels(m); }
+TORCH_LIBRARY_IMPL(mrvae, CPU, m) {
+  register_kernels(m);
+  m.impl("sampled_epilogue", sampled_epilogue);
+  m.impl("sampled_epilogue_backward", sampled_epilogue_backward_op);
+}
 #if defined(MRVAE_CUDA) && !defined(MRVAE_SHIM)
 TORCH_LIBRARY_IMPL(mrvae, CUDA, m) { register_kernels(m); }
 #endif

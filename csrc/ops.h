@@ -169,6 +169,18 @@ EpilogueGrads call_epilogue_backward(const Tensor& grad, const Tensor& u, const 
                                      const Tensor& gate, const OptionalTensor& shift, std::int64_t dim,
                                      std::string_view activation, std::array<bool, 4> mask, EpilogueBackward how = {});
 
+// The epilogue of u (N, C) with one beta a sample, by what its gates are made of: w (S,) or (degree, S) and c (S,) of all
+// gates, of which this layer's begin at `gate` and its shifts at `shift` (-1 for none), and eta (N,). For graphs that
+// torch.compile makes; a network's own layers call sample_epilogue() of sample_gates.h.
+Tensor sampled_epilogue(const Tensor& u, const OptionalTensor& bias, const Tensor& weight, const Tensor& gate_bias,
+                        const Tensor& eta, std::int64_t gate, std::int64_t shift, std::int64_t kind,
+                        std::string_view activation);
+// du, db, then (dw_0, ..., dc) of the gates and of the shifts, (degree + 1, C). u is y where `of_result`.
+EpilogueGrads sampled_epilogue_backward(const Tensor& grad, const Tensor& u, const OptionalTensor& bias,
+                                        const Tensor& weight, const Tensor& gate_bias, const Tensor& eta,
+                                        std::int64_t gate, std::int64_t shift, std::int64_t kind,
+                                        std::string_view activation, bool of_result, std::array<bool, 4> mask);
+
 // ---- fold ----------------------------------------------------------------------------------------------------------
 
 using Folded = std::tuple<std::vector<Tensor>, std::vector<Tensor>>;  // weights, biases

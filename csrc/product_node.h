@@ -3,9 +3,9 @@
 //   fold      y = activation(product(x, W') + b'),  W' = g W, b' = g b + t
 //   epilogue  y = activation(g * (u + b) + t),      u = product(x, W)
 //
-// What the backward pass needs besides the inputs is kept without memory of its own where that can be: of an epilogue
-// without a shift, y itself, from which u + b = y / g. y belongs to the user: where it was changed in place meanwhile,
-// or g is too small to divide by, the product is computed again. Of a large y without an activation, where a gate serves
+// What the backward pass needs besides the inputs is kept without memory of its own where that can be: of an epilogue, y
+// itself, from which u + b = (y - t) / g. y belongs to the user: where it was changed in place meanwhile, or g is too small
+// to divide by, the product is computed again. Beside a large shift y would lose digits of u: then u is kept (`separable`). Of a large y without an activation, where a gate serves
 // the whole batch, nothing at all: dg = (<dW, W> + db b) / g (weight_tells). W' is folded again where dx asks for it.
 #pragma once
 
@@ -46,6 +46,9 @@ class Kept {
     if (hooked_) return packed_.unpack();
     return tensor_.defined() && is_result && tensor_._version() != version_ ? Tensor() : tensor_;
   }
+  // Whether y tells u + b where there is a shift.
+  bool separable = false;
+
   void release() {
     tensor_.reset();
     packed_.reset_data();
@@ -59,9 +62,10 @@ class Kept {
 };
 
 // Whether y of an epilogue tells u + b: on the CPU, where the gates can be looked at, and not in float16, where g u soon
-// is too small a number. Under hooks y would be packed, of which no version is known.
-inline bool result_tells(const Tensor& y, const OptionalTensor& shift, Activation activation) {
-  return !given(shift) && !on_gpu(y) && y.scalar_type() != at::kHalf && !hooks_pack() &&
+// is too small a number, nor beside a shift in bfloat16. Under hooks y would be packed, of which no version is known.
+inline bool result_tells(const Tensor& y, bool shifted, Activation activation) {
+  const auto dtype = y.scalar_type();
+  return !on_gpu(y) && dtype != at::kHalf && !(shifted && dtype == at::kBFloat16) && !hooks_pack() &&
          (activation == Activation::None || activation == Activation::Relu);
 }
 
@@ -80,7 +84,7 @@ inline bool weight_tells(const Tensor& y, const Tensor& weight, const Tensor& ga
   const auto dtype = weight.scalar_type();
   const bool exact = (dtype == at::kFloat || dtype == at::kDouble) && gate.scalar_type() == dtype &&
                      (!given(bias) || bias->scalar_type() == dtype);
-  return exact && activation == Activation::None && result_tells(y, shift, activation) && gate.dim() == 1 &&
+  return exact && activation == Activation::None && !given(shift) && result_tells(y, false, activation) && gate.dim() == 1 &&
          weight.requires_grad() && y.numel() >= std::max<std::int64_t>(4096, weight.numel() / 8);
 }
 
@@ -122,7 +126,8 @@ Tensor compute(const Product& product, const Tensor& x, const Tensor& weight, co
   check(product, x, weight, made ? made.source->eta : gate, strategy);
   if (strategy == Strategy::Epilogue) {
     const Tensor u = product.forward(x, weight, Tensor());
-    const bool tells = result_tells(u, shift, activation) && made.shift < 0;
+    const bool shifted = given(shift) || made.shift >= 0;
+    const bool tells = result_tells(u, shifted, activation) && (!shifted || (kept != nullptr && kept->separable));
     const bool u_is_free = kept == nullptr || tells;
     const Tensor y = made ? sample_epilogue(u, bias, made, activation, u_is_free)
                           : call_epilogue(u, bias, gate, shift, channel_axis<Product>(u), activation_name(activation),
@@ -144,8 +149,25 @@ struct GateInput {
   Tensor values;
   Edge edge;
   bool inert = false;  // of a gate: at the value 0 it gets no gradient
+  bool bounded = false;  // of a gate: slope_within_value()
   SampleGates made{};  // in place of the values: the node makes them, and `edge` takes their sums
 };
+
+// Whether y tells u + b beside a shift, by the values of both. Not of one beta: a network's first such step has no plan and
+// goes by the operators, and would have other bits than the rest.
+inline bool separable(const GateInput& gate, const GateInput& shift) {
+  if (!gate.bounded) return false;
+  if (gate.made) return gate.made.shift >= 0 && gate.made.divide();
+  if (!shift.values.defined() || gate.values.dim() != 2 || on_gpu(gate.values)) return false;
+  const auto dtype = gate.values.scalar_type();
+  if (dtype != shift.values.scalar_type() || (dtype != at::kFloat && dtype != at::kDouble)) return false;
+  const Tensor g = gate.values.contiguous(), t = shift.values.contiguous();
+  const auto of = [&](auto zero) {
+    using T = decltype(zero);
+    return cpu::separable(g.const_data_ptr<T>(), t.const_data_ptr<T>(), g.numel());
+  };
+  return dtype == at::kDouble ? of(0.0) : of(0.0f);
+}
 
 template <class Product>
 struct ProductNode final : Node {
@@ -161,6 +183,7 @@ struct ProductNode final : Node {
       at::AutoDispatchBelowADInplaceOrView below;
       const bool active = activation != Activation::None;
       const bool keeps = active || (strategy == Strategy::Epilogue && gate.edge.is_valid());
+      if (keeps && strategy == Strategy::Epilogue) node->kept_.separable = separable(gate, shift);
       y = compute(product, x, weight, bias, gate.values, optional(shift.values), activation, strategy,
                   keeps ? &node->kept_ : nullptr, gate.made);
     }
@@ -242,7 +265,8 @@ struct ProductNode final : Node {
     Tensor u = grad;
     if ((wanted[Gate] && !of_weight) || activation_ != Activation::None) {
       u = kept_.get();
-      how.of_result = kept_.is_result && u.defined() && direct({&grad, &in[Gate], &in[Bias]}) && divides(in[Gate]);
+      how.of_result =
+          kept_.is_result && u.defined() && direct({&grad, &in[Gate], &in[Bias], &in[Shift]}) && divides(in[Gate]);
       if (!u.defined() || (kept_.is_result && !how.of_result)) u = product_.forward(in[X], in[Weight], Tensor());
     }
     const bool of_u = wanted[X] || wanted[Weight] || of_weight;
@@ -269,6 +293,7 @@ struct ProductNode final : Node {
   }
 
   bool divides(const Tensor& gate) const {
+    if (kept_.separable) return true;
     if (made_) return made_.divide();
     const Tensor values = gate.contiguous();
     if (values.scalar_type() == at::kDouble) return divisible<double>(values, activation_, inert_);

@@ -4,7 +4,6 @@
 #include <ATen/ops/empty_like.h>
 
 #include <algorithm>
-#include <cmath>
 
 #include "cpu/kernels.h"
 
@@ -24,49 +23,81 @@ Tensor bias_operand(const OptionalTensor& bias, const SampleGates& gates) {
   return given(bias) ? operand(*bias, gates.source->weight.scalar_type()) : Tensor();
 }
 
-// By p at both ends of the range of eta, between which p and the gate are monotonic; of a polynomial, by a bound of it.
+// The least and the greatest eta, both NaN where one of them is no finite number.
+template <class T>
+std::pair<T, T> range_of(const Tensor& eta) {
+  const T* values = eta.const_data_ptr<T>();
+  T low = values[0], high = low, nothing = 0;
+  for (std::int64_t n = 0; n < eta.numel(); ++n) {
+    low = std::min(low, values[n]);
+    high = std::max(high, values[n]);
+    nothing += T(0) * values[n];
+  }
+  return {low + nothing, high + nothing};
+}
+
 template <class T>
 bool divide(const SampleGates& gates) {
-  // e^p / 2, which is less than the gate, is far above the least divisor here
-  constexpr T lowest = std::is_same_v<T, double> ? -600 : -60;
   const GateSource& source = *gates.source;
-  const auto with = gate_parameters<T>(source.weight, source.bias).from(gates.offset);
-  const T *w = with.weight, *c = with.bias;
-  const T* eta = source.eta.const_data_ptr<T>();
-  T low = eta[0], high = eta[0], sum = 0;
-  for (std::int64_t n = 0; n < source.eta.numel(); ++n) {
-    low = std::min(low, eta[n]);
-    high = std::max(high, eta[n]);
-    sum += eta[n];
+  const auto all = gate_parameters<T>(source.weight, source.bias);
+  const auto [low, high] = range_of<T>(source.eta);
+  if (gates.shift < 0) return cpu::divisible(all.from(gates.offset), gates.kind, gates.size, low, high);
+  return cpu::separable(all.from(gates.offset), gates.kind, all.from(gates.shift), gates.size, low, high);
+}
+
+// A layer's gates and shifts as an operator is told them; ValueError and TypeError for what does not fit u.
+SampleGates told(const char* op, const Tensor& u, const OptionalTensor& bias, const Tensor& weight,
+                 const Tensor& gate_bias, const Tensor& eta, std::int64_t gate, std::int64_t shift, std::int64_t kind) {
+  const auto type = u.scalar_type();
+  TORCH_CHECK_TYPE(type == at::kFloat || type == at::kDouble || type == at::kBFloat16, op, ": u has dtype ", type,
+                   "; expected float32, float64 or bfloat16");
+  const auto dtype = gate_dtype(type);
+  for (const Tensor* part : {&weight, &gate_bias, &eta}) {
+    check_floating(op, "weight, gate_bias or eta", *part);
+    check_device(op, "weight, gate_bias or eta", *part, u);
+    TORCH_CHECK_TYPE(gate_dtype(part->scalar_type()) == dtype, op, ": u has dtype ", type, " and a gate's weight, bias or "
+                     "eta ", part->scalar_type(), "; expected gates of ", dtype);
   }
-  if (!std::isfinite(sum)) return false;
-  bool all = true;
-  const auto each = [&](const auto& divides) {
-    if (with.degree == 1) {
-      for (std::int64_t i = 0; i < gates.size; ++i) all &= divides(w[i] * low + c[i], w[i] * high + c[i]);
-      return;
-    }
-    T most[gate_degrees] = {};
-    for (std::int64_t n = 0; n < source.eta.numel(); ++n) {
-      for (int k = 0; k < with.degree; ++k) most[k] = std::max(most[k], std::abs(polynomial(k, eta[n])));
-    }
-    for (std::int64_t i = 0; i < gates.size; ++i) {
-      T bound = c[i];
-      for (int k = 0; k < with.degree; ++k) bound -= std::abs(with.row(k)[i]) * most[k];
-      all &= divides(bound, bound);
-    }
-  };
-  switch (gates.kind) {
-    case Gate::Sigmoid:
-    case Gate::Softplus: each([](T p, T q) { return (p >= lowest) & (q >= lowest); }); break;
-    // of the smallest p < 0 the root is no small divisor, and a closed gate has no gradient
-    case Gate::Sqrt: each([](T p, T q) { return (p == p) & (q == q); }); break;
-    case Gate::Identity: return false;  // anything, and no gate of a network is one
-  }
-  return all;
+  TORCH_CHECK_VALUE(u.dim() == 2, op, ": u has shape ", u.sizes(), "; expected (N, C)");
+  const bool flat = weight.dim() == 1 || (weight.dim() == 2 && weight.size(0) >= 1 && weight.size(0) <= gate_degrees);
+  TORCH_CHECK_VALUE(flat && gate_bias.dim() == 1 && weight.size(-1) == gate_bias.size(0), op, ": weight and gate_bias have "
+                    "shapes ", weight.sizes(), " and ", gate_bias.sizes(), "; expected (S,) or (degree, S), and (S,)");
+  TORCH_CHECK_VALUE(eta.dim() == 1 && eta.size(0) == u.size(0), op, ": eta has shape ", eta.sizes(), "; expected ",
+                    u.size(0), " values, one a row of u");
+  const std::int64_t last = gate_bias.size(0) - u.size(1);
+  TORCH_CHECK_VALUE(gate >= 0 && gate <= last && shift >= -1 && shift <= last, op, ": the gates begin at ", gate,
+                    " and the shifts at ", shift, "; expected at most ", last, ", so that ", u.size(1), " follow");
+  TORCH_CHECK_VALUE(kind >= 0 && kind < std::int64_t(Gate::Identity), op, ": kind is ", kind, "; expected 0, 1 or 2");
+  TORCH_CHECK_VALUE(!given(bias) || (bias->dim() == 1 && bias->size(0) == u.size(1)), op, ": bias has shape ",
+                    given(bias) ? bias->sizes() : IntArrayRef(), "; expected (C,) of u, ", u.sizes());
+  const auto source = std::make_shared<GateSource>();
+  source->weight = operand(weight, dtype);
+  source->bias = operand(gate_bias, dtype);
+  source->eta = operand(eta, dtype);
+  return {source, gate, u.size(1), Gate(kind), shift};
 }
 
 }  // namespace
+
+Tensor sampled_epilogue(const Tensor& u, const OptionalTensor& bias, const Tensor& weight, const Tensor& gate_bias,
+                        const Tensor& eta, std::int64_t gate, std::int64_t shift, std::int64_t kind,
+                        std::string_view activation) {
+  const SampleGates gates = told("sampled_epilogue", u, bias, weight, gate_bias, eta, gate, shift, kind);
+  return sample_epilogue(u, bias, gates, parse_activation(activation), /*u_is_free=*/false);
+}
+
+EpilogueGrads sampled_epilogue_backward(const Tensor& grad, const Tensor& u, const OptionalTensor& bias,
+                                        const Tensor& weight, const Tensor& gate_bias, const Tensor& eta,
+                                        std::int64_t gate, std::int64_t shift, std::int64_t kind,
+                                        std::string_view activation, bool of_result, std::array<bool, 4> mask) {
+  const SampleGates gates = told("sampled_epilogue_backward", u, bias, weight, gate_bias, eta, gate, shift, kind);
+  const Activation act = parse_activation(activation);
+  TORCH_CHECK_VALUE(!of_result || act == Activation::None || act == Activation::Relu,
+                    "sampled_epilogue_backward: the activation is ", activation, "; of the result expected none or relu");
+  EpilogueBackward how;
+  how.of_result = of_result;
+  return sample_epilogue_backward(grad, u, bias, gates, act, mask, how);
+}
 
 std::shared_ptr<const GateSource> GateSource::make(const Tensor& weight, const Tensor& bias, const Tensor& eta) {
   // of a single sample the gate is one for many elements again, as of one beta

@@ -41,9 +41,12 @@ struct SampleGates {
   // Whether they are those of a Linear's call: x (N, K), weight (C, K) and bias (C,), computed in the dtype of the gates.
   bool fit(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) const;
   Tensor values() const;  // (N, C), where they are needed nevertheless
-  // Whether u + b = y / g for all of them; as divisible() of product_node.h, by the range of eta.
+  // Whether y tells u + b for all of them; as tells_argument() of product_node.h, by the range of eta.
   bool divide() const;
 };
+
+// Whether |dg/dp| <= g, so that dp has no more than the rounding of y where it comes from (y - t) / g.
+inline bool slope_within_value(Gate kind) { return kind == Gate::Sigmoid || kind == Gate::Softplus; }
 
 std::vector<SampleGates> slices_of(const std::shared_ptr<const GateSource>& source, IntArrayRef sizes,
                                    IntArrayRef kinds);

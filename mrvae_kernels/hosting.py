@@ -166,8 +166,10 @@ class TracedLinear(TracedProduct):
         layer: Any = self
         gate, shift, _, start = slices
         found = call.values[gate]
-        if isinstance(found, SampledGate) and shift < 0:
-            return traced.sampled_linear(x, layer.weight, layer.bias, *found, start, activation, call.asked)
+        if isinstance(found, SampledGate):
+            film: Any = None if shift < 0 else call.values[shift]
+            w, c, at = (None, None, -1) if film is None else (film.weight, film.bias, film.start)
+            return traced.sampled_linear(x, layer.weight, layer.bias, *found, w, c, at, activation, call.asked)
         return traced.gated_linear(
             x, layer.weight, layer.bias, *values_of(call, slices), call.flat, start, activation, call.asked,
             call.exporting,

@@ -373,8 +373,10 @@ class MultiRate(Recorded):
             layer.__dict__.update(_calls=self._calls, _place=place)
         if self.conditional is not None:
             self.conditional.tell(self._calls, len(self._rows))
+        of_linear = {entry.name for entry in self._entries if type(entry.adapter) is Adapter}
+        linear = [row.name in of_linear and row.role != "inputs" for row in self._rows]
         self._traced_layout = traced_call.described(
-            self._sizes, self._kinds, self.gate_networks is None, self.conditional is not None
+            self._sizes, self._kinds, linear, self.gate_networks is None, self.conditional is not None
         )
 
 

@@ -21,17 +21,21 @@ from torch import Tensor
 
 from . import functional, reference
 from .cost_model import TRACED
-from .gates import BetaRange, standardize
+from .gates import KINDS, BetaRange, standardize
+from .ops import EXTENSION
 from .reference import Geometry
 from .strategy import choose_strategy
-from .traced_epilogue import Bank, Epilogue, Fold, FoldedProduct, SampledEpilogue
+from .traced_epilogue import Bank, CoreEpilogue, Epilogue, Fold, FoldedProduct, SampledEpilogue
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+
+LEAST_SAMPLED, LEAST_SHIFTED = 32768, 1024
+"""Elements from which on the core's operators are faster than Inductor's loops, without a shift and with one."""
 
 
 class SampledGate(NamedTuple):
     """A gate or shift at one beta a sample, by what it is made of: act(weight eta + bias), weight (C,) or (degree, C),
-    bias (C,), eta (N,); flat_weight and flat_bias are the whole network's."""
+    bias (C,), eta (N,); flat_weight and flat_bias are the whole network's, where it begins at `start`."""
 
     weight: Tensor
     bias: Tensor
@@ -39,6 +43,7 @@ class SampledGate(NamedTuple):
     flat_weight: Tensor
     flat_bias: Tensor
     kind: str
+    start: int
 
 
 @dataclass(frozen=True)
@@ -77,12 +82,24 @@ def announce() -> None:
 
 
 def sampled_gates(
-    weight: Tensor, bias: Tensor, beta: Tensor, low: float, high: float, sizes: tuple[int, ...], kinds: tuple[str, ...]
-) -> list[SampledGate]:
-    """All gates and shifts of a network at one beta a sample, not yet evaluated: a Linear has as many as results."""
-    eta, *pieces = bank_parts(weight, bias, beta, low, high, sizes)
-    pairs = zip(pieces[: len(sizes)], pieces[len(sizes) :], kinds, strict=True)
-    return [SampledGate(w, c, eta, weight, bias, kind) for w, c, kind in pairs]
+    weight: Tensor, bias: Tensor, beta: Tensor, low: float, high: float, sizes: tuple[int, ...],
+    kinds: tuple[str, ...], linear: tuple[bool, ...],
+) -> list[Tensor | SampledGate]:
+    """All gates and shifts of a network at one beta a sample; those of `linear`, which have as many numbers as results,
+    not yet evaluated, and where there is no compiled core none."""
+    core = EXTENSION and weight.device.type == "cpu" and not torch.compiler.is_exporting()
+    now = tuple(i for i in range(len(sizes)) if core and not linear[i])
+    count = len(sizes)
+    eta, *pieces = bank_parts(weight, bias, beta, low, high, sizes, kinds, now)
+    found: list[Tensor | SampledGate] = []
+    start = 0
+    for i, size in enumerate(sizes):
+        if i in now:
+            found.append(pieces[2 * count + now.index(i)])
+        else:
+            found.append(SampledGate(pieces[i], pieces[count + i], eta, weight, bias, kinds[i], start))
+        start += size
+    return found
 
 
 def bank(
@@ -98,10 +115,22 @@ def bank(
 
 
 def bank_parts(
-    weight: Tensor, bias: Tensor, beta: Tensor, low: float, high: float, sizes: tuple[int, ...]
+    weight: Tensor, bias: Tensor, beta: Tensor, low: float, high: float, sizes: tuple[int, ...],
+    kinds: tuple[str, ...], now: tuple[int, ...],
 ) -> list[Tensor]:
-    """eta, then w of each gate, then c of each."""
-    return [_eta(weight, beta, low, high), *weight.split(sizes, -1), *bias.split(sizes)]
+    """eta, then w of each gate, then c of each, then the values (N, C) of those of `now`, by the core: Inductor would
+    evaluate each anew for every element that it scales."""
+    eta = _eta(weight, beta, low, high)
+    weights, biases = weight.split(sizes, -1), bias.split(sizes)
+    if not _own_backward():
+        return [eta, *weights, *biases, *(gates(weights[i], biases[i], eta, kinds[i]) for i in now)]
+    values: list[Tensor] = []
+    if now:
+        w, c = (weight, bias) if len(now) == len(sizes) else (
+            torch.cat([weights[i] for i in now], -1), torch.cat([biases[i] for i in now])
+        )
+        values = torch.ops.mrvae.gates(w, c, eta, [sizes[i] for i in now], [KINDS.index(kinds[i]) for i in now])
+    return [eta, *weights, *biases, *values]
 
 
 def gates(weight: Tensor, bias: Tensor, eta: Tensor, kind: str) -> Tensor:
@@ -148,15 +177,37 @@ def gated_linear(
 
 def sampled_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, gate_weight: Tensor, gate_bias: Tensor, eta: Tensor,
-    flat_weight: Tensor, flat_bias: Tensor, kind: str, start: int, activation: str, asked: str | None,
+    flat_weight: Tensor, flat_bias: Tensor, kind: str, start: int, shift_weight: Tensor | None,
+    shift_bias: Tensor | None, shift_start: int, activation: str, asked: str | None,
 ) -> Tensor:
-    """A Linear with one beta a sample and no shift, by its SampledGate, which begins at `start`."""
-    if x.dim() != 2 or x.shape[0] != eta.shape[0] or asked is not None or not _y_tells(weight.dtype):
-        value = gates(gate_weight, gate_bias, eta, kind)
-        return gated_linear(x, weight, bias, value, None, None, 0, activation, asked, False)
-    flats = flat_weight.detach(), flat_bias.detach()
-    u = F.linear(x, weight)
-    return SampledEpilogue.apply(u, bias, gate_weight, gate_bias, eta, *flats, start, kind, activation == "relu")
+    """A Linear with one beta a sample, by the SampledGate of its gate and what its shift is made of, or None and -1."""
+    if x.dim() == 2 and x.shape[0] == eta.shape[0] and asked is None and _own_backward():
+        flats = flat_weight.detach(), flat_bias.detach()
+        u = F.linear(x, weight)
+        if _by_core(u, bias, eta, flat_weight, flat_bias, shift_start >= 0):
+            shift = shift_weight, shift_bias
+            return CoreEpilogue.apply(
+                u, bias, gate_weight, gate_bias, *shift, eta, *flats, start, shift_start, kind, activation
+            )
+        if shift_start < 0 and _y_tells(u.dtype):
+            relu = activation == "relu"
+            return SampledEpilogue.apply(u, bias, gate_weight, gate_bias, eta, *flats, start, kind, relu)
+    value, shift_value = gates(gate_weight, gate_bias, eta, kind), None
+    if shift_weight is not None and shift_bias is not None:
+        shift_value = gates(shift_weight, shift_bias, eta, "identity")
+    return gated_linear(x, weight, bias, value, shift_value, None, 0, activation, asked, False)
+
+
+def _by_core(
+    u: Tensor, bias: Tensor | None, eta: Tensor, flat_weight: Tensor, flat_bias: Tensor, shifted: bool
+) -> bool:
+    """Whether the core computes the epilogue of u (N, C), of enough elements to pay for a call of two operators."""
+    if not EXTENSION or u.device.type != "cpu" or u.dtype == torch.float16 or eta.requires_grad:
+        return False
+    parts = [flat_weight, flat_bias, eta, *([] if bias is None else [bias])]
+    if any(reference.gate_dtype(part.dtype) != reference.gate_dtype(u.dtype) for part in parts):
+        return False
+    return u.numel() >= (LEAST_SHIFTED if shifted else LEAST_SAMPLED)
 
 
 def gated_convolution(

@@ -19,20 +19,22 @@ from .traced import SampledGate, TracedGates
 if TYPE_CHECKING:
     from .multirate import MultiRate
 
-Layout = tuple[tuple[int, ...], tuple[str, ...], bool, bool]
+Layout = tuple[tuple[int, ...], tuple[str, ...], tuple[bool, ...], bool, bool]
 
 
-def described(sizes: Sequence[int], kinds: Sequence[str], flat_parameters: bool, conditional: bool) -> str:
-    """Sizes and kinds of the slices of a network's gates, whether they are in the flat parameters, and whether there
-    are conditional norms."""
-    return json.dumps([list(sizes), list(kinds), flat_parameters, conditional])
+def described(
+    sizes: Sequence[int], kinds: Sequence[str], linear: Sequence[bool], flat_parameters: bool, conditional: bool
+) -> str:
+    """Sizes and kinds of the slices of a network's gates, and which are gates or shifts of a Linear; whether they are
+    in the flat parameters, and whether there are conditional norms."""
+    return json.dumps([list(sizes), list(kinds), list(linear), flat_parameters, conditional])
 
 
 @traced.asked_once
 def layout_of(description: str) -> Layout:
     """The same, read from what `described` gives."""
-    sizes, kinds, flat_parameters, conditional = json.loads(description)
-    return tuple(sizes), tuple(kinds), flat_parameters, conditional
+    sizes, kinds, linear, flat_parameters, conditional = json.loads(description)
+    return tuple(sizes), tuple(kinds), tuple(linear), flat_parameters, conditional
 
 
 def run(model: MultiRate, beta: Beta, args: Any, kwargs: Any) -> Any:
@@ -57,7 +59,7 @@ def run(model: MultiRate, beta: Beta, args: Any, kwargs: Any) -> Any:
 
 def _bank(model: MultiRate, layout: Layout, beta: Beta) -> tuple[Tensor | None, Sequence[Tensor | SampledGate]]:
     """All gates and shifts, in one piece where they are, and one by one."""
-    sizes, kinds, flat_parameters, _ = layout
+    sizes, kinds, linear, flat_parameters, _ = layout
     if not flat_parameters:
         return None, model._bank(beta)
     weight, bias = model.gate_weight, model.gate_bias
@@ -68,6 +70,6 @@ def _bank(model: MultiRate, layout: Layout, beta: Beta) -> tuple[Tensor | None, 
             return None, model._bank(beta)
         beta = torch.scalar_tensor(beta, dtype=reference.gate_dtype(weight.dtype), device=weight.device)
     if beta.dim() == 1:
-        return None, traced.sampled_gates(weight, bias, beta, low, high, sizes, kinds)
+        return None, traced.sampled_gates(weight, bias, beta, low, high, sizes, kinds, linear)
     flat, *values = traced.bank(weight, bias, beta, low, high, sizes, kinds)
     return flat, values

@@ -5,6 +5,7 @@
     product   y = W' x + b'                         dx = W'^T dy, dW' = dy x^T; keeps W and g, not W'
     epilogue  y = act(g (u + b)), act none or ReLU  du = g dz, db = sum du, dg = sum dz (u + b) = (sum dz y) / g,
                                                     dz = dy where y > 0 (ReLU), else dy; keeps y, not u
+    the same with a shift, by the core              keeps u
 
 Left to autograd, u is kept beside y, which the next layer keeps anyway, W' beside W, and the gates slice by slice: a
 tensor more between the passes costs more than the arithmetic on a gate. So what is kept of gates is the whole network's
@@ -26,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
+from .gates import KINDS
 from .reference import Geometry
 
 
@@ -180,6 +182,44 @@ class SampledEpilogue(torch.autograd.Function):
         deta = (dp * _argument_slope(weight, eta)).sum(1) if ctx.needs_input_grad[4] else None
         dgate_bias = dp.sum(0).to(flat_bias.dtype)
         return du.to(grad.dtype), dbias, dweight, dgate_bias, deta, None, None, None, None, None
+
+
+class CoreEpilogue(torch.autograd.Function):
+    """The same by the compiled core, for tensors of the CPU, with a shift too: Inductor's loops take 3 times as long
+    for gates of Eqn. 6 and 7, and 14 times for a softplus with a shift, both cubic.
+
+    shift_weight, shift_bias, shift_start: None, None and -1 for no shift; eta gets no gradient.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, u: Tensor, bias: Tensor | None, weight: Tensor, gate_bias: Tensor, shift_weight: Tensor | None,
+        shift_bias: Tensor | None, eta: Tensor, flat_weight: Tensor, flat_bias: Tensor, start: int, shift_start: int,
+        kind: str, activation: str,
+    ) -> Tensor:
+        made_of = flat_weight, flat_bias, eta
+        how = start, shift_start, KINDS.index(kind), activation
+        y = torch.ops.mrvae.sampled_epilogue(u, bias, *made_of, *how)
+        ctx.of_result = shift_start < 0
+        ctx.save_for_backward(y.clone() if ctx.of_result else u, bias, *made_of)
+        ctx.how, ctx.flat, ctx.dtypes = how, weight.dim() == 1, (flat_weight.dtype, flat_bias.dtype)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        kept, bias, *made_of = ctx.saved_tensors
+        _, wanted_bias, wanted_weight, wanted_gate_bias, *wanted_shift = ctx.needs_input_grad[:6]
+        mask = [True, wanted_bias and bias is not None, wanted_weight or wanted_gate_bias, any(wanted_shift)]
+        du, dbias, *sums = torch.ops.mrvae.sampled_epilogue_backward(
+            grad, kept, bias, *made_of, *ctx.how, ctx.of_result, mask
+        )
+        found: list[Tensor | None] = [du, dbias if mask[1] else None]
+        for rows, wanted in zip(sums, mask[2:], strict=True):
+            if not wanted:
+                found += [None, None]
+                continue
+            found += [(rows[0] if ctx.flat else rows[:-1]).to(ctx.dtypes[0]), rows[-1].to(ctx.dtypes[1])]
+        return *found, *[None] * 7
 
 
 def _anew(weight: Tensor) -> Tensor:

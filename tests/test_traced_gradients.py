@@ -9,11 +9,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from helpers import randomize
 from torch import Tensor, nn
-from traced_cases import BETA, EACH, X, compiled, gated
+from torch._dynamo.backends.common import aot_autograd
+from traced_cases import BETA, EACH, X, compiled, gated, network
 
 import mrvae_kernels as mk
+from mrvae_kernels import ops, traced
 
 
 @pytest.fixture(autouse=True)
@@ -202,3 +205,75 @@ def test_tiny_gates_in_float16_have_their_gradient():
         for value, other in zip(found, exact, strict=True):
             last = slice(-3, None)  # the gradients of what comes before are too small
             torch.testing.assert_close(value[last].double(), other[last], rtol=5e-3, atol=2e-6)
+
+
+GATES = ("recipe", "sqrt", "quadratic")
+RECIPE_LIKE = mk.GateSpec("softplus", degree=3, shift=True, inputs=mk.GateSpec("sigmoid", degree=3))
+
+
+def mixed() -> nn.Sequential:
+    """Layers of both sides of what the core takes in a compiled graph: convolutions, and large and small Linears."""
+    return nn.Sequential(
+        nn.Conv2d(2, 6, 3), nn.ReLU(), nn.BatchNorm2d(6), nn.Flatten(), nn.Linear(96, 640), nn.ReLU(),
+        nn.Linear(640, 5), nn.Tanh(), nn.Linear(5, 700), nn.SiLU(),
+    )
+
+
+@pytest.mark.skipif(not ops.EXTENSION, reason=f"the compiled core is missing: {ops.EXTENSION_ERROR}")
+@pytest.mark.parametrize("spec", [RECIPE_LIKE, mk.GateSpec("sqrt"), mk.GateSpec("sigmoid", degree=2)], ids=GATES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_one_beta_a_sample_by_the_core(dtype, spec, monkeypatch):
+    """The core's operators in the graph, and eager's values and gradients in float64; bfloat16 by autocast."""
+    monkeypatch.setattr(traced, "LEAST_SAMPLED", 1024)
+    wide = dtype == torch.float64
+    model = randomize(mk.multirate(mixed().to(torch.float64 if wide else torch.float32), spec)).eval()
+    x, beta = torch.randn(64, 2, 6, 6).to(model.gate_bias.dtype), torch.empty(64).uniform_(-4, 2).exp()
+    names: Counter[str] = Counter()
+
+    def look(graph: torch.fx.GraphModule, _: object) -> object:
+        names.update(str(node.target).removesuffix(".default") for node in graph.graph.nodes)
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(fw_compiler=look, bw_compiler=look)
+    call = torch.compile(model, backend=backend, fullgraph=True)
+    with mk.override(backend="reference"):
+        exact = copy.deepcopy(model).double()
+        target = exact(x.double(), beta=beta.double())
+        wanted = torch.autograd.grad(target.square().sum(), list(exact.parameters()))
+
+    def errors(function: Callable[..., Tensor]) -> list[float]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            y = function(x, beta=beta)
+        found = torch.autograd.grad(y.square().sum(), list(model.parameters()))
+        pairs = zip([y, *found], [target, *wanted], strict=True)
+        return [float((value.double() - other).norm() / other.norm()) for value, other in pairs]
+
+    limit = {torch.float32: 2e-5, torch.float64: 1e-12, torch.bfloat16: 0.05}[dtype]
+    for compiled_error, eager_error in zip(errors(call), errors(model), strict=True):
+        assert compiled_error <= max(limit, 1.5 * eager_error)
+    assert names["mrvae.gates"] == names["mrvae.gates_backward"] == 1
+    assert names["mrvae.sampled_epilogue"] == names["mrvae.sampled_epilogue_backward"] == 2
+
+
+@pytest.mark.skipif(not ops.EXTENSION, reason=f"the compiled core is missing: {ops.EXTENSION_ERROR}")
+def test_the_cores_graph_by_inductor_and_with_other_batches():
+    model = randomize(mk.multirate(mixed(), RECIPE_LIKE)).eval()
+    call = torch.compile(model, fullgraph=True)
+    for n in (48, 33, 20):
+        x, beta = torch.randn(n, 2, 6, 6), torch.empty(n).uniform_(-4, 2).exp()
+        results = []
+        for function in (call, model):
+            y = function(x, beta=beta)
+            results.append([y, *torch.autograd.grad(y.square().sum(), list(model.parameters()))])
+        for value, other in zip(*results, strict=True):
+            assert (value - other).norm() <= 2e-5 * other.norm()
+
+
+def test_betas_with_a_gradient_are_computed_by_the_formulas(monkeypatch):
+    monkeypatch.setattr(traced, "LEAST_SAMPLED", 1)
+    monkeypatch.setattr(traced, "LEAST_SHIFTED", 1)
+    for spec in (RECIPE_LIKE, mk.GateSpec("sigmoid")):
+        model = randomize(mk.multirate(network(2), spec))
+        expected = gradients(model, X, EACH, list(model.parameters()))
+        found = gradients(torch.compile(model, backend="aot_eager", fullgraph=True), X, EACH, list(model.parameters()))
+        torch.testing.assert_close(found, expected)

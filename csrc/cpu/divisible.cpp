@@ -1,4 +1,6 @@
-// Whether y = g u tells u: nearly every gate is a number to divide by, and one look at all of them says so.
+// Whether y = g v + t tells v: nearly every gate is a number to divide by and nearly every shift of its size, and one look
+// at all of them says so.
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
@@ -8,16 +10,18 @@
 namespace mrvae::cpu {
 namespace {
 
+template <class T>
+constexpr T least = std::numeric_limits<T>::min() / std::numeric_limits<T>::epsilon();
+
 // How many gates y cannot be divided by. Without an early end, and counted in T, for a loop of vectors: nearly every time
 // there is none.
 template <bool positive, class T>
 MRVAE_HOST_DEVICE T count_undivisible(const T* gate, std::int64_t n, T a_zero) {
-  constexpr T least = std::numeric_limits<T>::min() / std::numeric_limits<T>::epsilon();
   T found = 0;
 #pragma omp simd reduction(+ : found)
   for (std::int64_t i = 0; i < n; ++i) {
     const T g = gate[i], size = positive ? g : std::abs(g), small = g == T(0) ? a_zero : T(1);
-    found += size >= least ? T(0) : small;
+    found += size >= least<T> ? T(0) : small;
   }
   return found;
 }
@@ -28,13 +32,121 @@ MRVAE_CLONES T undivisible(const T* gate, std::int64_t n, bool positive, bool ze
   return positive ? count_undivisible<true>(gate, n, a_zero) : count_undivisible<false>(gate, n, a_zero);
 }
 
+// y - t has y's rounding, so that v is off by |t| / g of a last digit: by 1.5e-5 in float32 at most.
+template <class T>
+MRVAE_HOST_DEVICE bool separates(T g, T size_of_shift) {
+  return (g >= least<T>) & (size_of_shift <= T(256) * g);
+}
+
+template <class T>
+MRVAE_CLONES T inseparable(const T* gate, const T* shift, std::int64_t n) {
+  T found = 0;
+#pragma omp simd reduction(+ : found)
+  for (std::int64_t i = 0; i < n; ++i) found += separates(gate[i], std::fabs(shift[i])) ? T(0) : T(1);
+  return found;
+}
+
+// The arguments p of gates to be made, over a range of etas.
+template <int degree, class T>
+class Arguments {
+ public:
+  Arguments(const GateParameters<const T>& with, T low, T high) : with_(with) {
+    const T step = (high - low) / T(points - 1);
+    for (int k = 0; k < points; ++k) {
+      for (int j = 0; j < degree; ++j) basis_[k][j] = polynomial(j, low + T(k) * step);
+    }
+    // between two points a curve leaves its chord by step^2 / 8 of its second derivative
+    const T bend[] = {T(0), T(2), T(6) * std::max(std::fabs(low), std::fabs(high))};
+    for (int j = 0; j < degree; ++j) margin_[j] = step * step / T(8) * bend[j];
+  }
+
+  struct Bounds {
+    T least, most;  // NaN where a p is no finite number
+  };
+  MRVAE_HOST_DEVICE Bounds bounds(std::int64_t i) const {
+    T least = std::numeric_limits<T>::max(), most = -least, nothing = 0;
+    for (int k = 0; k < points; ++k) {
+      T p = with_.bias[i];
+      for (int j = 0; j < degree; ++j) p += with_.row(j)[i] * basis_[k][j];
+      least = p < least ? p : least;
+      most = p > most ? p : most;
+      nothing += T(0) * p;
+    }
+    T margin = 0;
+    for (int j = 0; j < degree; ++j) margin += margin_[j] * std::fabs(with_.row(j)[i]);
+    return {least - margin + nothing, most + margin + nothing};
+  }
+
+ private:
+  static constexpr int points = degree == 1 ? 2 : 9;
+  GateParameters<const T> with_;
+  T basis_[points][degree], margin_[degree];
+};
+
+// How many p are below that.
+template <int degree, class T>
+MRVAE_CLONES T below(Arguments<degree, T> arguments, std::int64_t n, T lowest) {
+  T found = 0;
+#pragma omp simd reduction(+ : found)
+  for (std::int64_t i = 0; i < n; ++i) found += arguments.bounds(i).least >= lowest ? T(0) : T(1);
+  return found;
+}
+
+template <Gate kind, int degree, class T>
+MRVAE_CLONES T inseparable_of(Arguments<degree, T> gates, Arguments<degree, T> shifts, std::int64_t n) {
+  T found = 0;
+#pragma omp simd reduction(+ : found)
+  for (std::int64_t i = 0; i < n; ++i) {
+    const auto shift = shifts.bounds(i);
+    const T g = gate_value<kind>(gates.bounds(i).least), t = shift.most > -shift.least ? shift.most : -shift.least;
+    found += separates(g, t) ? T(0) : T(1);
+  }
+  return found;
+}
+
 }  // namespace
 
 template <class T>
 bool divisible(const T* gate, std::int64_t n, bool positive, bool zeros) {
   return undivisible(gate, n, positive, zeros) == T(0);
 }
-template bool divisible<float>(const float*, std::int64_t, bool, bool);
-template bool divisible<double>(const double*, std::int64_t, bool, bool);
+
+template <class T>
+bool separable(const T* gate, const T* shift, std::int64_t n) {
+  return inseparable(gate, shift, n) == T(0);
+}
+
+template <class T>
+bool divisible(const GateParameters<const T>& gates, Gate kind, std::int64_t n, T low, T high) {
+  if (kind == Gate::Identity) return false;  // anything, and no gate of a network is one
+  // e^p / 2, which is less than a sigmoid or softplus, is far above the least divisor here; of the smallest p < 0 a root is
+  // no small divisor, and a closed gate has no gradient
+  T lowest = std::is_same_v<T, double> ? -600 : -60;
+  if (kind == Gate::Sqrt) lowest = std::numeric_limits<T>::lowest();
+  bool all = false;
+  with_degree(gates.degree, [&](auto degree) { all = below(Arguments<degree, T>(gates, low, high), n, lowest) == T(0); });
+  return all;
+}
+
+template <class T>
+bool separable(const GateParameters<const T>& gates, Gate kind, const GateParameters<const T>& shifts, std::int64_t n,
+               T low, T high) {
+  bool all = false;
+  with_degree(gates.degree, [&](auto degree) {
+    const Arguments<degree, T> p(gates, low, high), q(shifts, low, high);
+    if (kind == Gate::Sigmoid) all = inseparable_of<Gate::Sigmoid>(p, q, n) == T(0);
+    if (kind == Gate::Softplus) all = inseparable_of<Gate::Softplus>(p, q, n) == T(0);
+  });
+  return all;
+}
+
+#define MRVAE_INSTANTIATE(T)                                                                                          \
+  template bool divisible<T>(const T*, std::int64_t, bool, bool);                                                     \
+  template bool separable<T>(const T*, const T*, std::int64_t);                                                       \
+  template bool divisible<T>(const GateParameters<const T>&, Gate, std::int64_t, T, T);                               \
+  template bool separable<T>(const GateParameters<const T>&, Gate, const GateParameters<const T>&, std::int64_t, T, T);
+MRVAE_INSTANTIATE(float)
+MRVAE_INSTANTIATE(double)
+#undef MRVAE_INSTANTIATE
 
 }  // namespace mrvae::cpu

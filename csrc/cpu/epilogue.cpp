@@ -26,6 +26,12 @@ T at_or_zero(const T* values, std::int64_t i) {
   return values == nullptr ? T(0) : values[i];
 }
 
+// Whether u is y and -t takes the place of b: y - t = g (u + b).
+template <class T>
+bool subtracts(const EpilogueParameters<T>& with) {
+  return with.of_result && with.shift != nullptr;
+}
+
 // g, b and t of one sample, repeated for each of the `inner` elements of a channel and over `repeats` rows.
 template <class T>
 class SpreadParameters {
@@ -33,7 +39,7 @@ class SpreadParameters {
   SpreadParameters(const EpilogueShape& shape, const EpilogueParameters<T>& with, std::int64_t repeats)
       : shape_(shape), with_(with), repeats_(repeats) {
     const std::int64_t length = shape.channels * shape.inner * repeats;
-    const bool direct = repeats == 1 && shape.inner == 1;
+    const bool direct = repeats == 1 && shape.inner == 1 && !subtracts(with);
     if (direct && with.bias != nullptr && with.shift != nullptr) return;
     storage_.reset(new T[direct ? length : 3 * length]);
     if (direct) {
@@ -43,11 +49,7 @@ class SpreadParameters {
     gate_ = storage_.get();
     bias_ = gate_ + length;
     shift_ = bias_ + length;
-    spread(with.bias, bias_);
-    if (shape.samples == 1) {
-      spread(with.gate, gate_);
-      spread(with.shift, shift_);
-    }
+    if (shape.samples == 1) spread(0);
   }
 
   Vectors<T> sample(std::int64_t p) {
@@ -56,14 +58,19 @@ class SpreadParameters {
       return {with_.gate + offset, with_.bias == nullptr ? storage_.get() : with_.bias,
               with_.shift == nullptr ? storage_.get() : with_.shift + offset};
     }
-    if (shape_.samples > 1) {
-      spread(with_.gate + offset, gate_);
-      spread(with_.shift == nullptr ? nullptr : with_.shift + offset, shift_);
-    }
+    if (shape_.samples > 1) spread(offset);
     return {gate_, bias_, shift_};
   }
 
  private:
+  // those of the sample whose gates begin there
+  void spread(std::int64_t offset) const {
+    spread(with_.gate + offset, gate_);
+    spread(with_.shift == nullptr ? nullptr : with_.shift + offset, shift_);
+    const std::int64_t length = shape_.channels * shape_.inner * repeats_;
+    if (!subtracts(with_)) return spread(with_.bias, bias_);
+    for (std::int64_t i = 0; i < length; ++i) bias_[i] = -shift_[i];
+  }
   void spread(const T* values, T* target) const {
     for (std::int64_t r = 0; r < repeats_; ++r) {
       for (std::int64_t c = 0; c < shape_.channels; ++c) {
@@ -167,7 +174,8 @@ void backward_planes(const EpilogueShape& s, const S* grad, const S* u, const Ep
   at::parallel_for(0, planes, grain(s.inner), [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t k = begin; k < end; ++k) {
       const std::int64_t c = k % s.channels, p = k / (s.rows * s.channels) * s.channels + c, offset = k * s.inner;
-      const Constants<T> constants{with.gate[p], at_or_zero(with.bias, c), at_or_zero(with.shift, p)};
+      const Constants<T> constants{with.gate[p], subtracts(with) ? -with.shift[p] : at_or_zero(with.bias, c),
+                                   at_or_zero(with.shift, p)};
       backward_plane(grad + offset, u + offset, s.inner, constants, with.activation,
                      out.u == nullptr ? nullptr : static_cast<S*>(out.u) + offset,
                      sums ? partial.get() + k : nullptr, sums ? dots + k : nullptr);

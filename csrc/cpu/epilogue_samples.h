@@ -24,7 +24,7 @@ MRVAE_CLONES void backward_sample(const S* grad, const S* u, std::int64_t n, Vec
 #pragma omp simd
       for (std::int64_t i = 0; i < size; ++i) {
         const T g = p.g(i), y = load(u[begin + i]);
-        v[i] = of_result ? (g == T(0) ? T(0) : y / g) : y + p.b(i);
+        v[i] = of_result ? (g == T(0) ? T(0) : (y - p.t(i)) / g) : y + p.b(i);
       }
 #pragma omp simd
       for (std::int64_t i = 0; i < size; ++i) grad_gate[begin + i] = d[i] * v[i];

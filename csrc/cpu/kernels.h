@@ -29,10 +29,20 @@ void epilogue_backward(Storage storage, const EpilogueShape& shape, const void* 
 void epilogue_backward(Storage storage, const EpilogueShape& shape, const void* grad, const void* u,
                        const EpilogueParameters<double>& with, const EpilogueGradients<double>& out);
 
-// Whether y / gate is what gate was multiplied by, for all gates: none too small a number, nor, if positive, below 0. A gate
-// of exactly 0 passes where `zeros`.
+// Whether y = g v tells v, for all gates: none too small a number, nor, if positive, below 0. A gate of exactly 0 passes
+// where `zeros`.
 template <class T>
 bool divisible(const T* gate, std::int64_t n, bool positive, bool zeros);
+// Whether y = g v + t tells v to 256 of the last digits of 1, for all gates and shifts: |t| <= 256 g.
+template <class T>
+bool separable(const T* gate, const T* shift, std::int64_t n);
+
+// Both of n gates and shifts that are yet to be made, for every eta from low to high.
+template <class T>
+bool divisible(const GateParameters<const T>& gates, Gate kind, std::int64_t n, T low, T high);
+template <class T>
+bool separable(const GateParameters<const T>& gates, Gate kind, const GateParameters<const T>& shifts, std::int64_t n,
+               T low, T high);
 
 // ---- epilogue of (samples, channels) with a gate for each element, and a shift, made of their parameters and eta ------
 
@@ -45,7 +55,7 @@ struct SampleEpilogue {
   const T* bias;  // (channels,) or nullptr
   Activation activation;
   GateParameters<const T> shifts{};  // likewise; weight nullptr for none
-  bool of_result = false;            // as in EpilogueParameters; without a shift
+  bool of_result = false;            // as in EpilogueParameters
 };
 
 // Any of them may be nullptr, those of the gates together, and those of the shifts.

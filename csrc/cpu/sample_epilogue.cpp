@@ -104,15 +104,16 @@ struct Found {
   MRVAE_HOST_DEVICE T at(std::int64_t i, T) const { return values[i]; }
 };
 
-// What one sample adds to the sums of n channels, and du. dp = d (u + b) g' = d y (g' / g), dt = d.
+// What one sample adds to the sums of n channels, and du. dp = d (u + b) g' = d (y - t) (g' / g), dt = d.
 template <bool of_result, class Gradient, class S, class Gates, class T>
 MRVAE_HOST_DEVICE void add_loop(const Gradient& gradient, const S* u, std::int64_t n, const Gates& gates, S* grad_u,
                                 const GateParameters<T>& grads, const GateParameters<T>& shift_grads, T* sum) {
 #pragma omp simd
   for (std::int64_t i = 0; i < n; ++i) {
     const GatePoint<T> gate = gates.point(i);
-    const T y = load(u[i]), z = of_result ? y : gate.value * (y + gates.b(i)) + gates.t(i), d = gradient.at(i, z);
-    const T dp = d * (of_result ? y * gate.relative : (y + gates.b(i)) * gate.slope), du = d * gate.value;
+    const T value = load(u[i]), t = gates.t(i), v = of_result ? value - t : value + gates.b(i);
+    const T d = gradient.at(i, of_result ? value : gate.value * v + t), du = d * gate.value;
+    const T dp = d * v * (of_result ? gate.relative : gate.slope);
     gates.of.add(grads, i, dp);
     gates.shifts.add(shift_grads, i, d);
     sum[i] += du;

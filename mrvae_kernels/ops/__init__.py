@@ -20,6 +20,7 @@ CUDA_ERROR: str | None = cuda_error()
 GPU_TYPE: str | None = gpu_type()
 
 from . import fused as _fused  # noqa: E402, F401
+from . import sampled_epilogue as _sampled  # noqa: E402, F401
 from .epilogue import epilogue  # noqa: E402  (fakes are registered for operators that load() has defined)
 from .fold import fold  # noqa: E402
 from .gated_convolution import gated_convolution  # noqa: E402

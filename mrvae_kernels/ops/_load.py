@@ -22,6 +22,7 @@ REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps ."
 """Run in the project's folder: builds against the torch that is installed."""
 
 NAMES = ("Bank", "GatedFold", "HostedLayer", "Stage", "build_facts", "run_sequential")
+OPERATORS = ("gates", "fold", "epilogue", "sampled_epilogue", "gated_linear", "gated_convolution")
 """What the package uses of mrvae_kernels._C: an editable install may have newer Python code than its extension."""
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -63,7 +64,8 @@ def load() -> str | None:
     except ImportError as error:
         origin = f"built for torch {built_for}" if built_for else "built for an unknown torch"
         return f"the C++ core, {origin}, cannot be loaded with torch {torch.__version__} ({error}); run: {REBUILD}"
-    if not all(hasattr(core, name) for name in NAMES):
+    known = all(hasattr(core, name) for name in NAMES) and all(hasattr(torch.ops.mrvae, name) for name in OPERATORS)
+    if not known:
         return f"the C++ core was built from older sources than this package's; run: {REBUILD}"
     _loaded = True
     return None
