@@ -31,7 +31,7 @@ from .arguments import EachOnce, interrupted, out_file, result_file
 from .gpu_timing import failure
 from .overhead_check import baked_refusal
 from .overhead_measure import BAKED_BETA, Effort, Entry, baked, empty, extra_launches, infer, launches_by_depth, train
-from .overhead_networks import CUBIC, VARIANTS
+from .overhead_networks import CUBIC, RECIPE, VARIANTS
 from .timing import keep_memory
 from .variants import NUMBERS, TrainingStep, precision, training_step
 
@@ -66,7 +66,7 @@ DEFAULT_MODES = {"cpu": ("eager", "inference", "compiled"), "cuda": MODES}
 last."""
 DEFAULT_SECONDS = {"cpu": 480.0, "cuda": 300.0}
 DEFAULT_NUMBERS = {"cpu": ("float32",), "cuda": NUMBERS}
-COMPILED = ("ungated", "gated", "per-sample", "listing1")
+COMPILED = ("ungated", "gated", "per-sample", RECIPE, "listing1")
 """Compiling is what takes the time of a run; plain folding, which Inductor fuses as it does ours, is for --variants."""
 
 
