@@ -163,7 +163,7 @@ Tensor call_epilogue(const Tensor& u, const OptionalTensor& bias, const Tensor& 
 // How a node of ours may have it computed.
 struct EpilogueBackward {
   bool overwrite = false;  // grad is nobody else's: du may take its memory
-  bool of_result = false;  // u is y, of no activation or ReLU and without a shift; direct() tensors of the CPU only
+  bool of_result = false;  // u is y, of no activation or ReLU; direct() tensors of the CPU only
 };
 EpilogueGrads call_epilogue_backward(const Tensor& grad, const Tensor& u, const OptionalTensor& bias,
                                      const Tensor& gate, const OptionalTensor& shift, std::int64_t dim,

@@ -185,8 +185,8 @@ class SampledEpilogue(torch.autograd.Function):
 
 
 class CoreEpilogue(torch.autograd.Function):
-    """The same by the compiled core, for tensors of the CPU, with a shift too: Inductor's loops take 3 times as long
-    for gates of Eqn. 6 and 7, and 14 times for a softplus with a shift, both cubic.
+    """The same by the compiled core, for tensors of the CPU, with a shift too: with cubic softplus gates and shifts an
+    MLP's step of 128 examples takes 1.2 of the ungated one's, by Inductor's loops 1.8.
 
     shift_weight, shift_bias, shift_start: None, None and -1 for no shift; eta gets no gradient.
     """

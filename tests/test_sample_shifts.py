@@ -92,6 +92,18 @@ def test_the_result_is_kept_where_it_tells(layer, values, kind, degree, activati
         assert near(gradients(model, x, beta), exact(model, x, beta), relative)
 
 
+@pytest.mark.parametrize("activation", [None, nn.ReLU()], ids=["none", "relu"])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_batches_of_one_and_two(layer, activation):
+    """Of one sample a gate serves all rows, as of one beta."""
+    for samples in (1, 2):
+        plain, x = network(layer, activation)
+        model, beta = gated(plain, "softplus", 3, 1.0, 0.5), betas()[:samples]
+        assert is_kept(model(x[:samples], beta=beta))
+        model.zero_grad()
+        assert near(gradients(model, x[:samples], beta), exact(model, x[:samples], beta))
+
+
 @pytest.mark.parametrize("layer", LAYERS)
 def test_what_is_kept_otherwise(layer):
     """u, whose memory is not y's: of roots, whose slope has no bound in the gate, and in half precision."""

@@ -101,11 +101,11 @@ MRVAE_CLONES void add_to(const T* values, std::int64_t n, T* total) {
   for (std::int64_t i = 0; i < n; ++i) total[i] += values[i];
 }
 
-// Whether backward_of_result() computes it: every gradient but a shift's, of few enough rows to be added up in float.
+// Whether backward_of_result() computes it: where there is no shift, of few enough rows to be added up in float.
 template <class T>
 bool result_by_rows(const EpilogueShape& s, const EpilogueParameters<T>& with, const EpilogueGradients<T>& out) {
   return with.of_result && by_rows(s) && s.rows <= row_sums * row_tasks && out.u != nullptr && out.gate != nullptr &&
-         out.shift == nullptr;
+         out.shift == nullptr && with.shift == nullptr;
 }
 
 // The whole backward pass from y = with.of_result. Partial sums of up to row_sums rows are added in the order of the rows.
