@@ -4,9 +4,10 @@
 //   epilogue  y = activation(g * (u + b) + t),      u = product(x, W)
 //
 // What the backward pass needs besides the inputs is kept without memory of its own where that can be: of an epilogue, y
-// itself, from which u + b = (y - t) / g. y belongs to the user: where it was changed in place meanwhile, or g is too small
-// to divide by, the product is computed again. Beside a large shift y would lose digits of u: then u is kept (`separable`). Of a large y without an activation, where a gate serves
-// the whole batch, nothing at all: dg = (<dW, W> + db b) / g (weight_tells). W' is folded again where dx asks for it.
+// itself, from which u + b = (y - t) / g. y belongs to the user: where it was changed in place meanwhile, or g is too
+// small to divide by, the product is computed again. Beside a large shift y has lost digits of u, and u is kept
+// (`separable`). Of a large y without an activation, where a gate serves the whole batch, nothing at all:
+// dg = (<dW, W> + db b) / g (weight_tells). W' is folded again where dx asks for it.
 #pragma once
 
 #include <ATen/SavedTensorHooks.h>
@@ -84,8 +85,8 @@ inline bool weight_tells(const Tensor& y, const Tensor& weight, const Tensor& ga
   const auto dtype = weight.scalar_type();
   const bool exact = (dtype == at::kFloat || dtype == at::kDouble) && gate.scalar_type() == dtype &&
                      (!given(bias) || bias->scalar_type() == dtype);
-  return exact && activation == Activation::None && !given(shift) && result_tells(y, false, activation) && gate.dim() == 1 &&
-         weight.requires_grad() && y.numel() >= std::max<std::int64_t>(4096, weight.numel() / 8);
+  return exact && activation == Activation::None && !given(shift) && result_tells(y, false, activation) &&
+         gate.dim() == 1 && weight.requires_grad() && y.numel() >= std::max<std::int64_t>(4096, weight.numel() / 8);
 }
 
 // values / gate, and 0 where the gate is 0

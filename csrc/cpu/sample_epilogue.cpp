@@ -155,7 +155,7 @@ MRVAE_CLONES void move_sums(T* sum, T* total, std::int64_t n) {
 template <Gate kind, int degree, class Shifts, class S, class T>
 void backward_of_kind(const SampleEpilogue<T>& s, const S* grad, const S* u, const SampleEpilogueGradients<T>& out) {
   const std::int64_t units = (s.channels + unit - 1) / unit;
-  const std::int64_t grain = std::max<std::int64_t>(1, serial_elements / (unit * s.samples));
+  const std::int64_t grain = std::max<std::int64_t>(1, serial_elements / (unit * std::max<std::int64_t>(1, s.samples)));
   at::parallel_for(0, units, grain, [&](std::int64_t first, std::int64_t last) {
     T sum[chunk], weight[degree * chunk], offset[chunk], total[chunk];
     T shift_weight[degree * chunk], shift_offset[chunk];

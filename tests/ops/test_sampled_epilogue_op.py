@@ -84,6 +84,21 @@ def test_values_and_gradients(kind, degree, shift, activation, dtype):
             assert_close(found[-1], wanted[2][rows], tolerance, "c")
 
 
+def test_an_empty_batch_and_one_of_one():
+    for samples in (0, 1):
+        given = inputs(torch.float64, 3, samples)
+        exact = {name: value.requires_grad_(name != "eta") for name, value in given.items()}
+        target = formula(exact, SHIFT, "softplus", "relu")
+        with torch.no_grad():
+            torch.testing.assert_close(op(given, SHIFT, "softplus", "relu"), target)
+        wanted = torch.autograd.grad(target.sum(), [exact[name] for name in ("u", "bias", "weight")])
+        plain = {name: value.detach() for name, value in given.items()}
+        grad = torch.ones_like(plain["u"])
+        du, dbias, sums, _ = backward(plain, grad, plain["u"], SHIFT, "softplus", "relu", False, [True] * 4)
+        rows = slice(GATE, GATE + CHANNELS)
+        torch.testing.assert_close([du, dbias, sums[:-1]], [wanted[0], wanted[1], wanted[2][:, rows]])
+
+
 def test_what_is_not_asked_for_is_empty():
     given = inputs(torch.float32, 3)
     y = op(given, SHIFT, "softplus", "relu")
