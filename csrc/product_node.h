@@ -30,6 +30,7 @@ inline bool hooks_pack() { return at::SavedTensorDefaultHooks::get_hooks().has_v
 class Kept {
  public:
   bool is_result = false;
+  bool separable = false;  // whether y tells u + b where there is a shift
 
   void argument(const Tensor& u) {
     hooked_ = hooks_pack();
@@ -47,9 +48,6 @@ class Kept {
     if (hooked_) return packed_.unpack();
     return tensor_.defined() && is_result && tensor_._version() != version_ ? Tensor() : tensor_;
   }
-  // Whether y tells u + b where there is a shift.
-  bool separable = false;
-
   void release() {
     tensor_.reset();
     packed_.reset_data();

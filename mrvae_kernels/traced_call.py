@@ -45,7 +45,7 @@ def run(model: MultiRate, beta: Beta, args: Any, kwargs: Any) -> Any:
             return model._call(beta, None, args, kwargs)
     model._check_layers()
     layout = layout_of(model._traced_layout)
-    flat, values = _bank(model, layout, beta)
+    flat, values = _bank(model, layout, beta, formulas=override.backend == "reference")
     *_, conditional = layout
     if conditional:
         values = [*values, *model._norm_values(beta)]
@@ -57,8 +57,10 @@ def run(model: MultiRate, beta: Beta, args: Any, kwargs: Any) -> Any:
         model._calls.pop()
 
 
-def _bank(model: MultiRate, layout: Layout, beta: Beta) -> tuple[Tensor | None, Sequence[Tensor | SampledGate]]:
-    """All gates and shifts, in one piece where they are, and one by one."""
+def _bank(
+    model: MultiRate, layout: Layout, beta: Beta, formulas: bool
+) -> tuple[Tensor | None, Sequence[Tensor | SampledGate]]:
+    """All gates and shifts, in one piece where they are, and one by one; formulas: not by operators of the core."""
     sizes, kinds, linear, flat_parameters, _ = layout
     if not flat_parameters:
         return None, model._bank(beta)
@@ -70,6 +72,6 @@ def _bank(model: MultiRate, layout: Layout, beta: Beta) -> tuple[Tensor | None, 
             return None, model._bank(beta)
         beta = torch.scalar_tensor(beta, dtype=reference.gate_dtype(weight.dtype), device=weight.device)
     if beta.dim() == 1:
-        return None, traced.sampled_gates(weight, bias, beta, low, high, sizes, kinds, linear)
+        return None, traced.sampled_gates(weight, bias, beta, low, high, sizes, kinds, linear, formulas)
     flat, *values = traced.bank(weight, bias, beta, low, high, sizes, kinds)
     return flat, values

@@ -255,6 +255,20 @@ def test_one_beta_a_sample_by_the_core(dtype, spec, monkeypatch):
     assert names["mrvae.sampled_epilogue"] == names["mrvae.sampled_epilogue_backward"] == 2
 
 
+def test_the_formulas_alone_where_the_reference_is_asked_for():
+    targets: set[str] = set()
+
+    def look(graph: torch.fx.GraphModule, _: object) -> object:
+        targets.update(str(node.target) for node in graph.graph.nodes)
+        return make_boxed_func(graph.forward)
+
+    model = randomize(mk.multirate(mixed(), RECIPE_LIKE)).eval()
+    call = torch.compile(model, backend=aot_autograd(fw_compiler=look, bw_compiler=look), fullgraph=True)
+    with mk.override(backend="reference"):
+        call(torch.randn(64, 2, 6, 6), beta=torch.empty(64).uniform_(-4, 2).exp()).sum().backward()
+    assert targets and not any("mrvae" in target for target in targets)
+
+
 @pytest.mark.skipif(not ops.EXTENSION, reason=f"the compiled core is missing: {ops.EXTENSION_ERROR}")
 def test_the_cores_graph_by_inductor_and_with_other_batches():
     model = randomize(mk.multirate(mixed(), RECIPE_LIKE)).eval()
