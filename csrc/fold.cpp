@@ -92,6 +92,9 @@ void launch_backward(const std::vector<FoldLayer>& tasks, const std::vector<Laye
   cpu::fold_backward(tasks);
 }
 
+// The entry of a list, without the negative bit: torch resolves it in tensors and lists of them, not in lists with gaps.
+Tensor resolved(const OptionalTensor& entry) { return given(entry) ? entry->resolve_neg() : Tensor(); }
+
 std::vector<Layer> as_layers(TensorList weights, const OptionalTensorList& biases, TensorList gates,
                              const OptionalTensorList& shifts, IntArrayRef groups) {
   const std::size_t count = weights.size();
@@ -100,7 +103,7 @@ std::vector<Layer> as_layers(TensorList weights, const OptionalTensorList& biase
                     shifts.size(), " shifts and ", groups.size(), " groups; expected as many of each");
   std::vector<Layer> layers(count);
   for (std::size_t i = 0; i < count; ++i) {
-    layers[i] = {weights[i], biases.get(i).value_or(Tensor()), gates[i], shifts.get(i).value_or(Tensor()), groups[i]};
+    layers[i] = {weights[i], resolved(biases.get(i)), gates[i], resolved(shifts.get(i)), groups[i]};
   }
   return layers;
 }
@@ -213,7 +216,7 @@ FoldGrads fold_backward(const OptionalTensorList& grad_weights, const OptionalTe
                     mask.size(), " flags for ", count, " layers; expected one, one and four a layer");
   std::vector<LayerRequest> requests(count);
   for (std::size_t i = 0; i < count; ++i) {
-    requests[i] = {grad_weights.get(i).value_or(Tensor()), grad_biases.get(i).value_or(Tensor()),
+    requests[i] = {resolved(grad_weights.get(i)), resolved(grad_biases.get(i)),
                    mask.get(4 * i),     mask.get(4 * i + 1),
                    mask.get(4 * i + 2), mask.get(4 * i + 3),
                    /*overwrite=*/false};

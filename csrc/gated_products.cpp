@@ -12,6 +12,11 @@ Tensor decomposed(const Product& product, const Tensor& x, const Tensor& weight,
   if (strategy == Strategy::Epilogue) {
     const Tensor u = product.traced(x, weight, std::nullopt);
     const std::int64_t axis = Product::channel_axis < 0 ? u.dim() - 1 : Product::channel_axis;
+    // of a sparse x, or one with the negative bit, u is an ordinary tensor with a history
+    const std::initializer_list<const Tensor*> parts = {&u, pointer(bias), &gate, pointer(shift)};
+    if (direct(parts) && recording(parts)) {
+      return epilogue_autograd(u, bias, gate, shift, axis, activation_name(activation));
+    }
     return call_epilogue(u, bias, gate, shift, axis, activation_name(activation));
   }
   const auto [weights, biases] =

@@ -42,6 +42,8 @@ struct ByOperator {
 
 // g_in x, the gate (K,) or (N, K) along this axis of x, in x's dtype
 Tensor scaled(const Tensor& x, const Tensor& gate, std::int64_t axis) {
+  TORCH_CHECK_VALUE(axis >= 0 && x.size(axis) == gate.size(-1), "x has shape ", x.sizes(), "; expected ", gate.size(-1),
+                    " features, as many as the gate on the layer's inputs has");
   TORCH_CHECK_VALUE(gate.dim() < 2 || (axis > 0 && gate.size(0) == x.size(0)), "gate has shape ", gate.sizes(),
                     "; expected one row a sample of x, ", x.sizes(), ", or one beta");
   std::vector<std::int64_t> sizes(std::size_t(x.dim()), 1);

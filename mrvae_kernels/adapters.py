@@ -373,6 +373,11 @@ ADAPTERS: dict[type[nn.Module], Adapter] = {
 
 
 def _scaled(x: Tensor, gate: Tensor, dim: int) -> Tensor:
+    if dim < 0 or x.shape[dim] != gate.shape[-1]:
+        raise ValueError(
+            f"x has shape {tuple(x.shape)}; expected {gate.shape[-1]} features, as many as the gate on the layer's "
+            "inputs has"
+        )
     if gate.dim() == 2 and (dim == 0 or gate.shape[0] != x.shape[0]):
         raise ValueError(
             f"gate has shape {tuple(gate.shape)}; expected one row a sample of x, {tuple(x.shape)}, or one beta"

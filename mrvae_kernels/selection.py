@@ -72,6 +72,8 @@ def select(
     for module, known_as in aliases.items():
         name = _covered(known_as, specs)
         lazy = _is_lazy(module)
+        opaque = next((inside[each] for each in known_as if each in inside), None)
+        cancelled = next((before_norm[each] for each in known_as if each in before_norm), None)
         if next(module.parameters(recurse=False), None) is None and not lazy:
             continue
         spec = specs.get(max((key for key in specs if _matches(name, key)), key=len, default=None))  # type: ignore[arg-type]
@@ -83,25 +85,27 @@ def select(
             left[name] = "not in include"
         elif spec is None:
             left[name] = f"no entry of gates ({', '.join(map(repr, specs))}) covers it"
-        elif lazy and name not in inside:
+        elif lazy and opaque is None:
             raise ValueError(
                 f"gates cover {name!r}, a {type(module).__name__} that has no sizes yet: run the network once first, "
                 "or exclude it"
             )
-        elif reason := inside.get(name) or _refusal(module, spec, norms):
+        elif reason := opaque or _refusal(module, spec, norms):
             if exact:
                 raise ValueError(f"{name!r} was asked for in include, but cannot be gated: {reason}")
             left[name] = reason
-        elif name in before_norm and not asked:
-            left[name] = before_norm[name]
+        elif cancelled is not None and not asked:
+            left[name] = cancelled
         else:
             _refuse_names(known_as, specs)
             if norms == "conditional" and type(module) in CONDITIONAL:
                 conditional.append(name)
             else:
                 gated[name] = spec
+    chosen = {*gated, *conditional}
+    chosen_as = [each for known_as in aliases.values() if chosen.intersection(known_as) for each in known_as]
     for pattern in include or ():
-        if not any(_matches(name, pattern) for name in (*gated, *conditional)):
+        if not any(_matches(name, pattern) for name in chosen_as):
             reasons = "; ".join(f"{name}: {reason}" for name, reason in left.items() if _matches(name, pattern))
             raise ValueError(
                 f"include names {pattern!r}, where nothing can be gated: {reasons or 'it has no parameters'}"
@@ -130,7 +134,7 @@ def _refuse_gated(network: nn.Module) -> None:
 
 def _resolve(network: nn.Module, gates: Gates | None) -> dict[str, GateSpec]:
     if gates is None:
-        names = network._modules
+        names = {name for name, module in network._modules.items() if module is not None}
         if "encoder" not in names or "decoder" not in names:
             raise ValueError(
                 f"{type(network).__name__} has no children named encoder and decoder, so the gates must be said: "

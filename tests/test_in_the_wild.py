@@ -264,3 +264,24 @@ def test_a_layer_compiled_alone_is_baked():
     network[0] = torch.compile(network[0], backend="eager")
     model, x = mk.multirate(network, "softplus"), torch.randn(3, 4)
     torch.testing.assert_close(mk.bake(model, 0.5)(x), model(x, beta=0.5))
+
+
+def test_a_layer_under_two_names_is_judged_under_both():
+    class Opaque(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+            self.first = self.block.linear1
+
+    with pytest.raises(ValueError, match="TransformerEncoderLayer"):
+        mk.multirate(Opaque(), {"first": "sigmoid"})
+
+    class Normed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Conv2d(2, 2, 3))
+            self.convs = nn.ModuleList([self.encoder[0], self.encoder[2]])
+
+    model = mk.multirate(Normed(), {"convs": "sigmoid"})
+    assert [*model.gated] == ["convs.1"] and "cancel" in model.left["convs.0"]
+    assert [*mk.multirate(Normed(), {"convs": "sigmoid"}, include=["encoder.2"]).gated] == ["convs.1"]

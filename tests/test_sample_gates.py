@@ -428,3 +428,14 @@ def test_transforms():
         found = torch.func.grad(loss)(parameters)
         for value, other in zip(found.values(), wanted, strict=True):
             torch.testing.assert_close(value, other, **TOLERANCE[torch.float32])
+
+
+def test_a_number_that_is_none_is_passed_on_by_relu_as_torch_does():
+    model = gated("softplus", nn.Sequential(nn.Linear(7, 20), nn.ReLU()), shift=True)
+    x, beta = batch(5)
+    x[2] = float("nan")
+    wide = copy.deepcopy(model).double()
+    with mk.override(backend="reference"):
+        target, = torch.autograd.grad(wide(x.double(), beta=beta.double()).sum(), [wide.network[0].bias])
+    found, = torch.autograd.grad(model(x, beta=beta).sum(), [model.network[0].bias])
+    torch.testing.assert_close(found.double(), target, rtol=1e-5, atol=1e-6)

@@ -62,7 +62,7 @@ void with_made(const SampleEpilogue<T>& s, const Function& function) {
       case Gate::Softplus: return of_kind(KindOf<Gate::Softplus>());
       case Gate::Identity: break;
     }
-    throw std::logic_error("a shift is no gate: it has values");
+    throw std::logic_error("a shift is no gate");
   });
 }
 
@@ -84,8 +84,8 @@ void forward(const SampleEpilogue<T>& s, const S* u, S* y) {
   with_made(s, [&]<class Shifts>(auto kind, auto degree, Shifts*) { forward_of_kind<kind, degree, Shifts>(s, u, y); });
 }
 
-// The gradient before the activation, by dy and z, its argument or result: without an activation, of ReLU's, or found
-// already.
+// The gradient before the activation, by dy and z, its argument or result: without an activation, of ReLU's, which lets a
+// NaN through as torch's does, or found already.
 template <class S>
 struct Plain {
   const S* grad;
@@ -96,7 +96,7 @@ template <class S>
 struct OfRelu {
   const S* grad;
   template <class T>
-  MRVAE_HOST_DEVICE T at(std::int64_t i, T z) const { return z > T(0) ? T(load(grad[i])) : T(0); }
+  MRVAE_HOST_DEVICE T at(std::int64_t i, T z) const { return z <= T(0) ? T(0) : T(load(grad[i])); }
 };
 template <class T>
 struct Found {
