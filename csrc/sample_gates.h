@@ -41,7 +41,7 @@ struct SampleGates {
   // Whether they are those of a Linear's call: x (N, K), weight (C, K) and bias (C,), computed in the dtype of the gates.
   bool fit(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) const;
   Tensor values() const;  // (N, C), where they are needed nevertheless
-  // Whether y tells u + b for all of them; as tells_argument() of product_node.h, by the range of eta.
+  // Whether y tells u + b for all of them: divisible() or, with a shift, separable() of cpu/kernels.h.
   bool divide() const;
 };
 

@@ -208,12 +208,12 @@ class CoreEpilogue(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         kept, bias, *made_of = ctx.saved_tensors
-        _, wanted_bias, wanted_weight, wanted_gate_bias, *wanted_shift = ctx.needs_input_grad[:6]
-        mask = [True, wanted_bias and bias is not None, wanted_weight or wanted_gate_bias, any(wanted_shift)]
+        wanted_u, wanted_bias, wanted_weight, wanted_gate_bias, *wanted_shift = ctx.needs_input_grad[:6]
+        mask = [wanted_u, wanted_bias and bias is not None, wanted_weight or wanted_gate_bias, any(wanted_shift)]
         du, dbias, *sums = torch.ops.mrvae.sampled_epilogue_backward(
             grad, kept, bias, *made_of, *ctx.how, ctx.of_result, mask
         )
-        found: list[Tensor | None] = [du, dbias if mask[1] else None]
+        found: list[Tensor | None] = [du if wanted_u else None, dbias if mask[1] else None]
         for rows, wanted in zip(sums, mask[2:], strict=True):
             if not wanted:
                 found += [None, None]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 from collections import Counter
 from collections.abc import Callable
 
@@ -281,6 +282,29 @@ def test_the_cores_graph_by_inductor_and_with_other_batches():
             results.append([y, *torch.autograd.grad(y.square().sum(), list(model.parameters()))])
         for value, other in zip(*results, strict=True):
             assert (value - other).norm() <= 2e-5 * other.norm()
+
+
+@pytest.mark.skipif(not ops.EXTENSION, reason=f"the compiled core is missing: {ops.EXTENSION_ERROR}")
+def test_one_graph_for_every_batch_size():
+    """Widths on both sides of what the core takes, and batches that would be on both sides of it for each."""
+    graphs = 0
+
+    def count(graph: torch.fx.GraphModule, _: object) -> object:
+        nonlocal graphs
+        graphs += 1
+        return make_boxed_func(graph.forward)
+
+    widths = (7, 700, 384, 128, 48, 16, 8, 4)
+    layers = [part for pair in itertools.pairwise(widths) for part in (nn.Linear(*pair), nn.ReLU())]
+    for spec in (RECIPE_LIKE, mk.GateSpec("sigmoid")):
+        torch.compiler.reset()
+        graphs = 0
+        model = mk.multirate(nn.Sequential(*copy.deepcopy(layers)), spec)
+        backend = aot_autograd(fw_compiler=count, bw_compiler=count)
+        call = torch.compile(model, backend=backend, fullgraph=True, dynamic=True)
+        for n in (64, 128, 3, 5, 9, 12, 20, 40, 300):
+            call(torch.randn(n, 7), beta=torch.full((n,), 0.5)).sum().backward()
+        assert graphs == 2
 
 
 def test_betas_with_a_gradient_are_computed_by_the_formulas(monkeypatch):

@@ -32,7 +32,8 @@ MRVAE_CLONES T undivisible(const T* gate, std::int64_t n, bool positive, bool ze
   return positive ? count_undivisible<true>(gate, n, a_zero) : count_undivisible<false>(gate, n, a_zero);
 }
 
-// y - t has y's rounding, so that v is off by |t| / g of a last digit: by 1.5e-5 in float32 at most.
+// y - t has y's rounding, so that v is off by |t| / g of a last digit: by 1.5e-5 in float32 at most. Of a v that is smaller
+// still a gate's gradient has few digits; y, and with it the loss, has no more of it.
 template <class T>
 MRVAE_HOST_DEVICE bool separates(T g, T size_of_shift) {
   return (g >= least<T>) & (size_of_shift <= T(256) * g);

@@ -22,8 +22,9 @@ REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps ."
 """Run in the project's folder: builds against the torch that is installed."""
 
 NAMES = ("Bank", "GatedFold", "HostedLayer", "Stage", "build_facts", "run_sequential")
-OPERATORS = ("gates", "fold", "epilogue", "sampled_epilogue", "gated_linear", "gated_convolution")
-"""What the package uses of mrvae_kernels._C: an editable install may have newer Python code than its extension."""
+OPERATORS = ("gates", "fold", "epilogue", "sampled_epilogue", "sampled_epilogue_backward", "gated_linear")
+"""What the package uses of mrvae_kernels._C and of torch.ops.mrvae, by which a core of other sources is known: an
+editable install may have newer Python code than its extension."""
 
 F = TypeVar("F", bound=Callable[..., Any])
 
