@@ -6,8 +6,8 @@ step was faster. These functions are opaque to Dynamo and transparent to AOTAuto
 for Inductor to fuse. What they depend on besides tensors is an argument, and so is guarded.
 
 The formulas are those of `reference`, with backward passes of their own (`traced_epilogue`) that keep y alone. With
-one beta a sample on a CPU, operators of the core stand in the graph for gates and for the epilogue of large Linears:
-Inductor evaluates a gate anew for every element that it scales.
+one beta a sample on a CPU, operators of the core stand in the graph for gates and, but for small ones, for the
+epilogues of Linears, which beside a shift keep u: Inductor evaluates a gate anew for every element that it scales.
 """
 
 from __future__ import annotations
